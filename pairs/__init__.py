@@ -1,0 +1,8 @@
+"""The ground floor: what a pair is, and how pairs lie on disk.
+
+Everything above (`cluster`, `filters`, `training`, `pipelines`) imports from here; nothing here
+imports from above, from Ray or from Prefect.
+"""
+
+__version__ = "0.1.0"
+FORMAT_VERSION = 1  # of a workspace on disk; a workspace of another version is refused, never guessed at

@@ -1,0 +1,221 @@
+"""A recipe: one YAML file that states one run. Strict, without inheritance or interpolation.
+
+Only the shape is checked here. The settings of a source, a filter or a reducer are checked by the module
+of that name on its own floor (`pairs.strict.strict`), before anything runs.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pairs.errors import PairmillError
+from pairs.strict import strict
+
+
+class Spec(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SourceSpec(Spec):
+    """Where pairs come from. `kind` names a module of `pipelines/sources`; what else it takes is `settings`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    kind: str
+    trusted: bool = False
+    allow: list[str] = []  # networks that the egress guard lets through, for example 127.0.0.0/8
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class FetchSpec(Spec):
+    agent: str = "pairmill (+https://github.com/pairmill/pairmill)"
+    side_px: int = Field(256, ge=8)  # the longer side is at most this
+    format: Literal["jpg", "png", "webp"] = "jpg"
+    quality: int = Field(92, ge=1, le=100)
+    shard_pairs: int = Field(10_000, ge=1)
+    per_host: int = Field(4, ge=1)  # connections to one host at a time
+    connections: int = Field(64, ge=1)
+    deadline_s: float = Field(30.0, gt=0)  # for one URL, redirects and body together
+    max_bytes: int = Field(20_000_000, ge=1)
+    max_pixels: int = Field(50_000_000, ge=1)
+    attempts: int = Field(3, ge=1)
+    min_side_px: int = Field(8, ge=1)
+
+
+class Rule(Spec):
+    """One line of `keep`. A list column is judged by `over`: any, all or first of its values."""
+
+    column: str | None = None
+    min: float | None = None
+    max: float | None = None
+    equals: str | float | bool | None = None
+    among: list[str | float] | None = None
+    top_fraction: float | None = Field(None, gt=0, le=1)
+    is_null: bool | None = None
+    over: Literal["any", "all", "first"] = "first"
+    one_per: str | None = None
+    best: str | None = None
+
+    @model_validator(mode="after")
+    def _one_shape(self) -> "Rule":
+        tests = [self.min, self.max, self.equals, self.among, self.top_fraction, self.is_null]
+        if self.one_per is not None:
+            if self.column is not None or any(t is not None for t in tests):
+                raise ValueError("`one_per` stands alone, with `best`")
+        elif self.column is None or all(t is None for t in tests):
+            raise ValueError("a rule names a `column` and one of min, max, equals, among, top_fraction, is_null")
+        elif self.top_fraction is not None and any(t is not None for t in tests if t is not self.top_fraction):
+            raise ValueError("`top_fraction` stands alone: write another rule for the rest")
+        return self
+
+    @property
+    def name(self) -> str:
+        """How the funnel and the reports call this rule."""
+        if self.one_per is not None:
+            return f"one_per {self.one_per}" + (f" best {self.best}" if self.best else "")
+        over = "" if self.over == "first" else f"{self.over} "
+        tests = self.model_dump(exclude_none=True, exclude={"column", "over"})
+        return f"{over}{self.column} " + " ".join(f"{k} {v}" for k, v in tests.items())
+
+
+class TextsSpec(Spec):
+    """Which texts a kept pair keeps (CapFilt). `from` lists the columns, in the order `match` scored them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    sources: list[str] = Field(["texts"], alias="from")
+    match: str | None = None
+    min: float = 0.5
+    keep: Literal["all", "best", "both"] = "all"
+
+
+class CanariesSpec(Spec):
+    per_defect: int = Field(200, ge=0)
+    max_fraction: float = Field(0.05, ge=0, le=1)  # of the trusted pairs' count times the defects
+
+
+class GatesSpec(Spec):
+    min_pairs: int = Field(1, ge=0)
+    min_fetch_success: float = Field(0.0, ge=0, le=1)
+    min_canary_recall: float = Field(0.0, ge=0, le=1)
+
+
+class TowerSpec(Spec):
+    layers: int = Field(ge=1)
+    width: int = Field(ge=8)
+    heads: int = Field(ge=1)
+
+
+class ModelSpec(Spec):
+    """A CLIP of open_clip's architecture. `image_px` is a multiple of `patch_px`."""
+
+    embed_dim: int = 128
+    image_px: int = 64
+    patch_px: int = 8
+    vision: TowerSpec = TowerSpec(layers=4, width=128, heads=4)
+    text: TowerSpec = TowerSpec(layers=3, width=128, heads=4)
+    context: int = 32
+    vocabulary: int = 49408
+
+
+class PretrainSpec(Spec):
+    objective: Literal["clip"] = "clip"
+    model: ModelSpec = ModelSpec()
+    workers: int = Field(2, ge=1)
+    batch_pairs: int = Field(128, ge=2)
+    steps: int = Field(500, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    warmup_steps: int = Field(50, ge=0)
+    weight_decay: float = Field(0.1, ge=0)
+    max_patches: int = Field(64, ge=1)  # token budget of an image; its aspect stays
+    row_tokens: int = Field(1024, ge=16)  # length of a packed row
+    attention: str = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    checkpoint_every: int = Field(100, ge=1)
+    seed: int = 0
+
+
+class BlipSpec(Spec):
+    """A small BLIP, trained on the trusted pairs with transformers' own losses."""
+
+    image_px: int = 64
+    patch_px: int = 8
+    vision: TowerSpec = TowerSpec(layers=3, width=128, heads=4)
+    text: TowerSpec = TowerSpec(layers=2, width=128, heads=4)
+    embed_dim: int = 64
+    vocabulary: int = Field(2000, ge=64)
+    max_tokens: int = 32
+    caption_steps: int = Field(400, ge=1)
+    match_steps: int = Field(600, ge=1)
+    batch_pairs: int = Field(64, ge=2)
+    learning_rate: float = Field(1e-3, gt=0)
+    seed: int = 0
+
+
+class FirstFilterSpec(Spec):
+    """What is trained on the trusted pairs before round 1; without it, filters name published weights."""
+
+    clip: PretrainSpec | None = None
+    blip: BlipSpec | None = None
+
+
+class ZeroShotSpec(Spec):
+    path: str  # a folder with one sub-folder per class, named for it
+    templates: list[str] = ["a picture of a {}"]
+
+
+class EvaluateSpec(Spec):
+    zero_shot: ZeroShotSpec | None = None
+    retrieval: bool = True  # on the held-out trusted pairs
+
+
+class Recipe(Spec):
+    name: str = Field(pattern=r"[a-z0-9][a-z0-9-]{0,63}")
+    sources: dict[str, SourceSpec] = Field(min_length=1)
+    fetch: FetchSpec = FetchSpec()
+    filters: dict[str, dict[str, Any]] = {}
+    reducers: dict[str, dict[str, Any]] = {}
+    keep: list[Rule] = []
+    texts: TextsSpec = TextsSpec()
+    canaries: CanariesSpec = CanariesSpec()
+    gates: GatesSpec = GatesSpec()
+    first_filter: FirstFilterSpec = FirstFilterSpec()
+    pretrain: PretrainSpec = PretrainSpec()
+    evaluate: EvaluateSpec = EvaluateSpec()
+    rounds: int = Field(1, ge=1)
+    engine: Literal["ray", "inline"] = "ray"
+    workers: int = Field(2, ge=1)  # actors that score shards
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _one_per_last(self) -> "Recipe":
+        kinds = [rule.one_per is not None for rule in self.keep]
+        if kinds != sorted(kinds):
+            raise ValueError("`one_per` rules come last in `keep`: the others commute, these don't")
+        return self
+
+    @property
+    def trusted(self) -> list[str]:
+        return [name for name, source in self.sources.items() if source.trusted]
+
+
+def load_recipe(path: Path) -> Recipe:
+    """The recipe in the YAML file at `path`."""
+    try:
+        data = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise PairmillError(
+            expected=f"a recipe at {path}", found="no such file", remedy="see recipes/ for some to start from"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PairmillError(
+            expected=f"YAML in {path}", found=" ".join(str(error).split()), remedy="correct this line"
+        ) from None
+    if not isinstance(data, dict):
+        raise PairmillError(
+            expected=f"a mapping in {path}", found=type(data).__name__, remedy="start from a file in recipes/"
+        )
+    return strict(Recipe, data, path.name)

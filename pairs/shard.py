@@ -1,0 +1,114 @@
+"""A shard: a WebDataset tar and its Parquet table, the unit of work, of failure and of resumption.
+
+The tar is published first, the table last, so that a table that exists is complete. The table's metadata
+records the tar's size and sha256; its rows record each member's offset, so that one pair is one range request.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from pairs.errors import PairmillError
+from pairs.store import Store, table_metadata
+from pairs.tar import Member, TarWriter
+
+JSON_FIELDS = ("uid", "url_key", "url", "texts", "page", "license", "source_uid", "sha256", "exif")
+JSON_FIELDS += ("width", "height", "original_width", "original_height", "source", "increment")
+MEMBERS = ("image", "text", "json")
+
+
+@dataclass(frozen=True, order=True)
+class ShardRef:
+    """Names a shard: `folder` is `<kind>/<group>/<increment>`, for example `pairs/web-0123456789ab/0000`."""
+
+    folder: str
+    index: int
+
+    @property
+    def tar(self) -> str:
+        return f"{self.folder}/{self.index:05d}.tar"
+
+    @property
+    def table(self) -> str:
+        return f"{self.folder}/{self.index:05d}.parquet"
+
+    @property
+    def group(self) -> str:
+        """`<source>-<fingerprint>`."""
+        return self.folder.split("/")[1]
+
+    @property
+    def increment(self) -> str:
+        return self.folder.rsplit("/", 1)[1]
+
+    def beside(self, prefix: str) -> str:
+        """The path of this shard's table below another folder: `<prefix>/<group>/<increment>/00000.parquet`."""
+        return f"{prefix}/{self.group}/{self.increment}/{self.index:05d}.parquet"
+
+
+def list_shards(store: Store, prefix: str) -> list[ShardRef]:
+    """The complete shards below `prefix`, in order of group, increment and index."""
+    refs = []
+    for path in store.list(prefix, ".parquet"):
+        folder, _, name = path.rpartition("/")
+        refs.append(ShardRef(folder, int(name.removesuffix(".parquet"))))
+    return sorted(refs)
+
+
+def write_shard(store: Store, ref: ShardRef, rows: Iterable[tuple[dict[str, object], bytes]], schema: pa.Schema) -> int:
+    """Publishes a shard of (row, encoded image); a row has `schema`'s fields but for the offsets. Returns the count."""
+    done: list[dict[str, object]] = []
+    with store.writing(ref.tar) as file:
+        writer = TarWriter(file)
+        for row, image in rows:
+            done.append(row | {"key": row["uid"]} | _offsets(_add_pair(writer, row, image)))
+        writer.close()
+    metadata = {"tar_size": str(writer.size), "tar_sha256": writer.sha256, "rows": str(len(done))}
+    store.write_table(ref.table, pa.Table.from_pylist(done, schema=schema), metadata)
+    return len(done)
+
+
+def _add_pair(writer: TarWriter, row: dict[str, object], image: bytes) -> list[Member]:
+    facts = {name: row[name] for name in JSON_FIELDS if row.get(name) is not None}
+    key, text = str(row["uid"]), str(row["text"] or "")
+    blob = json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()
+    parts = ((str(row["image_ext"]), image), ("txt", text.encode("utf-8", "replace")), ("json", blob))
+    return [writer.add(key, ext, data) for ext, data in parts]
+
+
+def _offsets(members: list[Member]) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for name, member in zip(MEMBERS, members, strict=True):
+        found |= {f"{name}_offset": member.offset, f"{name}_size": member.size}
+    return found
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard in memory: its table, and its tar's bytes."""
+
+    ref: ShardRef
+    table: pa.Table
+    tar: bytes
+
+    def images(self) -> Iterator[bytes | None]:
+        """The encoded image of each row, in order; None where the pair is forgotten."""
+        columns = [self.table[name].to_pylist() for name in ("image_offset", "image_size", "status")]
+        for offset, size, status in zip(*columns, strict=True):
+            yield None if status == "forgotten" else self.tar[offset : offset + size]
+
+
+def read_shard(store: Store, ref: ShardRef) -> Shard:
+    """Reads a shard whole; a tar whose size isn't the recorded one is refused."""
+    table = store.read_table(ref.table)
+    tar = store.read(ref.tar)
+    recorded = table_metadata(table).get("tar_size")
+    if recorded != str(len(tar)):
+        raise PairmillError(
+            expected=f"{recorded} bytes in {ref.tar}",
+            found=f"{len(tar)} bytes",
+            remedy=f"delete {ref.table} and {ref.tar}, then run the same command again; the shard is made anew",
+        )
+    return Shard(ref, table, tar)

@@ -1,0 +1,146 @@
+"""Where shards and tables lie: a local folder or any fsspec URL. A write lands whole or not at all.
+
+On local disk a write goes to a temporary name in the same folder, is fsynced and renamed; on an object
+store the put is atomic by itself. Existence is therefore completion, and "resume" is `has`.
+"""
+
+import contextlib
+import errno
+import io
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pairs.errors import PairmillError
+
+TEMPORARY = ".tmp-"
+
+
+class Store:
+    """Files below one root. Paths are relative, with forward slashes."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = str(root).rstrip("/")
+        self.fs, self._base = fsspec.core.url_to_fs(self.root)
+        self.local = Path(self._base) if isinstance(self.fs, fsspec.implementations.local.LocalFileSystem) else None
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Store, (self.root,)
+
+    def full(self, path: str) -> str:
+        if path.startswith("/") or ".." in path.split("/"):
+            raise PairmillError(
+                expected="a path inside the workspace", found=path, remedy="remove '..' and leading slashes"
+            )
+        return f"{self._base}/{path}" if path else self._base
+
+    def has(self, path: str) -> bool:
+        return bool(self.fs.isfile(self.full(path)))
+
+    def read(self, path: str, start: int = 0, size: int | None = None) -> bytes:
+        """The file's bytes, or the `size` bytes from `start` (one range request)."""
+        if start == 0 and size is None:
+            return bytes(self.fs.cat_file(self.full(path)))
+        return bytes(self.fs.cat_file(self.full(path), start=start, end=None if size is None else start + size))
+
+    def size(self, path: str) -> int:
+        return int(self.fs.size(self.full(path)))
+
+    def write(self, path: str, data: bytes | str) -> None:
+        with self.writing(path) as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+
+    @contextlib.contextmanager
+    def writing(self, path: str) -> Iterator[io.BufferedWriter]:
+        """A binary file that becomes `path` when the block ends without an error."""
+        target = self.full(path)
+        folder = Path(target).parent if self.local else None
+        try:
+            if folder:
+                folder.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=TEMPORARY, dir=folder)
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    yield file
+                    file.flush()
+                    os.fsync(file.fileno())
+                self._publish(name, target)
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise _no_space(target) from error
+            raise
+
+    def _publish(self, temporary: str, target: str) -> None:
+        if self.local:
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, target)
+            directory = os.open(os.path.dirname(target), os.O_RDONLY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+        else:
+            self.fs.put_file(temporary, target)
+
+    def list(self, prefix: str, suffix: str = "") -> list[str]:
+        """Sorted relative paths of the files below `prefix`, unfinished ones left out."""
+        found = self.fs.find(self.full(prefix)) if self.fs.exists(self.full(prefix)) else []
+        names = (name.removeprefix(self._base).lstrip("/") for name in found)
+        return sorted(n for n in names if n.endswith(suffix) and TEMPORARY not in n)
+
+    def folders(self, prefix: str) -> list[str]:
+        """Sorted names of the folders directly below `prefix`."""
+        if not self.fs.isdir(self.full(prefix)):
+            return []
+        entries = self.fs.ls(self.full(prefix), detail=True)
+        return sorted(e["name"].rstrip("/").rsplit("/", 1)[-1] for e in entries if e["type"] == "directory")
+
+    def delete(self, path: str, recursive: bool = False) -> None:
+        if self.fs.exists(self.full(path)):
+            self.fs.rm(self.full(path), recursive=recursive)
+
+    def sweep(self) -> int:
+        """Removes what killed writers left behind; called by whoever holds the lock. Returns the count."""
+        if not self.local:
+            return 0
+        left = list(self.local.rglob(f"{TEMPORARY}*"))
+        for path in left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        return len(left)
+
+    def read_table(self, path: str, columns: list[str] | None = None) -> pa.Table:
+        try:
+            return pq.read_table(io.BytesIO(self.read(path)), columns=columns)
+        except pa.ArrowInvalid as error:
+            raise PairmillError(
+                expected=f"a Parquet table at {path}", found=str(error), remedy="run `pairmill verify` on the workspace"
+            ) from error
+
+    def write_table(self, path: str, table: pa.Table, metadata: dict[str, str] | None = None) -> None:
+        """Writes Parquet with reproducible bytes; `metadata` goes into the schema's key-value pairs."""
+        if metadata is not None:
+            table = table.replace_schema_metadata(metadata)
+        with self.writing(path) as file:
+            pq.write_table(table, file, compression="zstd", store_schema=True)
+
+
+def table_metadata(table: pa.Table) -> dict[str, str]:
+    """The key-value pairs that `write_table` stored."""
+    return {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+
+
+def _no_space(target: str) -> PairmillError:
+    return PairmillError(
+        expected=f"room to write {target}",
+        found="no space left on the device; nothing was published",
+        remedy="free some space, then run the same command again: it goes on where it stopped",
+    )
