@@ -50,9 +50,10 @@ def _unknown(path: str, key: str, choices: list[str]) -> PairmillError:
 
 
 def _advice(cls: Any, error: ValidationError, where: str) -> PairmillError:
-    first = error.errors()[0]
+    extras = ("extra_forbidden", "unexpected_keyword_argument")
+    first = min(error.errors(), key=lambda e: e["type"] not in extras)  # a misspelt key explains a missing one
     path = ".".join([where, *(str(part) for part in first["loc"])])
-    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+    if first["type"] in extras:
         holder = _descend(cls, first["loc"][:-1])
         return _unknown(path, str(first["loc"][-1]), setting_names(holder) if holder else [])
     return PairmillError(

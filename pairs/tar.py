@@ -52,7 +52,7 @@ class TarWriter:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._out = _Counting(file)
-        self._tar = tarfile.open(fileobj=self._out, mode="w", format=tarfile.USTAR_FORMAT)  # type: ignore[call-overload]
+        self._tar = tarfile.open(fileobj=self._out, mode="w", format=tarfile.USTAR_FORMAT)  # type: ignore[call-overload]  # noqa: SIM115
         self.size, self.sha256 = 0, ""
 
     def add(self, key: str, ext: str, data: bytes) -> Member:

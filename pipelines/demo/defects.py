@@ -69,7 +69,9 @@ def icon(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def broken(rng: np.random.Generator) -> bytes:
     if rng.random() < 0.5:
-        return b"<!doctype html><html><head><title>Sorry</title></head><body><p>This picture has moved.</p></body></html>"
+        return (
+            b"<!doctype html><html><head><title>Sorry</title></head><body><p>This picture has moved.</p></body></html>"
+        )
     return rng.bytes(int(rng.integers(500, 5000)))
 
 

@@ -30,7 +30,9 @@ def _forms(genders: str, word: str) -> Forms:
     return dict(zip(genders, forms * len(genders) if len(forms) == 1 else forms, strict=False))
 
 
-def _language(articles: str, kinds: str, colours: str, sizes: str, order: str, templates: tuple[str, str, str]) -> Language:
+def _language(
+    articles: str, kinds: str, colours: str, sizes: str, order: str, templates: tuple[str, str, str]
+) -> Language:
     genders = "mfn" if articles.count("/") == 2 else "mf"
     nouns = [(noun, gender) for noun, gender in (word.split(":") for word in kinds.split())]
     return Language(

@@ -97,7 +97,9 @@ def _thing(rng: np.random.Generator, kind: str, colour: str, width: int, height:
     shade = rng.normal(0.0, 8.0, 3)
     r, g, b = (int(np.clip(c + s, 0, 255)) for c, s in zip(COLOURS[colour], shade, strict=True))
     angle, stretch = float(rng.uniform(-12, 12)), float(rng.uniform(0.85, 1.15))
-    return Thing(kind, colour, size, round(x, 1), round(y, 1), extent, angle, stretch, bool(rng.random() < 0.5), (r, g, b))
+    return Thing(
+        kind, colour, size, round(x, 1), round(y, 1), extent, angle, stretch, bool(rng.random() < 0.5), (r, g, b)
+    )
 
 
 def _apart(things: tuple[Thing, ...]) -> bool:

@@ -28,7 +28,14 @@ BOILERPLATE = (
     "thumbnail",
     "view full size in a new window",
 )
-FILE_NAMES = ("IMG_{0:04d}.jpg", "DSC{0:05d}.JPG", "P10{0:05d}.jpg", "scan-{0:03d}.png", "image ({1}).webp", "DCIM_{0:04d}")
+FILE_NAMES = (
+    "IMG_{0:04d}.jpg",
+    "DSC{0:05d}.JPG",
+    "P10{0:05d}.jpg",
+    "scan-{0:03d}.png",
+    "image ({1}).webp",
+    "DCIM_{0:04d}",
+)
 SIZE_WORDS = {"large": ("large", "big"), "small": ("small", "little")}
 TO = {"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"}
 
