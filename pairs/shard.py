@@ -14,7 +14,7 @@ from pairs.errors import PairmillError
 from pairs.store import Store, table_metadata
 from pairs.tar import Member, TarWriter
 
-JSON_FIELDS = ("uid", "url_key", "url", "texts", "page", "license", "source_uid", "sha256", "exif")
+JSON_FIELDS: tuple[str, ...] = ("uid", "url_key", "url", "texts", "page", "license", "source_uid", "sha256", "exif")
 JSON_FIELDS += ("width", "height", "original_width", "original_height", "source", "increment")
 MEMBERS = ("image", "text", "json")
 
@@ -51,7 +51,7 @@ class ShardRef:
 def list_shards(store: Store, prefix: str) -> list[ShardRef]:
     """The complete shards below `prefix`, in order of group, increment and index."""
     refs = []
-    for path in store.list(prefix, ".parquet"):
+    for path in store.files(prefix, ".parquet"):
         folder, _, name = path.rpartition("/")
         refs.append(ShardRef(folder, int(name.removesuffix(".parquet"))))
     return sorted(refs)

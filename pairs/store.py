@@ -91,7 +91,7 @@ class Store:
         else:
             self.fs.put_file(temporary, target)
 
-    def list(self, prefix: str, suffix: str = "") -> list[str]:
+    def files(self, prefix: str, suffix: str = "") -> list[str]:
         """Sorted relative paths of the files below `prefix`, unfinished ones left out."""
         found = self.fs.find(self.full(prefix)) if self.fs.exists(self.full(prefix)) else []
         names = (name.removeprefix(self._base).lstrip("/") for name in found)

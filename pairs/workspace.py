@@ -88,7 +88,7 @@ class Workspace:
 
     def increments(self, source: str) -> list[str]:
         """Names of the source's increments whose candidates are cut, in order."""
-        paths = self.store.list(f"candidates/{source}", "part-00000.parquet")
+        paths = self.store.files(f"candidates/{source}", "part-00000.parquet")
         return [path.split("/")[2] for path in paths]
 
     def pair_shards(self, source: str, fingerprint: str) -> list[ShardRef]:
