@@ -1,0 +1,145 @@
+"""What a filter and a reducer are: measurements of pairs that declare what they need and which columns they make.
+
+Neither decides anything: thresholds belong to the selection. A filter is row-local: a pair's values depend on
+that pair alone (never on its batch-mates, the worker or the order), so tables can be made shard by shard, anywhere.
+A reducer sees the columns of all shards. Both are frozen dataclasses whose fields are their settings; they stay
+small and picklable, so a loaded model lives in a per-process cache of its module (`functools.cache` keyed by
+path and content hash), never in a field.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+
+from pairs.fingerprint import fingerprint
+from pairs.schemas import PAIRS
+
+PIXELS = "pixels"
+CORPUS = ("uid", "source", "increment", "trusted")  # what every reducer gets besides what it needs
+
+Values: TypeAlias = Sequence[Any] | np.ndarray | pa.Array
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some pairs of one shard, in the shard's order.
+
+    `columns` holds what the filter needs by name, one value per pair: `text` is str or None, `texts` a list of dicts
+    (text, kind, language), `filter.column` that filter's value. `pixels` are HxWx3 uint8 RGB arrays, None where
+    an image doesn't decode. Forgotten pairs never reach a filter.
+    """
+
+    uids: list[str]
+    columns: Mapping[str, list[Any]]
+    pixels: list[np.ndarray | None] = dataclasses.field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.uids)
+
+    def __getitem__(self, name: str) -> list[Any]:
+        return self.columns[name]
+
+    def take(self, rows: Sequence[int]) -> "Batch":
+        """The pairs at `rows`."""
+        columns = {name: [values[i] for i in rows] for name, values in self.columns.items()}
+        return Batch([self.uids[i] for i in rows], columns, [self.pixels[i] for i in rows] if self.pixels else [])
+
+
+class Measurement:
+    """What filters and reducers share. A subclass sets `needs` and `columns` as plain class attributes, or as
+    properties where they depend on its settings."""
+
+    version: ClassVar[int] = 1  # raise it when the same input would give another output
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Fields of `pairs.schemas.PAIRS`, "pixels" (filters only), or "filter.column"."""
+        raise NotImplementedError
+
+    @property
+    def columns(self) -> Mapping[str, pa.DataType]:
+        """The columns made, by name, with their Arrow types. Any of them may hold nulls."""
+        raise NotImplementedError
+
+    def weights(self) -> dict[str, str]:
+        """Content hashes of what is loaded, by setting name; they enter the fingerprint in the settings' place."""
+        return {}
+
+
+class Filter(Measurement):
+    """A row-local measurement: pairs, or other filters' columns, to score columns."""
+
+    @property
+    def batch_size(self) -> int:
+        """Pairs per call of `score`, at most; a batch never crosses a shard."""
+        return 256
+
+    @property
+    def dtype(self) -> str:
+        """The precision that the model computes in; empty where there is none."""
+        return ""
+
+    def score(self, batch: Batch) -> Mapping[str, Values]:
+        """One value per pair and column; None (or NaN) for what can't be measured."""
+        raise NotImplementedError
+
+
+class Reducer(Measurement):
+    """A corpus-wide measurement. It gives groups and counts, not verdicts."""
+
+    def reduce(self, existing: pa.Table, new: pa.Table) -> pa.Table:
+        """The columns of the `new` rows, in their order.
+
+        Both tables hold `CORPUS` and what is needed; `existing` also holds this reducer's own earlier columns.
+        Rows of `existing` have had their answer: nothing that `new` brings changes it.
+        """
+        raise NotImplementedError
+
+    def query(self, corpus: pa.Table, queries: pa.Table, exclude: Sequence[str | None]) -> pa.Table:
+        """What the columns of the `queries` would be, each asked alone against `corpus` (which has this reducer's
+        columns) without the row whose uid is at the query's place in `exclude`. Changes nothing; for canaries."""
+        raise NotImplementedError
+
+
+def settings_of(measurement: Measurement) -> dict[str, Any]:
+    """The fields of a filter or reducer, by name."""
+    if not dataclasses.is_dataclass(measurement):
+        return {}
+    return {field.name: getattr(measurement, field.name) for field in dataclasses.fields(measurement)}
+
+
+def fingerprint_of(name: str, measurement: Measurement, needed: Mapping[str, str]) -> str:
+    """12 hex digits that change with whatever may change the values.
+
+    `needed` holds the fingerprints of the filters (or reducers) whose columns are read, by their names. Settings
+    that name weights are left out: the hash of the content stands for them.
+    """
+    weights = measurement.weights()
+    parts: dict[str, object] = {
+        "name": name,
+        "version": measurement.version,
+        "settings": {key: value for key, value in settings_of(measurement).items() if key not in weights},
+        "weights": weights,
+        "needed": dict(needed),
+    }
+    if isinstance(measurement, Filter):
+        parts |= {"batch_size": measurement.batch_size, "dtype": measurement.dtype}
+    return fingerprint(parts)
+
+
+def needed_filters(measurement: Measurement) -> list[str]:
+    """Names of the filters whose columns are needed: `clip` for "clip.cosine"; sorted, each once."""
+    return sorted({need.partition(".")[0] for need in measurement.needs if "." in need})
+
+
+def pair_fields(measurement: Measurement) -> list[str]:
+    """The needed columns of the pair table. Whatever is neither that, pixels nor "filter.column" is a bug of the
+    filter's author."""
+    fields = [need for need in measurement.needs if "." not in need and need != PIXELS]
+    unknown = [field for field in fields if field not in PAIRS.names]
+    assert not unknown, f"{type(measurement).__name__} needs {unknown[0]!r}, which no pair table has"
+    return fields
