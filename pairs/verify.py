@@ -1,0 +1,155 @@
+"""Checks a workspace against its own promises: every tar, table, offset, hash and count.
+
+Reads each tar once, in a stream of one shard at a time. A problem names the file and what is wrong; a
+tar without a table is what a killed writer leaves, harmless, and counted as unfinished.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from pairs.errors import PairmillError
+from pairs.fingerprint import content_hash
+from pairs.identity import make_uid, sha256_hex
+from pairs.schemas import CANDIDATES, LEDGER, PAIRS, SELECTION, TRAINING
+from pairs.shard import MEMBERS, ShardRef, list_shards
+from pairs.store import Store, table_metadata
+from pairs.tar import Member, read_members
+from pairs.workspace import Workspace
+
+SHARDED = {"pairs": PAIRS, "shards": TRAINING, "canaries": PAIRS}
+ALIGNED = ("scores", "selections")
+
+
+@dataclass
+class Verdict:
+    """What `verify` found: counts of what was checked, and problems as (path, what is wrong)."""
+
+    checked: dict[str, int] = field(default_factory=dict)
+    unfinished: list[str] = field(default_factory=list)
+    problems: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def count(self, what: str, number: int = 1) -> None:
+        self.checked[what] = self.checked.get(what, 0) + number
+
+
+def verify(workspace: Workspace, progress: Callable[[str], None] = lambda _: None) -> Verdict:
+    """Checks everything below `workspace` that has a promise to keep."""
+    verdict, store = Verdict(), workspace.store
+    for kind, schema in SHARDED.items():
+        for ref in list_shards(store, kind):
+            progress(ref.tar)
+            _guarded(verdict, ref.table, lambda r=ref, s=schema, k=kind: _check_shard(verdict, store, r, s, k))  # type: ignore[misc]
+        tables = {path.removesuffix(".parquet") for path in store.files(kind, ".parquet")}
+        verdict.unfinished += [t for t in store.files(kind, ".tar") if t.removesuffix(".tar") not in tables]
+    for kind in ALIGNED:
+        for path in store.files(kind, ".parquet"):
+            progress(path)
+            _guarded(verdict, path, lambda p=path: _check_aligned(verdict, store, p))  # type: ignore[misc]
+    for path in store.files("candidates", ".parquet"):
+        progress(path)
+        _guarded(verdict, path, lambda p=path: _check_candidates(verdict, store, p))  # type: ignore[misc]
+    _check_models(verdict, store)
+    return verdict
+
+
+def _guarded(verdict: Verdict, path: str, check: Callable[[], Iterator[str]]) -> None:
+    try:
+        verdict.problems += [(path, problem) for problem in check()]
+    except (PairmillError, OSError, KeyError, pa.ArrowException) as error:
+        verdict.problems.append((path, " ".join(str(error).split())))
+
+
+def _check_shard(verdict: Verdict, store: Store, ref: ShardRef, schema: pa.Schema, kind: str) -> Iterator[str]:
+    table = store.read_table(ref.table)
+    meta = table_metadata(table)
+    if not table.schema.equals(schema, check_metadata=False):
+        yield "its columns aren't those of its kind"
+        return
+    if meta.get("rows") != str(table.num_rows):
+        yield f"{table.num_rows} rows where {meta.get('rows')} were recorded"
+    if not store.has(ref.tar):
+        yield f"{ref.tar} is missing"
+        return
+    data = store.read(ref.tar)
+    verdict.count("tars")
+    verdict.count(f"rows in {kind}", table.num_rows)
+    if meta.get("tar_size") != str(len(data)) or meta.get("tar_sha256") != sha256_hex(data):
+        yield f"{ref.tar} isn't the tar that was recorded (size or sha256)"
+    yield from _check_members(table, data, ref, kind)
+
+
+def _check_members(table: pa.Table, data: bytes, ref: ShardRef, kind: str) -> Iterator[str]:
+    found = {(m.key, m.offset): m for m in read_members(data, ref.tar)}
+    living = [row for row in table.to_pylist() if row["status"] == "ok"]
+    if len(found) != len(MEMBERS) * len(living):
+        yield f"{len(found)} members in {ref.tar} for {len(living)} living rows"
+    for row in living:
+        members = [found.get((row["uid"], row[f"{name}_offset"])) for name in MEMBERS]
+        if any(m is None or m.size != row[f"{n}_size"] for m, n in zip(members, MEMBERS, strict=True)):
+            yield f"{row['uid']}: an offset or a size isn't the member's"
+            continue
+        yield from _check_row(row, [m for m in members if m], data, kind)
+
+
+def _check_row(row: dict[str, object], members: list[Member], data: bytes, kind: str) -> Iterator[str]:
+    _, text, facts = (data[m.offset : m.offset + m.size] for m in members)
+    if text.decode("utf-8", "replace") != (row["text"] or ""):
+        yield f"{row['uid']}: the text in the tar isn't the table's"
+    if json.loads(facts).get("uid") != row["uid"] or row["key"] != row["uid"]:
+        yield f"{row['uid']}: the key or the JSON names another pair"
+    if kind == "pairs" and make_uid(str(row["url_key"]), str(row["sha256"])) != row["uid"]:
+        yield f"{row['uid']}: the uid isn't the hash of its url_key and sha256"
+
+
+def _check_aligned(verdict: Verdict, store: Store, path: str) -> Iterator[str]:
+    """A score or selection table against the shard that it mirrors."""
+    tail = path.split("/", 2)[2]
+    base = next((f"{kind}/{tail}" for kind in ("pairs", "canaries") if store.has(f"{kind}/{tail}")), None)
+    table = store.read_table(path)
+    verdict.count(f"tables in {path.split('/')[0]}")
+    if base is None:
+        yield f"no shard pairs/{tail} that it belongs to"
+        return
+    if not table["uid"].equals(store.read_table(base, ["uid"])["uid"]):
+        yield f"its uids aren't those of {base}, row by row"
+    if path.startswith("selections/") and not table.schema.equals(SELECTION, check_metadata=False):
+        yield "its columns aren't those of a selection"
+
+
+def _check_candidates(verdict: Verdict, store: Store, path: str) -> Iterator[str]:
+    _, source, increment, _ = path.split("/")
+    table = store.read_table(path)
+    keys = table["url_key"].to_pylist()
+    verdict.count("candidates", len(keys))
+    if not table.schema.equals(CANDIDATES, check_metadata=False):
+        yield "its columns aren't those of candidates"
+    if keys != sorted(set(keys)):
+        yield "its url_keys aren't sorted and unique"
+    parts = [store.read_table(p) for p in store.files(f"ledger/{source}/{increment}", ".parquet")]
+    if not parts:
+        return
+    ledger = pa.concat_tables(parts)
+    tried = ledger["url_key"].to_pylist()
+    verdict.count("ledger rows", len(tried))
+    if not ledger.schema.equals(LEDGER, check_metadata=False):
+        yield f"ledger/{source}/{increment}: its columns aren't those of a ledger"
+    if len(tried) != len(set(tried)) or not set(tried) <= set(keys):
+        yield f"ledger/{source}/{increment}: a candidate has two rows, or a row has no candidate"
+
+
+def _check_models(verdict: Verdict, store: Store) -> None:
+    if not store.local:
+        return
+    for name in store.folders("models"):
+        if len(name) != 64:
+            continue
+        verdict.count("models")
+        if content_hash(store.local / "models" / name) != name:
+            verdict.problems.append((f"models/{name}", "its content isn't what its name says"))
