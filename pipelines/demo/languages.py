@@ -49,6 +49,10 @@ def _german(stems: str) -> str:
     return " ".join(f"{stem}er/{stem}e/{stem}es" for stem in stems.split())
 
 
+def _dutch(words: str) -> str:
+    return " ".join(f"{word}e/{word}e/{word}" for word in words.split())
+
+
 # The order of the words is that of KINDS, COLOURS and SIZES:
 # house tree fish boat car flower cup star umbrella key; red orange yellow green blue purple pink black; large small.
 LANGUAGES: dict[str, Language] = {
@@ -87,7 +91,7 @@ LANGUAGES: dict[str, Language] = {
     "nl": _language(
         "een/een/een",
         "huis:n boom:m vis:m boot:m auto:m bloem:f kop:m ster:f paraplu:m sleutel:m",
-        "rode/rode/rood oranje gele/gele/geel groene/groene/groen blauwe/blauwe/blauw paarse/paarse/paars roze zwarte/zwarte/zwart",
+        f"rode/rode/rood oranje gele/gele/geel {_dutch('groen blauw paars')} roze {_dutch('zwart')}",
         "grote/grote/groot kleine/kleine/klein",
         "{article} {size} {colour} {noun}",
         ("op deze afbeelding is {} te zien", "links staat {} en rechts {}", "boven staat {} en daaronder {}"),

@@ -76,8 +76,8 @@ def relation_of(a: Thing, b: Thing) -> str | None:
 
 def sample(rng: np.random.Generator, only: tuple[str, str] | None = None) -> Scene:
     """A random scene; `only` = (colour, kind) asks for that single thing."""
-    shorter = int(round(float(np.exp(rng.uniform(*np.log(SHORTER_SIDE_PX))))))
-    longer = int(round(shorter * 2.0 ** float(rng.random() ** 2)))  # aspects up to 2, half of them below 1.2
+    shorter = round(float(np.exp(rng.uniform(*np.log(SHORTER_SIDE_PX)))))
+    longer = round(shorter * 2.0 ** float(rng.random() ** 2))  # aspects up to 2, half of them below 1.2
     width, height = (shorter, longer) if rng.random() < 0.5 else (longer, shorter)
     count = 1 if only else int(rng.choice([1, 2, 3], p=[0.45, 0.40, 0.15]))
     kinds = [only[1]] if only else [KINDS[i] for i in rng.permutation(len(KINDS))[:count]]
