@@ -1,0 +1,192 @@
+"""The command line. Every command says what it did, prints advice instead of a traceback for a user's mistake,
+and exits with 0 only when the work is done (2: a mistake or a gate; 1: a bug of ours or a failure; 130: interrupted).
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console as Rich
+
+from pairs.errors import PairmillError
+from pairs.recipe import load_recipe
+from pairs.workspace import Workspace
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="From web pages to a pretrained vision-language model, and back into the next round's data filter.",
+)
+_err = Rich(stderr=True, highlight=False)
+
+RecipeArg = Annotated[Path, typer.Argument(help="A recipe: one YAML file that states one run (see recipes/).")]
+SpaceArg = Annotated[str, typer.Argument(help="A workspace: a folder or an fsspec URL.")]
+SpaceOpt = Annotated[str | None, typer.Option("--workspace", help="Where results lie. Default: workspace/<name>.")]
+EngineOpt = Annotated[str | None, typer.Option("--engine", help="ray, or inline: this process alone, same results.")]
+NewOpt = Annotated[bool, typer.Option("--new", help="Look for what is new in the sources: the next increment.")]
+CalOpt = Annotated[bool, typer.Option("--recalibrate", help="Find thresholds anew instead of reusing pinned ones.")]
+JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, nothing else.")]
+
+
+def _run(until: str, recipe: Path, workspace: str | None, engine: str | None, new: bool, cal: bool, js: bool) -> None:
+    from pipelines.prefect_server import orchestration
+
+    if engine not in (None, "ray", "inline"):
+        raise PairmillError(expected="--engine ray or inline", found=engine, remedy="leave it out for the recipe's own")
+    spec = load_recipe(recipe)  # a mistake in the recipe is told before any server starts
+    root = workspace or f"workspace/{spec.name}"
+    space = Workspace.open(root, create=True)
+    home = (space.store.local or Path.home() / ".cache" / "pairmill") / "prefect"
+    with orchestration(home):
+        from pipelines.flywheel import flywheel
+
+        result = flywheel(str(recipe), root, engine, until, new, cal, js)
+    _tell(result, js)
+
+
+def _tell(result: dict[str, Any], js: bool) -> None:
+    if js:
+        print(json.dumps(result, default=str))
+        return
+    if result.get("reused"):
+        _err.print(f"reused: {', '.join(result['reused'])}", markup=False)
+    if result.get("report"):
+        _err.print(f"report: {result['report']}", markup=False)
+
+
+def _command(until: str, summary: str) -> None:
+    def command(
+        recipe: RecipeArg,
+        workspace: SpaceOpt = None,
+        engine: EngineOpt = None,
+        new: NewOpt = False,
+        recalibrate: CalOpt = False,
+        json: JsonOpt = False,
+    ) -> None:
+        _run(until, recipe, workspace, engine, new, recalibrate, json)
+
+    app.command(name="run" if until == "all" else until, help=summary)(command)
+
+
+_command("all", "Run a recipe: all its rounds, to the report. Whatever is done already is reused.")
+_command("crawl", "Run a recipe up to its candidates (URLs with their texts).")
+_command("fetch", "Run a recipe up to its pairs (images, in shards).")
+_command("curate", "Run a recipe up to its first selection, with a report on it.")
+_command("pretrain", "Run a recipe up to its trained models; whatever upstream is missing comes first.")
+_command("evaluate", "Run a recipe up to the evaluation of its models.")
+_command("report", "Run a recipe to its report, reusing what is done.")
+
+
+@app.command()
+def demo(
+    workspace: SpaceOpt = None,
+    seed: Annotated[int, typer.Option(help="Another seed draws another web.")] = 7,
+    noise: Annotated[float, typer.Option(help="Share of ordinary pairs whose texts are swapped.")] = 0.3,
+    recipe: Annotated[Path, typer.Option(help="The recipe that is run.")] = Path("recipes/demo.yaml"),
+    engine: EngineOpt = None,
+) -> None:
+    """Draw the demo web, serve it on loopback, and run the whole flywheel on it."""
+    from pipelines.demo.run import run_demo
+
+    run_demo(recipe, workspace, seed, noise, lambda root: _run("all", recipe, root, engine, False, False, False))
+
+
+@app.command("demo-web")
+def demo_web(
+    directory: Annotated[Path, typer.Argument(help="Where the web is written.")],
+    seed: Annotated[int, typer.Option()] = 7,
+    noise: Annotated[float, typer.Option(help="Share of ordinary pairs whose texts are swapped, in [0, 1].")] = 0.3,
+    scenes: Annotated[int, typer.Option(help="Scenes on the pages.")] = 2400,
+    trusted: Annotated[int, typer.Option(help="Scenes of the trusted folder.")] = 900,
+    port: Annotated[int, typer.Option(help="Port that its links name.")] = 8765,
+    serve: Annotated[bool, typer.Option("--serve", help="Serve it until interrupted.")] = False,
+) -> None:
+    """Write a small web with known defects and its ground truth; with --serve, serve it on loopback."""
+    from pipelines.demo.server import serve as serve_web
+    from pipelines.demo.web import make_web
+
+    if not directory.joinpath("www").exists():
+        make_web(directory, seed=seed, noise=noise, scenes=scenes, trusted=trusted, port=port)
+    _err.print(f"demo web in {directory}, seed page http://127.0.0.11:{port}/", markup=False)
+    if serve:
+        serve_web(directory, port)
+
+
+@app.command()
+def deploy(
+    recipe: RecipeArg,
+    workspace: SpaceOpt = None,
+    cron: Annotated[str, typer.Option(help="When to run, as cron has it.")] = "0 3 * * *",
+    port: Annotated[int, typer.Option(help="Port of the local orchestration server and its UI.")] = 4200,
+) -> None:
+    """Serve a schedule in the foreground: each run adds only what is new, and never overlaps another."""
+    from pipelines.prefect_server import orchestration
+
+    spec = load_recipe(recipe)
+    root = workspace or f"workspace/{spec.name}"
+    space = Workspace.open(root, create=True)
+    home = (space.store.local or Path.home() / ".cache" / "pairmill") / "prefect"
+    with orchestration(home, port) as url:
+        from pipelines.deployment import serve_schedule
+
+        _err.print(f"schedule {cron!r} of {spec.name}; UI at {url.removesuffix('/api')}", markup=False)
+        serve_schedule(recipe.resolve(), str(Path(root).resolve()) if space.store.local else root, spec.name, cron)
+
+
+@app.command()
+def verify(workspace: SpaceArg, json: JsonOpt = False) -> None:
+    """Check every tar, table, offset, hash and count of a workspace, and name what is wrong."""
+    from pipelines.inspection import tell_verdict
+
+    raise typer.Exit(tell_verdict(Workspace.open(workspace), json))
+
+
+@app.command()
+def trace(
+    uid: Annotated[str, typer.Argument(help="A pair's uid, or its first digits.")],
+    workspace: Annotated[str, typer.Option("--workspace", help="The workspace to look in.")],
+    json: JsonOpt = False,
+) -> None:
+    """Print a pair's whole way: page, texts, fetch, scores, rules, and the training steps that consumed it."""
+    from pipelines.inspection import tell_trace
+
+    tell_trace(Workspace.open(workspace), uid, json)
+
+
+@app.command("ls")
+def list_(workspace: SpaceArg, json: JsonOpt = False) -> None:
+    """List what a workspace holds: sources, increments, shards, scores, selections, models, runs."""
+    from pipelines.inspection import tell_contents
+
+    tell_contents(Workspace.open(workspace), json)
+
+
+@app.command()
+def status(workspace: SpaceArg, json: JsonOpt = False) -> None:
+    """Say what is done, what runs, what failed, and how to go on."""
+    from pipelines.inspection import tell_status
+
+    tell_status(Workspace.open(workspace), json)
+
+
+def main() -> None:
+    """The entry point of `pairmill`."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    try:
+        app()
+    except PairmillError as error:
+        _err.print(f"pairmill: {error}", markup=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _err.print("interrupted; the same command goes on where it stopped")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""The orchestration server that a run reports to: the team's (`PREFECT_API_URL`), or a dedicated local one.
+
+The local one keeps its SQLite database in the workspace (`prefect/`), listens on loopback, starts in some seconds and
+ends with the run. Prefect's ephemeral server isn't used: it loses task-run records at exit.
+"""
+
+import contextlib
+import os
+import socket
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from pairs.errors import PairmillError
+from pairs.process import child
+
+QUIET = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_LOGGING_LEVEL": os.environ.get("PREFECT_LOGGING_LEVEL", "WARNING"),
+    "NO_ALBUMENTATIONS_UPDATE": "1",
+}
+START_S = 90.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def orchestration(home: Path, port: int | None = None) -> Iterator[str]:
+    """The API's address while the block lasts; also set in this process's environment, for Prefect to read.
+    Call it before Prefect is imported."""
+    os.environ.update(QUIET)
+    if url := os.environ.get("PREFECT_API_URL"):
+        yield url
+        return
+    home.mkdir(parents=True, exist_ok=True)
+    port = port or free_port()
+    url = f"http://127.0.0.1:{port}/api"
+    ours = {
+        "PREFECT_HOME": str(home.resolve()),
+        "PREFECT_API_URL": url,
+        "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home.resolve()}/prefect.db",
+    }
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    with (
+        (home / "server.log").open("ab") as log,
+        child(command, environment=QUIET | ours, stdout=log, stderr=log) as process,
+    ):
+        _wait(url, process.poll, home / "server.log")
+        os.environ.update(ours)
+        try:
+            yield url
+        finally:
+            for name in ours:
+                os.environ.pop(name, None)
+
+
+def _wait(url: str, ended: object, log: Path) -> None:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
+            if answer.status == 200:
+                return
+        if callable(ended) and ended() is not None:
+            break
+        time.sleep(0.1)
+    tail = log.read_text(errors="replace")[-400:] if log.exists() else ""
+    raise PairmillError(
+        expected=f"Prefect's server at {url} within {START_S:.0f} s",
+        found=" ".join(tail.split()) or "no answer",
+        remedy=f"read {log}, or name a running server with PREFECT_API_URL",
+    )
