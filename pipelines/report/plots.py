@@ -1,0 +1,91 @@
+"""Plots as SVG text (matplotlib, no display), small enough to stand inside the report."""
+
+import io
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+INK, SOFT, MARK = "#21506e", "#9cc3d9", "#c4462d"
+plt.rcParams.update(
+    {
+        "svg.hashsalt": "pairmill",
+        "svg.fonttype": "none",
+        "font.size": 8,
+        "font.family": "sans-serif",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+)
+
+
+def _svg(figure: Figure) -> str:
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None}, bbox_inches="tight")
+    plt.close(figure)
+    return out.getvalue()[out.getvalue().index("<svg") :]
+
+
+def histogram(facts: dict[str, Any]) -> str:
+    """A score's histogram: all scored web pairs, trusted ones as a line, its threshold if it has one."""
+    figure, axes = plt.subplots(figsize=(3.4, 1.7))
+    edges, counts = facts["edges"], facts["counts"]
+    widths = [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    axes.bar(edges[:-1], counts, width=widths, align="edge", color=SOFT, label="web")
+    if any(facts.get("trusted_counts", [])):
+        axes.stairs(facts["trusted_counts"], edges, color=INK, label="trusted")
+        axes.legend(frameon=False, fontsize=7)
+    for threshold in facts.get("thresholds", []):
+        axes.axvline(threshold, color=MARK, linewidth=1.2)
+    axes.set_title(facts["column"], loc="left", fontsize=8)
+    return _svg(figure)
+
+
+def funnel(steps: list[dict[str, Any]]) -> str:
+    """How many are left after each step, as bars from the top."""
+    figure, axes = plt.subplots(figsize=(6.4, 0.24 * len(steps) + 0.4))
+    left = [step["left"] for step in steps]
+    axes.barh(range(len(steps)), left, color=SOFT)
+    for row, count in enumerate(left):
+        axes.text(count, row, f" {count:,}", va="center", fontsize=7)
+    axes.set_yticks(range(len(steps)), [step["step"][:48] for step in steps])
+    axes.invert_yaxis()
+    axes.xaxis.set_visible(False)
+    axes.spines["bottom"].set_visible(False)
+    return _svg(figure)
+
+
+def curves(rounds: list[dict[str, Any]]) -> str:
+    """The training loss of each round over its steps."""
+    figure, axes = plt.subplots(figsize=(4.6, 2.0))
+    for round_ in rounds:
+        points = (round_.get("training") or {}).get("loss", [])
+        if points:
+            axes.plot(*zip(*points, strict=True), linewidth=1, label=f"round {round_['round']}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.legend(frameon=False, fontsize=7)
+    return _svg(figure)
+
+
+def by_round(rows: list[dict[str, Any]]) -> str:
+    """Each figure of the evaluation by round, with its interval and the level of chance."""
+    names = list(dict.fromkeys(row["figure"] for row in rows))
+    figure, axes = plt.subplots(1, len(names), figsize=(2.1 * len(names), 1.9), squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        mine = [row for row in rows if row["figure"] == name]
+        places = range(len(mine))
+        values = [row["value"] for row in mine]
+        spread = [[v - r["low"] for v, r in zip(values, mine, strict=True)]]
+        spread.append([r["high"] - v for v, r in zip(values, mine, strict=True)])
+        axis.errorbar(places, values, yerr=spread, fmt="o", color=INK, capsize=3, markersize=4)
+        axis.axhline(mine[0]["chance"], color=MARK, linewidth=0.8, linestyle=":")
+        axis.set_xticks(places, [row["model"] for row in mine], fontsize=6)
+        axis.set_ylim(0, 1)
+        axis.margins(x=0.4)
+        axis.set_title(name, loc="left", fontsize=8)
+    figure.tight_layout()
+    return _svg(figure)
