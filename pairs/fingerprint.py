@@ -9,6 +9,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from pairs.errors import PairmillError
+
 LENGTH = 12
 
 
@@ -27,13 +29,27 @@ def _plain(value: object) -> object:
 
 
 def content_hash(path: Path) -> str:
-    """sha256 over a file's bytes, or over the sorted relative names and hashes of a folder's files."""
+    """sha256 over a file's bytes, or over the sorted relative names and hashes of a folder's files.
+
+    A link counts as the file it leads to (a model hub's cache is made of links). What can't be hashed is an
+    error, never an empty hash: a link to a folder or to nothing, and a path where nothing is.
+    """
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+    if not path.is_dir():
+        raise PairmillError(expected=f"a file or a folder at {path}", found="neither", remedy="check this path")
     lines = [
-        f"{item.relative_to(path).as_posix()} {content_hash(item)}"
-        for item in sorted(path.rglob("*"))
-        if item.is_file() and not item.is_symlink()
+        f"{item.relative_to(path).as_posix()}\0{content_hash(item)}" for item in sorted(path.rglob("*")) if _leaf(item)
     ]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return hashlib.sha256("\0".join(lines).encode()).hexdigest()
+
+
+def _leaf(item: Path) -> bool:
+    if item.is_symlink() and not item.is_file():
+        raise PairmillError(
+            expected=f"files, folders and links to files in {item.parent}",
+            found=f"{item.name}, a link to {item.readlink()}",
+            remedy="copy what it leads to into its place",
+        )
+    return not item.is_dir()

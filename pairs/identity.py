@@ -25,8 +25,13 @@ def sha256_hex(data: bytes | memoryview) -> str:
 
 def canonical_url(url: str) -> str:
     """The form under which two spellings of one address meet: host in lower case, default port and
-    fragment dropped, percent-encoding normalised, query sorted."""
-    canonical = canonicalize_url(url.strip())
+    fragment dropped, percent-encoding normalised, query sorted. An address that can't be parsed stands for
+    itself: it becomes a candidate, and its failure is counted like any other."""
+    url = url.strip().encode("utf-8", "replace").decode()
+    try:
+        canonical = canonicalize_url(url)
+    except ValueError:
+        return url
     scheme, _, rest = canonical.partition("://")
     host, slash, path = rest.partition("/")
     default_port = {"http": ":80", "https": ":443"}.get(scheme.lower())
@@ -53,7 +58,7 @@ def make_uid(key: str, original_sha256: str) -> str:
 def unit_hash(*parts: object) -> float:
     """A uniform draw in [0, 1) that depends on `parts` alone (their `str`)."""
     digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
+    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53  # 53 bits: 64 could round up to 1.0
 
 
 def held_out(uid: str) -> bool:

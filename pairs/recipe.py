@@ -5,7 +5,7 @@ of that name on its own floor (`pairs.strict.strict`), before anything runs.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -13,9 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pairs.errors import PairmillError
 from pairs.strict import strict
 
+NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"  # a pattern isn't anchored by itself, and names become folders
+
 
 class Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class SourceSpec(Spec):
@@ -63,12 +65,15 @@ class Rule(Spec):
     @model_validator(mode="after")
     def _one_shape(self) -> "Rule":
         tests = [self.min, self.max, self.equals, self.among, self.top_fraction, self.is_null]
+        given = sum(test is not None for test in tests)
         if self.one_per is not None:
-            if self.column is not None or any(t is not None for t in tests):
+            if self.column is not None or given:
                 raise ValueError("`one_per` stands alone, with `best`")
-        elif self.column is None or all(t is None for t in tests):
+        elif self.best is not None:
+            raise ValueError("`best` belongs to `one_per`")
+        elif self.column is None or not given:
             raise ValueError("a rule names a `column` and one of min, max, equals, among, top_fraction, is_null")
-        elif self.top_fraction is not None and any(t is not None for t in tests if t is not self.top_fraction):
+        elif self.top_fraction is not None and given > 1:
             raise ValueError("`top_fraction` stands alone: write another rule for the rest")
         return self
 
@@ -131,7 +136,8 @@ class PretrainSpec(Spec):
     warmup_steps: int = Field(50, ge=0)
     weight_decay: float = Field(0.1, ge=0)
     max_patches: int = Field(64, ge=1)  # token budget of an image; its aspect stays
-    row_tokens: int = Field(1024, ge=16)  # length of a packed row
+    crop: float = Field(0.1, ge=0, lt=1)  # at most this much of each side is cut away, at random
+    row_tokens: int = Field(0, ge=0)  # a stream of tokens is rounded up to a multiple of this; 0: not at all
     attention: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     checkpoint_every: int = Field(100, ge=1)
@@ -173,8 +179,8 @@ class EvaluateSpec(Spec):
 
 
 class Recipe(Spec):
-    name: str = Field(pattern=r"[a-z0-9][a-z0-9-]{0,63}")
-    sources: dict[str, SourceSpec] = Field(min_length=1)
+    name: str = Field(pattern=NAME)
+    sources: dict[Annotated[str, Field(pattern=NAME)], SourceSpec] = Field(min_length=1)
     fetch: FetchSpec = FetchSpec()
     filters: dict[str, dict[str, Any]] = {}
     reducers: dict[str, dict[str, Any]] = {}
@@ -202,15 +208,27 @@ class Recipe(Spec):
         return [name for name, source in self.sources.items() if source.trusted]
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without repeated keys, of which the last would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        if twice := [key for key in keys if isinstance(key, str) and keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(path: Path) -> Recipe:
     """The recipe in the YAML file at `path`."""
     try:
-        data = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
         raise PairmillError(
-            expected=f"a recipe at {path}", found="no such file", remedy="see recipes/ for some to start from"
+            expected=f"a recipe at {path}",
+            found=(error.strerror or str(error)).lower(),
+            remedy="see recipes/ for some to start from",
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date such as 2024-99-99 raises a ValueError
         raise PairmillError(
             expected=f"YAML in {path}", found=" ".join(str(error).split()), remedy="correct this line"
         ) from None

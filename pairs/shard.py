@@ -48,13 +48,19 @@ class ShardRef:
         return f"{prefix}/{self.group}/{self.increment}/{self.index:05d}.parquet"
 
 
+def shard_at(path: str) -> ShardRef:
+    """The shard whose table is at `path`; another name among them is refused."""
+    folder, _, name = path.removesuffix(".parquet").rpartition("/")
+    if not name.isdecimal() or folder.count("/") < 2:
+        raise PairmillError(
+            expected="a table named like KIND/GROUP/INCREMENT/00000.parquet", found=path, remedy="move it away"
+        )
+    return ShardRef(folder, int(name))
+
+
 def list_shards(store: Store, prefix: str) -> list[ShardRef]:
     """The complete shards below `prefix`, in order of group, increment and index."""
-    refs = []
-    for path in store.files(prefix, ".parquet"):
-        folder, _, name = path.rpartition("/")
-        refs.append(ShardRef(folder, int(name.removesuffix(".parquet"))))
-    return sorted(refs)
+    return sorted(map(shard_at, store.files(prefix, ".parquet")))
 
 
 def write_shard(store: Store, ref: ShardRef, rows: Iterable[tuple[dict[str, object], bytes]], schema: pa.Schema) -> int:
@@ -103,12 +109,12 @@ class Shard:
 def read_shard(store: Store, ref: ShardRef) -> Shard:
     """Reads a shard whole; a tar whose size isn't the recorded one is refused."""
     table = store.read_table(ref.table)
-    tar = store.read(ref.tar)
+    tar = store.read(ref.tar) if store.has(ref.tar) else None
     recorded = table_metadata(table).get("tar_size")
-    if recorded != str(len(tar)):
+    if tar is None or recorded != str(len(tar)):
         raise PairmillError(
             expected=f"{recorded} bytes in {ref.tar}",
-            found=f"{len(tar)} bytes",
+            found="no such file" if tar is None else f"{len(tar)} bytes",
             remedy=f"delete {ref.table} and {ref.tar}, then run the same command again; the shard is made anew",
         )
     return Shard(ref, table, tar)

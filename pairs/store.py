@@ -26,9 +26,10 @@ class Store:
     """Files below one root. Paths are relative, with forward slashes."""
 
     def __init__(self, root: str | Path) -> None:
-        self.root = str(root).rstrip("/")
-        self.fs, self._base = fsspec.core.url_to_fs(self.root)
-        self.local = Path(self._base) if isinstance(self.fs, fsspec.implementations.local.LocalFileSystem) else None
+        self.fs, base = fsspec.core.url_to_fs(str(root))
+        self._base = base.rstrip("/")
+        self.local = Path(base) if isinstance(self.fs, fsspec.implementations.local.LocalFileSystem) else None
+        self.root = base if self.local else str(root)  # absolute, so that a worker in another folder finds it
 
     def __reduce__(self) -> tuple[object, ...]:
         return Store, (self.root,)
@@ -114,13 +115,14 @@ class Store:
             return 0
         left = list(self.local.rglob(f"{TEMPORARY}*"))
         for path in left:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
         return len(left)
 
     def read_table(self, path: str, columns: list[str] | None = None) -> pa.Table:
+        data = io.BytesIO(self.read(path))
         try:
-            return pq.read_table(io.BytesIO(self.read(path)), columns=columns)
-        except pa.ArrowInvalid as error:
+            return pq.read_table(data, columns=columns, page_checksum_verification=True)
+        except (pa.ArrowException, OSError) as error:
             raise PairmillError(
                 expected=f"a Parquet table at {path}", found=str(error), remedy="run `pairmill verify` on the workspace"
             ) from error
@@ -130,7 +132,7 @@ class Store:
         if metadata is not None:
             table = table.replace_schema_metadata(metadata)
         with self.writing(path) as file:
-            pq.write_table(table, file, compression="zstd", store_schema=True)
+            pq.write_table(table, file, compression="zstd", store_schema=True, write_page_checksum=True)
 
 
 def table_metadata(table: pa.Table) -> dict[str, str]:

@@ -21,11 +21,11 @@ def strict(cls: type[T], data: Mapping[str, Any], where: str) -> T:
     """`cls` (a pydantic model or a dataclass) from `data`; unknown keys name the nearest right one."""
     try:
         if dataclasses.is_dataclass(cls):
-            unknown = [key for key in data if key not in setting_names(cls)]
+            unknown = [str(key) for key in data if key not in setting_names(cls)]
             if unknown:
                 raise _unknown(f"{where}.{unknown[0]}", unknown[0], setting_names(cls))
             return TypeAdapter(cls).validate_python(dict(data))
-        return cls.model_validate(dict(data))  # type: ignore[attr-defined, no-any-return]
+        return cls.model_validate({str(key): value for key, value in data.items()})  # type: ignore[attr-defined, no-any-return]
     except ValidationError as error:
         raise _advice(cls, error, where) from None
 
@@ -34,7 +34,7 @@ def setting_names(cls: Any) -> list[str]:
     """The keys that `cls` takes."""
     if dataclasses.is_dataclass(cls):
         return [field.name for field in dataclasses.fields(cls) if field.init]
-    return list(cls.model_fields)
+    return [field.alias or name for name, field in cls.model_fields.items()]
 
 
 def nearest(name: str, choices: list[str]) -> str:

@@ -14,7 +14,7 @@ from pairs.errors import PairmillError
 from pairs.fingerprint import content_hash
 from pairs.identity import make_uid, sha256_hex
 from pairs.schemas import CANDIDATES, LEDGER, PAIRS, SELECTION, TRAINING
-from pairs.shard import MEMBERS, ShardRef, list_shards
+from pairs.shard import MEMBERS, ShardRef, shard_at
 from pairs.store import Store, table_metadata
 from pairs.tar import Member, read_members
 from pairs.workspace import Workspace
@@ -43,9 +43,9 @@ def verify(workspace: Workspace, progress: Callable[[str], None] = lambda _: Non
     """Checks everything below `workspace` that has a promise to keep."""
     verdict, store = Verdict(), workspace.store
     for kind, schema in SHARDED.items():
-        for ref in list_shards(store, kind):
-            progress(ref.tar)
-            _guarded(verdict, ref.table, lambda r=ref, s=schema, k=kind: _check_shard(verdict, store, r, s, k))  # type: ignore[misc]
+        for path in store.files(kind, ".parquet"):
+            progress(path)
+            _guarded(verdict, path, lambda p=path, s=schema, k=kind: _check_shard(verdict, store, shard_at(p), s, k))  # type: ignore[misc]
         tables = {path.removesuffix(".parquet") for path in store.files(kind, ".parquet")}
         verdict.unfinished += [t for t in store.files(kind, ".tar") if t.removesuffix(".tar") not in tables]
     for kind in ALIGNED:
@@ -55,15 +55,20 @@ def verify(workspace: Workspace, progress: Callable[[str], None] = lambda _: Non
     for path in store.files("candidates", ".parquet"):
         progress(path)
         _guarded(verdict, path, lambda p=path: _check_candidates(verdict, store, p))  # type: ignore[misc]
-    _check_models(verdict, store)
+    _guarded(verdict, "tombstones.parquet", lambda: _check_tombstones(verdict, workspace))
+    for name in (n for n in store.folders("models") if store.local and len(n) == 64):
+        verdict.count("models")
+        _guarded(verdict, f"models/{name}", lambda n=name: _check_model(store, n))  # type: ignore[misc]
     return verdict
 
 
 def _guarded(verdict: Verdict, path: str, check: Callable[[], Iterator[str]]) -> None:
     try:
-        verdict.problems += [(path, problem) for problem in check()]
-    except (PairmillError, OSError, KeyError, pa.ArrowException) as error:
-        verdict.problems.append((path, " ".join(str(error).split())))
+        for problem in check():
+            verdict.problems.append((path, problem))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException) as error:
+        kind = "" if isinstance(error, PairmillError) else f"{type(error).__name__}: "
+        verdict.problems.append((path, kind + " ".join(str(error).split())))
 
 
 def _check_shard(verdict: Verdict, store: Store, ref: ShardRef, schema: pa.Schema, kind: str) -> Iterator[str]:
@@ -100,6 +105,8 @@ def _check_members(table: pa.Table, data: bytes, ref: ShardRef, kind: str) -> It
 
 def _check_row(row: dict[str, object], members: list[Member], data: bytes, kind: str) -> Iterator[str]:
     _, text, facts = (data[m.offset : m.offset + m.size] for m in members)
+    if [m.ext for m in members] != [row["image_ext"], "txt", "json"]:
+        yield f"{row['uid']}: its members are named {', '.join(m.ext for m in members)}"
     if text.decode("utf-8", "replace") != (row["text"] or ""):
         yield f"{row['uid']}: the text in the tar isn't the table's"
     if json.loads(facts).get("uid") != row["uid"] or row["key"] != row["uid"]:
@@ -144,12 +151,11 @@ def _check_candidates(verdict: Verdict, store: Store, path: str) -> Iterator[str
         yield f"ledger/{source}/{increment}: a candidate has two rows, or a row has no candidate"
 
 
-def _check_models(verdict: Verdict, store: Store) -> None:
-    if not store.local:
-        return
-    for name in store.folders("models"):
-        if len(name) != 64:
-            continue
-        verdict.count("models")
-        if content_hash(store.local / "models" / name) != name:
-            verdict.problems.append((f"models/{name}", "its content isn't what its name says"))
+def _check_tombstones(verdict: Verdict, workspace: Workspace) -> Iterator[str]:
+    verdict.count("tombstones", sum(map(len, workspace.tombstones().values())))
+    yield from ()
+
+
+def _check_model(store: Store, name: str) -> Iterator[str]:
+    if store.local and content_hash(store.local / "models" / name) != name:
+        yield "its content isn't what its name says"

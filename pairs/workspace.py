@@ -19,7 +19,7 @@ from pairs import FORMAT_VERSION
 from pairs.errors import PairmillError
 from pairs.schemas import TOMBSTONES
 from pairs.shard import ShardRef, list_shards
-from pairs.store import Store
+from pairs.store import TEMPORARY, Store
 
 MARK = "workspace.json"
 
@@ -44,18 +44,18 @@ class Workspace:
                     found="no workspace.json there",
                     remedy="check --workspace, or make one with `pairmill run RECIPE`",
                 )
-            if store.local and store.local.is_dir() and any(store.local.iterdir()):
+            if _occupied(store):
                 raise PairmillError(
                     expected=f"an empty or new folder at {root}",
                     found="other files and no workspace.json",
                     remedy="choose another --workspace",
                 )
             store.write(MARK, json.dumps({"format": FORMAT_VERSION}))
-        version = json.loads(store.read(MARK)).get("format")
-        if version != FORMAT_VERSION:
+        mark = store.read(MARK)
+        if (version := _version(mark)) != FORMAT_VERSION:
             raise PairmillError(
                 expected=f"a workspace of format {FORMAT_VERSION}",
-                found=f"format {version} at {root}",
+                found=f"format {version} at {root}" if version else f"{MARK} with {mark[:80]!r} at {root}",
                 remedy="use the pairmill release that made it, or choose another --workspace",
             )
         return Workspace(store)
@@ -106,8 +106,9 @@ class Workspace:
     def bury(self, kind: str, ids: list[str], reason: str) -> None:
         """Adds tombstones; call it under the lock."""
         assert kind in ("url_key", "uid"), kind
-        old = self._tombstone_table()
-        new = pa.Table.from_pylist([{"kind": kind, "id": i, "reason": reason} for i in ids], schema=TOMBSTONES)
+        old, dead = self._tombstone_table(), self.tombstones()[kind]
+        rows = [{"kind": kind, "id": i, "reason": reason} for i in dict.fromkeys(ids) if i not in dead]
+        new = pa.Table.from_pylist(rows, schema=TOMBSTONES)
         self.store.write_table("tombstones.parquet", pa.concat_tables([old, new]))
 
     def _tombstone_table(self) -> pa.Table:
@@ -122,3 +123,23 @@ class Workspace:
             status == "ok" and uid not in dead["uid"] and key not in dead["url_key"]
             for uid, key, status in zip(*columns, strict=True)
         ]
+
+
+def _occupied(store: Store) -> bool:
+    """Whether something else lies at the root; what a killed `open` left behind doesn't count."""
+    root = store.full("")
+    if not store.fs.exists(root):
+        return False
+    names = (
+        []
+        if store.fs.isfile(root)
+        else [name.rstrip("/").rsplit("/", 1)[-1] for name in store.fs.ls(root, detail=False)]
+    )
+    return store.fs.isfile(root) or not all(name.startswith(TEMPORARY) for name in names)
+
+
+def _version(mark: bytes) -> object:
+    try:
+        return json.loads(mark)["format"]
+    except (ValueError, LookupError, TypeError):
+        return None
