@@ -77,7 +77,7 @@ class Store:
                     os.unlink(name)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise _no_space(target) from error
+                raise no_space(target) from error
             raise
 
     def _publish(self, temporary: str, target: str) -> None:
@@ -140,7 +140,8 @@ def table_metadata(table: pa.Table) -> dict[str, str]:
     return {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
 
 
-def _no_space(target: str) -> PairmillError:
+def no_space(target: str) -> PairmillError:
+    """What to tell the user when a disk is full."""
     return PairmillError(
         expected=f"room to write {target}",
         found="no space left on the device; nothing was published",

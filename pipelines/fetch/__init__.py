@@ -1,0 +1,1 @@
+"""From candidates to pairs: guard, client, robots.txt, decoder processes, shards."""

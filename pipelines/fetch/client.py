@@ -1,0 +1,263 @@
+"""One guarded HTTP client for the crawler, robots.txt and the images: bounded in time, bytes and redirects.
+
+`Client.hop` is one request; `Client.fetch` follows redirects and retries. Every hop waits for its host's turn (waiting
+isn't counted), asks robots.txt, and draws on one budget of seconds per URL, so that a server that drips can't
+hold a connection longer. What goes wrong is a `Failure` with a class and a stable reason, never an exception.
+"""
+
+import asyncio
+import socket
+import ssl
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from typing import Literal, NamedTuple
+
+import aiohttp
+from aiohttp.abc import AbstractResolver
+from multidict import CIMultiDictProxy
+from yarl import URL
+
+from pairs.identity import unit_hash
+from pipelines.fetch.guard import EgressRefused, Network, guarded_connector, refuse_url
+
+CHUNK_BYTES = 1 << 16
+CONNECT_S = 10.0
+DEAD_AFTER = 8  # connections in a row that a host which never answered may refuse, before it is left alone
+BACK_OFF_S, BACK_OFF_MAX_S = 0.5, 8.0
+RETRY_STATUS = frozenset({408, 425, 429})
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
+CONNECTING = frozenset({"connect", "connect_timeout", "dns"})
+
+Headers = CIMultiDictProxy[str]
+Judge = Callable[[Headers], "Failure | None"]
+
+
+class Response(NamedTuple):
+    url: str
+    status: int
+    headers: Headers
+    body: bytes
+
+
+class Failure(NamedTuple):
+    """`transient` may succeed later, `permanent` won't, `refused` is ours or the site's decision."""
+
+    status: Literal["transient", "permanent", "refused"]
+    reason: str
+    http_status: int | None = None
+    retry_after_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one URL may cost. `deadline_s` covers its redirects, bodies, retries and back-off together."""
+
+    deadline_s: float = 30.0
+    max_bytes: int = 20_000_000
+    redirects: int = 5
+    attempts: int = 3
+    cut: bool = False  # a longer body is cut instead of refused (robots.txt)
+
+
+@dataclass
+class Host:
+    """What is known of a host: its turnstile, and whether it ever answered."""
+
+    turn: asyncio.Semaphore
+    answered: bool = False
+    unreachable: int = 0
+
+
+class Answer(NamedTuple):
+    """The outcome for one URL or local file (its bytes), and the attempts it took."""
+
+    result: Response | bytes | Failure
+    attempts: int
+
+
+Permit = Callable[[URL], Awaitable["Failure | None"]]
+
+
+@dataclass
+class Client:
+    """A session with per-host turns. Use it inside `async with open_client(...)`."""
+
+    session: aiohttp.ClientSession
+    agent: str
+    per_host: int
+    slots: asyncio.Semaphore
+    hosts: dict[str, Host] = field(default_factory=dict)
+    tally: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+
+    def host(self, url: URL) -> Host:
+        return self.hosts.setdefault(url.host or "", Host(asyncio.Semaphore(self.per_host)))
+
+    async def fetch(self, url: str, limits: Limits, permit: Permit, judge: Judge, accept: str = "*/*") -> Answer:
+        """The body behind `url` after redirects, or why there is none. `permit` is asked before each hop
+        (robots.txt), `judge` sees the headers before the body is read."""
+        budget = Budget(limits.deadline_s)
+        attempts = 0
+        while True:
+            attempts += 1
+            result = await self._follow(url, limits, budget, permit, judge, accept)
+            if not isinstance(result, Failure) or result.status != "transient" or attempts >= limits.attempts:
+                return Answer(result, attempts)
+            pause = _pause(result, url, attempts)
+            if pause >= budget.left_s:
+                return Answer(result, attempts)
+            budget.left_s -= pause
+            await asyncio.sleep(pause)
+
+    async def _follow(
+        self, start: str, limits: Limits, budget: "Budget", permit: Permit, judge: Judge, accept: str
+    ) -> Response | Failure:
+        here = start
+        for _ in range(limits.redirects + 1):
+            try:
+                url = URL(here)
+                refusal = refuse_url(url)
+            except ValueError:
+                return Failure("permanent", "bad_url")
+            failure = Failure("refused", refusal) if refusal else await permit(url)
+            result = failure or await self.hop(url, limits, budget, judge, accept)
+            if isinstance(result, Failure) or result.status not in REDIRECTS:
+                return result
+            location = result.headers.get("Location")
+            if not location:
+                return Failure("permanent", "redirect_without_location", result.status)
+            try:
+                here = str(url.join(URL(location)))
+            except ValueError:
+                return Failure("permanent", "bad_url", result.status)
+        return Failure("permanent", "too_many_redirects")
+
+    async def hop(
+        self, url: URL, limits: Limits, budget: "Budget", judge: Judge, accept: str = "*/*"
+    ) -> Response | Failure:
+        """One request without redirects, when its host and the machine have a free turn."""
+        host = self.host(url)
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(host.turn)
+            await stack.enter_async_context(self.slots)
+            if not host.answered and host.unreachable >= DEAD_AFTER:
+                return Failure("transient", "host_unreachable")
+            began = time.monotonic()
+            try:
+                async with asyncio.timeout(budget.left_s):
+                    result = await self._request(url, limits, judge, accept)
+            except Exception as error:
+                result = _classify(error)
+            budget.left_s -= time.monotonic() - began
+            connected = isinstance(result, Response) or result.reason not in CONNECTING
+            host.answered |= connected
+            host.unreachable += not connected
+            return result
+
+    async def _request(self, url: URL, limits: Limits, judge: Judge, accept: str) -> Response | Failure:
+        headers = {"User-Agent": self.agent, "Accept": accept}
+        self.tally["requests"] += 1
+        async with self.session.get(url, headers=headers, allow_redirects=False) as answer:
+            if answer.status in REDIRECTS:
+                return Response(str(url), answer.status, answer.headers, b"")
+            if failure := _bad_status(answer) or judge(answer.headers):
+                answer.close()
+                return failure._replace(http_status=answer.status)
+            if (answer.content_length or 0) > limits.max_bytes and not limits.cut:
+                answer.close()
+                return Failure("permanent", "too_large", answer.status)
+            body = bytearray()
+            async for chunk in answer.content.iter_chunked(CHUNK_BYTES):  # decompressed already
+                body += chunk
+                if len(body) > limits.max_bytes:
+                    answer.close()
+                    if not limits.cut:
+                        return Failure("permanent", "too_large", answer.status)
+                    break
+            return Response(str(url), answer.status, answer.headers, bytes(body[: limits.max_bytes]))
+
+
+@dataclass
+class Budget:
+    """Seconds that a URL may still spend."""
+
+    left_s: float
+
+
+def open_client(
+    agent: str, per_host: int, connections: int, allow: tuple[Network, ...], resolver: AbstractResolver | None = None
+) -> Client:
+    """A client behind the egress guard; the caller closes `client.session`. Call it inside a running loop."""
+    session = aiohttp.ClientSession(
+        connector=guarded_connector(allow, 0, resolver),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
+        trust_env=False,
+    )
+    return Client(session, agent, per_host, asyncio.Semaphore(connections))
+
+
+def any_headers(headers: Headers) -> Failure | None:
+    """A judge that takes everything."""
+    return None
+
+
+async def any_url(url: URL) -> Failure | None:
+    """A permit for every URL."""
+    return None
+
+
+def _bad_status(answer: aiohttp.ClientResponse) -> Failure | None:
+    if answer.status == 200:
+        return None
+    later = answer.status in RETRY_STATUS or answer.status >= 500
+    wait = _retry_after(answer.headers) if later else None
+    return Failure("transient" if later else "permanent", f"http_{answer.status}", answer.status, wait)
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds of a Retry-After header, as a number or as a date."""
+    value = headers.get("Retry-After", "").strip()
+    if value.isdecimal() and len(value) < 9:
+        return float(value)
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, TypeError):
+        return None
+
+
+def _pause(failure: Failure, url: str, attempt: int) -> float:
+    """Seconds before the next attempt: what the server asked for, or an exponential back-off with jitter."""
+    jitter = 0.5 + unit_hash("back-off", url, attempt)
+    return max(failure.retry_after_s or 0.0, min(BACK_OFF_MAX_S, BACK_OFF_S * 2 ** (attempt - 1)) * jitter)
+
+
+def _classify(error: Exception) -> Failure:
+    """The class and reason of what a request raised; the first kind that fits."""
+    if isinstance(error, EgressRefused):
+        return Failure("refused", error.reason)
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        gone = isinstance(error.os_error, socket.gaierror) and error.os_error.errno == socket.EAI_NONAME
+        return Failure("permanent", "no_such_host") if gone else Failure("transient", "dns")
+    for kind, failure in KINDS:
+        if isinstance(error, kind):
+            return failure
+    raise error
+
+
+KINDS: list[tuple[type[Exception] | tuple[type[Exception], ...], Failure]] = [
+    (aiohttp.ConnectionTimeoutError, Failure("transient", "connect_timeout")),
+    (TimeoutError, Failure("transient", "deadline")),
+    (aiohttp.ClientConnectorCertificateError, Failure("permanent", "certificate")),
+    ((aiohttp.ClientSSLError, ssl.SSLError), Failure("transient", "tls")),
+    (aiohttp.ClientConnectorError, Failure("transient", "connect")),
+    ((aiohttp.InvalidURL, ValueError), Failure("permanent", "bad_url")),
+    (aiohttp.ContentTypeError, Failure("permanent", "bad_response")),
+    (aiohttp.ClientPayloadError, Failure("transient", "cut_body")),
+    (aiohttp.ServerDisconnectedError, Failure("transient", "disconnected")),
+    (aiohttp.ClientResponseError, Failure("permanent", "bad_response")),
+    ((aiohttp.ClientError, OSError), Failure("transient", "connection")),
+]
