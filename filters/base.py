@@ -65,8 +65,9 @@ class Measurement:
         """The columns made, by name, with their Arrow types. Any of them may hold nulls."""
         raise NotImplementedError
 
-    def weights(self) -> dict[str, str]:
-        """Content hashes of what is loaded, by setting name; they enter the fingerprint in the settings' place."""
+    def content_hashes(self) -> dict[str, str]:
+        """Hashes of the content of what is loaded (weights, lists), by setting name; they enter the fingerprint in
+        those settings' place, so that a name or a path never does."""
         return {}
 
 
@@ -116,14 +117,14 @@ def fingerprint_of(name: str, measurement: Measurement, needed: Mapping[str, str
     """12 hex digits that change with whatever may change the values.
 
     `needed` holds the fingerprints of the filters (or reducers) whose columns are read, by their names. Settings
-    that name weights are left out: the hash of the content stands for them.
+    that name content are left out: its hash stands for them.
     """
-    weights = measurement.weights()
+    contents = measurement.content_hashes()
     parts: dict[str, object] = {
         "name": name,
         "version": measurement.version,
-        "settings": {key: value for key, value in settings_of(measurement).items() if key not in weights},
-        "weights": weights,
+        "settings": {key: value for key, value in settings_of(measurement).items() if key not in contents},
+        "contents": contents,
         "needed": dict(needed),
     }
     if isinstance(measurement, Filter):

@@ -26,7 +26,7 @@ class Language(Filter):
     needs = ("text",)
     columns = {"code": pa.string(), "probability": pa.float32()}
 
-    def weights(self) -> dict[str, str]:
+    def content_hashes(self) -> dict[str, str]:
         return {"lid.176.ftz": _model_hash()}
 
     def score(self, batch: Batch) -> Mapping[str, list[Any]]:
