@@ -52,8 +52,8 @@ def load_frame(
     dead = Workspace(store).tombstones()
     parts = [read_columns(store, ref, wanted, scores) for _, ref in order]
     counts = [part.num_rows for part in parts]
-    schema = parts[0].schema if parts else pa.schema([(name, pa.null()) for name in ("uid", "url_key", "status", *wanted)])
-    table = pa.concat_tables([part.cast(schema) for part in parts]) if parts else schema.empty_table()
+    nothing = pa.table({name: pa.array([], pa.string()) for name in ("uid", "url_key", "status", *wanted)})
+    table = pa.concat_tables([part.cast(parts[0].schema) for part in parts]) if parts else nothing
     source = np.repeat(np.array([name for name, _ in order], object), counts)
     trusts = np.isin(source.astype(str), list(trusted))
     uids = table["uid"].to_pylist() if trusts.any() else []
@@ -100,8 +100,7 @@ def _scores(
         raise PairmillError(expected=f"scores at {path}", found="no such table", remedy="run `pairmill curate` first")
     table = store.read_table(path)
     _check(wanted, [f"{filter_name}.{column}" for column in table.column_names if column != "uid"])
-    same = pc.or_kleene(pc.equal(table["uid"], uid), pc.is_null(uid)) if table.num_rows == len(uid) else pa.array([False])
-    if not pc.all(pc.fill_null(same, False)).as_py() and len(uid):
+    if table.num_rows != len(uid) or pc.any(pc.not_equal(table["uid"], uid)).as_py():  # a forgotten pair's null is none
         raise PairmillError(
             expected=f"the uids of {ref.table} in {path}, in the same order",
             found="others",

@@ -25,7 +25,7 @@ class ExactDuplicates(Reducer):
     """`group`: uid of the earliest pair with the same original bytes (its own where it is the first)."""
 
     needs = ("sha256",)  # type: ignore[assignment]
-    columns = {"group": pa.string()}  # type: ignore[assignment]  # noqa: RUF012
+    columns = {"group": pa.string()}  # type: ignore[assignment]
 
     def reduce(self, existing: pa.Table, new: pa.Table) -> pa.Table:
         groups = dict(zip(existing["sha256"].to_pylist(), existing["group"].to_pylist(), strict=True))

@@ -50,7 +50,7 @@ class NearDuplicates(Reducer):
         values_N, known_N = bits(new[self.hash])
         order = order[known_N[order]]
         joined = np.concatenate([bits(old[self.hash])[0], values_N[order]])
-        distinct, first, inverse = np.unique(joined, return_index=True, return_inverse=True)
+        _, first, inverse = np.unique(joined, return_index=True, return_inverse=True)
         places = np.sort(first)  # rows of `joined` that show a value first
         rank = np.searchsorted(places, first)[inverse]
         leader = places[leaders(joined[places], int((places < old.num_rows).sum()), self.max_distance)[rank]]

@@ -50,7 +50,8 @@ def _run(
         left = [ref for ref in batch if ref.beside(folder) not in there]
         if left:
             before = [ref for earlier in batches[:place] for ref in earlier]
-            _reduce(store, name, reducer, (_by_source(before, source_of), _by_source(batch, source_of)), left, scores, trusted)
+            parts = (_by_source(before, source_of), _by_source(batch, source_of))
+            _reduce(store, name, reducer, parts, left, scores, trusted)
 
 
 def _reduce(
@@ -79,8 +80,8 @@ def _reduce(
 def corpus(
     store: Store, reducer: Reducer, shards: Shards, scores: Mapping[str, str], trusted: Collection[str], own: str = ""
 ) -> tuple[Frame, pa.Table]:
-    """What a reducer is given: `CORPUS` and what it needs, null where a pair isn't alive; `own` adds the columns that
-    it made under that name."""
+    """What a reducer is given: `CORPUS` and what it needs, null where a pair isn't alive. With `own` it is also given
+    the columns that it made under that name; a leader that is forgotten later stays one."""
     full = {need: need if "." in need else f"{OWN}.{need}" for need in reducer.needs}
     full |= {column: f"{own}.{column}" for column in reducer.columns if own}
     if not any(shards.values()):
@@ -94,8 +95,7 @@ def corpus(
     columns = {"uid": frame.table["uid"], "source": pa.array(frame.source, pa.string())}
     columns |= {"increment": pa.array(increments, pa.string()), "trusted": pa.array(frame.trusted)}
     dead = pa.array(np.where(frame.alive, np.arange(len(frame.alive)), 0), mask=~frame.alive)
-    for name, column in full.items():
-        columns[name] = frame.table[column] if name in reducer.columns else frame.table[column].take(dead)
+    columns |= {name: frame.table[column] if own else frame.table[column].take(dead) for name, column in full.items()}
     return frame, pa.table(columns)
 
 
