@@ -1,0 +1,155 @@
+"""From the plan to packed batches: one range request per block, decoding ahead of the step in threads.
+
+Everything about a batch's shape comes from the plan, so a damaged image changes none: its patches
+are zeros, its pair is masked and counted. Decoding releases the interpreter's lock. JPEGs far larger than
+their patches are decoded at a half, a quarter or an eighth. Cost: the blocks of two windows in memory.
+"""
+
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pairs.identity import unit_hash
+from pairs.store import Store
+from training.packing import Grid, PackedImages, PackedTexts, pack_images, pack_texts
+from training.plan import WINDOW, Cost, Plan
+
+REDUCED = {8: cv2.IMREAD_REDUCED_COLOR_8, 4: cv2.IMREAD_REDUCED_COLOR_4, 2: cv2.IMREAD_REDUCED_COLOR_2}
+Pixels = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of a step. `same` holds row and text of all ranks' pairs, in order of rank."""
+
+    images: PackedImages
+    texts: PackedTexts
+    valid: torch.Tensor  # bool (own pairs,)
+    same: torch.Tensor  # int64 (all pairs, 2): pairs that share either are not negatives
+    counts: tuple[int, ...]  # pairs by rank
+    damaged: dict[str, int]  # own pairs that couldn't be read, by reason
+
+    def to(self, device: torch.device) -> "Batch":
+        images, texts = self.images.to(device), self.texts.to(device)
+        return Batch(images, texts, self.valid.to(device), self.same.to(device), self.counts, self.damaged)
+
+
+class Loader:
+    """Batches of one rank, step after step; `wait_s` is how long the last one was waited for."""
+
+    def __init__(
+        self, plan: Plan, store: Store, rank: int, ranks: int, cost: Cost, patch_px: int, crop: float, multiple: int
+    ) -> None:
+        self.plan, self.store, self.rank, self.ranks, self.cost = plan, store, rank, ranks, cost
+        self.patch_px, self.crop, self.multiple = patch_px, crop, multiple
+        self.wait_s = 0.0
+        self._blocks: OrderedDict[int, bytes | None] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def batches(self, start: int, end: int, ahead: int = 3, threads: int = 1) -> Iterator[Batch]:
+        """The batches of steps [start, end), `ahead` of them in the making."""
+        with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+            pending: list[Future[Batch]] = [pool.submit(self.load, s) for s in range(start, min(end, start + ahead))]
+            for step in range(start, end):
+                began = time.perf_counter()
+                batch = pending.pop(0).result()
+                self.wait_s = time.perf_counter() - began
+                if step + ahead < end:
+                    pending.append(pool.submit(self.load, step + ahead))
+                yield batch
+
+    def load(self, step: int) -> Batch:
+        """This rank's batch of `step`, packed."""
+        parts = self.plan.split(step, self.ranks, self.cost)
+        reasons: Counter[str] = Counter()
+        patches, valid = [], []
+        for epoch, row in parts[self.rank]:
+            grid = self.plan.grid(row)
+            pixels, reason = self._pixels(epoch, row, grid)
+            valid.append(reason is None)
+            if reason:
+                reasons[reason] += 1
+            patches.append(torch.from_numpy(patchify(pixels, grid, self.patch_px)))
+        texts = [torch.from_numpy(self.plan.tokens.ids[self.plan.text(e, r)]) for e, r in parts[self.rank]]
+        return Batch(
+            images=pack_images(patches, [self.plan.grid(r) for _, r in parts[self.rank]], self.multiple),
+            texts=pack_texts(texts, self.multiple),
+            valid=torch.tensor(valid),
+            same=torch.tensor([[r, self.plan.text(e, r)] for part in parts for e, r in part]),
+            counts=tuple(len(part) for part in parts),
+            damaged=dict(reasons),
+        )
+
+    def _pixels(self, epoch: int, row: int, grid: Grid) -> tuple[Pixels, str | None]:
+        """The cropped and resized picture (h·P, w·P, 3), RGB; zeros and the reason where it can't be read."""
+        size = (int(self.plan.widths[row]), int(self.plan.heights[row]))
+        data = self._bytes(row)
+        try:
+            picture = decode(data, size, grid, self.patch_px) if data else None
+        except cv2.error:
+            picture = None
+        if picture is None:
+            blank = np.zeros((grid[0] * self.patch_px, grid[1] * self.patch_px, 3), np.uint8)
+            return blank, "undecodable" if data else "unreadable"
+        scale, x, y = (unit_hash(self.plan.seed, epoch, self.plan.uids[row], what) for what in ("scale", "x", "y"))
+        return resize(_crop(picture, 1 - self.crop * scale, x, y), grid, self.patch_px), None
+
+    def _bytes(self, row: int) -> bytes | None:
+        number = int(self.plan.block_of[row])
+        block = self.plan.blocks[number]
+        with self._lock:
+            if number not in self._blocks:
+                try:
+                    self._blocks[number] = self.store.read(block.shard.tar, block.start, block.size)
+                except OSError:
+                    self._blocks[number] = None
+                if len(self._blocks) > 2 * WINDOW:
+                    self._blocks.popitem(last=False)
+            self._blocks.move_to_end(number)
+            data = self._blocks[number]
+        start = int(self.plan.offsets[row]) - block.start
+        return data[start : start + int(self.plan.sizes[row])] if data else None
+
+
+def decode(data: bytes, size: tuple[int, int] | None, grid: Grid, patch_px: int) -> Pixels | None:
+    """The picture (height, width, 3), RGB, perhaps reduced; None where it can't be decoded or isn't of `size`."""
+    flag, shrink = cv2.IMREAD_COLOR, 1
+    if size:
+        spare = min(size[0] / (grid[1] * patch_px), size[1] / (grid[0] * patch_px))
+        shrink = next((factor for factor in REDUCED if spare >= factor), 1)
+        flag = REDUCED.get(shrink, cv2.IMREAD_COLOR)
+    picture = cv2.imdecode(np.frombuffer(data, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)
+    if picture is None or (size and picture.shape[:2] != (-(-size[1] // shrink), -(-size[0] // shrink))):
+        return None
+    return np.asarray(picture[:, :, ::-1], dtype=np.uint8)
+
+
+def resize(picture: Pixels, grid: Grid, patch_px: int) -> Pixels:
+    """The picture at (h·P, w·P): averaged where it shrinks, cubic where it grows."""
+    width, height = grid[1] * patch_px, grid[0] * patch_px
+    shrinks = picture.shape[1] >= width and picture.shape[0] >= height
+    how = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
+    return np.asarray(cv2.resize(picture, (width, height), interpolation=how), dtype=np.uint8)
+
+
+def patchify(pixels: Pixels, grid: Grid, patch_px: int) -> Pixels:
+    """(h·P, w·P, 3) to (h·w, 3·P·P) in the order of a convolution's weights: channel, row, column."""
+    h, w = grid
+    cells = pixels.reshape(h, patch_px, w, patch_px, 3).transpose(0, 2, 4, 1, 3)
+    return np.ascontiguousarray(cells).reshape(h * w, -1)
+
+
+def _crop(picture: Pixels, scale: float, x: float, y: float) -> Pixels:
+    """The part of `scale` (of each side) whose corner lies at the fractions `x`, `y` of what is left over."""
+    height, width = picture.shape[:2]
+    h, w = max(1, round(height * scale)), max(1, round(width * scale))
+    top, left = int(y * (height - h + 1)), int(x * (width - w + 1))
+    return np.ascontiguousarray(picture[top : top + h, left : left + w])

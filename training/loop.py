@@ -1,0 +1,156 @@
+"""The training loop, to be read from top to bottom: batch, loss over all ranks, step, line of metrics.
+
+Loss = global sum / global count; DDP averages gradients over ranks, so each rank's part is scaled by their number.
+AdamW decays matrices only: not biases, norms, positions or token rows (a row that no text holds must not move).
+The schedule is a linear warm-up, then a cosine to zero. A step whose loss or gradient isn't finite is skipped and
+counted, on all ranks alike; `PATIENCE` in a row stop the run. AdamW: arXiv 1711.05101.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pairs.errors import PairmillError
+from pairs.recipe import PretrainSpec
+from training import objectives
+from training.data import Loader
+from training.models.clip import PackedClip
+from training.plan import Plan
+
+PATIENCE = 10
+MAX_LOGIT_SCALE = math.log(100)
+Line = dict[str, Any]
+
+
+@dataclass
+class Totals:
+    """What a run adds up; sums and counts, divided at the end."""
+
+    damaged: int = 0
+    skipped: int = 0
+    losses: list[float] = field(default_factory=list)
+    pairs: int = 0
+    useful: int = 0
+    computed: int = 0
+    seconds: float = 0.0
+
+
+def train_steps(
+    model: PackedClip,
+    optimizer: torch.optim.Optimizer,
+    plan: Plan,
+    loader: Loader,
+    spec: PretrainSpec,
+    start: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    emit: Callable[[Line], None],
+    save: Callable[[int], None],
+) -> Totals:
+    """Steps [start, spec.steps). `emit` gets a line for each, `save` the number of steps done, when one is due."""
+    ranks, rank, totals, in_a_row = loader.ranks, loader.rank, Totals(), 0
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    run: nn.Module = DistributedDataParallel(model, gradient_as_bucket_view=True) if ranks > 1 else model
+    began = time.perf_counter()
+    for step, batch in enumerate(_on_device(loader.batches(start, spec.steps), device), start):
+        rate = learning_rate(step, spec)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            image_BE, text_BE, scale = run(batch.images, batch.texts)
+        total, count = objectives.clip(image_BE, text_BE, scale, batch.valid, batch.same, batch.counts, rank)
+
+        tokens = batch.images.useful + batch.texts.useful
+        computed = len(batch.images.place) + len(batch.texts.tokens)
+        damaged = sum(batch.damaged.values())
+        own = [float(total.detach()), float(count), damaged, tokens, computed, loader.wait_s]
+        loss_sum, pairs, damaged_sum, useful, all_tokens, wait_s = _sum(own, ranks, device)
+        loss = loss_sum / max(pairs, 1)
+
+        optimizer.zero_grad()
+        (total * (ranks / max(pairs, 1))).backward()
+        norm = float(nn.utils.clip_grad_norm_(parameters, spec.clip_norm))
+        if math.isfinite(loss) and math.isfinite(norm):
+            optimizer.step()
+            with torch.no_grad():
+                model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+            in_a_row = 0
+        else:
+            in_a_row += 1
+            totals.skipped += 1
+            _give_up(in_a_row, step, loss, norm)
+
+        now = time.perf_counter()
+        seconds, began = now - began, now
+        totals.losses.append(loss)
+        totals.damaged += int(damaged_sum)
+        totals.pairs, totals.useful = totals.pairs + int(pairs), totals.useful + int(useful)
+        totals.computed, totals.seconds = totals.computed + int(all_tokens), totals.seconds + seconds
+        emit(
+            {
+                "step": step,
+                "loss": loss,
+                "lr": rate,
+                "grad_norm": norm,
+                "logit_scale": float(scale.detach()),
+                "pairs": int(pairs),
+                "damaged": int(damaged_sum),
+                "pairs_per_s": pairs / seconds,
+                "tokens_per_s": useful / seconds,
+                "fill": useful / all_tokens,
+                "wait_fraction": wait_s / ranks / seconds,
+                "uids_sha256": plan.digest(step),
+            }
+        )
+        if (step + 1) % spec.checkpoint_every == 0 or step + 1 == spec.steps:
+            save(step + 1)
+    return totals
+
+
+def make_optimizer(model: PackedClip, spec: PretrainSpec) -> torch.optim.Optimizer:
+    """AdamW with weight decay on the matrices of the layers alone."""
+    bare = ("embedding", "ln_", "logit_scale", "bias")
+    groups: dict[bool, list[Tensor]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        groups[parameter.ndim >= 2 and not any(part in name for part in bare)].append(parameter)
+    settings = [{"params": groups[True], "weight_decay": spec.weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
+    return torch.optim.AdamW(settings, lr=spec.learning_rate, betas=(0.9, spec.beta2), eps=1e-6, fused=True)
+
+
+def learning_rate(step: int, spec: PretrainSpec) -> float:
+    """Linear from 1/warmup of the peak, then a cosine that would reach zero at `steps`."""
+    if step < spec.warmup_steps:
+        return spec.learning_rate * (step + 1) / spec.warmup_steps
+    done = (step - spec.warmup_steps) / max(1, spec.steps - spec.warmup_steps)
+    return spec.learning_rate * (1 + math.cos(math.pi * done)) / 2
+
+
+def _on_device(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
+    return batches if device.type == "cpu" else (batch.to(device) for batch in batches)
+
+
+def _sum(values: list[float], ranks: int, device: torch.device) -> list[float]:
+    """The values added up over ranks."""
+    if ranks == 1:
+        return values
+    sums = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    added: list[float] = sums.tolist()
+    return added
+
+
+def _give_up(in_a_row: int, step: int, loss: float, norm: float) -> None:
+    if in_a_row >= PATIENCE:
+        raise PairmillError(
+            expected="finite losses and gradients",
+            found=f"{in_a_row} steps in a row without, the last is {step}: loss {loss}, gradient norm {norm}",
+            remedy="lower pretrain.learning_rate or set precision: fp32; the last checkpoint is from before",
+        )

@@ -1,0 +1,118 @@
+"""CLIP over packed patches and tokens; its state dict is open_clip's, name for name and shape for shape.
+
+An image of the model's own square and any text give open_clip's features. Another aspect gives another grid
+of patches: the learned position embeddings are resized to it (bicubic, antialiased, as open_clip resizes them) by one
+matrix per grid, cached. The text tower may hold the rows of its vocabulary that a run can meet and no others:
+`token_embedding` is then shorter, and `with_vocabulary` puts the rows back. CLIP: arXiv 2103.00020.
+
+Legend: T tokens of all segments, D width, E embedding width, P patch side in pixels.
+"""
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from training.models.transformer import Transformer
+from training.packing import Grid, PackedImages, PackedTexts
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels in [0, 1]; open_clip's defaults, written into the export
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class Vision(nn.Module):
+    """Packed images to features (images, E)."""
+
+    def __init__(
+        self, grid: int, patch_px: int, width: int, layers: int, heads: int, embed_dim: int, backend: str
+    ) -> None:
+        super().__init__()
+        self.grid, scale = grid, width**-0.5
+        self.conv1 = nn.Conv2d(3, width, patch_px, patch_px, bias=False)
+        self.class_embedding = nn.Parameter(scale * torch.randn(width))
+        self.positional_embedding = nn.Parameter(scale * torch.randn(grid * grid + 1, width))
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = Transformer(width, layers, heads, backend)
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
+
+    def forward(self, images: PackedImages) -> Tensor:
+        x_TD = F.linear(_pixels(images).to(self.conv1.weight), self.conv1.weight.flatten(1))
+        x_TD = x_TD + self._places(images.grids)[images.place]
+        x_TD = self.transformer(self.ln_pre(x_TD), images.layout)
+        return self.ln_post(x_TD[images.pool]) @ self.proj
+
+    def _places(self, grids: tuple[Grid, ...]) -> Tensor:
+        """(1 + cells of all grids, D): what is added to a class token, then to each cell of each grid."""
+        own = self.positional_embedding
+        resize = torch.cat([_resizing(self.grid, grid) for grid in grids]).to(own)
+        with torch.autocast(own.device.type, enabled=False):
+            return torch.cat([(own[0] + self.class_embedding)[None], resize @ own[1:]])
+
+
+@functools.lru_cache(maxsize=4096)
+def _resizing(side: int, grid: Grid) -> Tensor:
+    """(h·w, side²): the linear map that resizes a square of positions to `grid`; the identity for its own."""
+    cells = side * side
+    if grid == (side, side):
+        return torch.eye(cells)
+    basis = torch.eye(cells).reshape(cells, 1, side, side)
+    return F.interpolate(basis, size=grid, mode="bicubic", antialias=True, align_corners=False).flatten(1).T.contiguous()
+
+
+def _pixels(images: PackedImages) -> Tensor:
+    """Float patches; uint8 pixels are shifted and scaled by MEAN and STD, and rows of class tokens stay zero."""
+    if images.patches.is_floating_point():
+        return images.patches
+    each = images.patches.shape[1] // 3
+    mean, std = (torch.tensor(x, device=images.patches.device).repeat_interleave(each) for x in (MEAN, STD))
+    return ((images.patches - mean * 255) / (std * 255)).masked_fill_((images.place == 0)[:, None], 0)
+
+
+class PackedClip(nn.Module):
+    """Both towers. `forward` gives L2-normalised features (images, E), (texts, E) and the logit scale (> 0)."""
+
+    def __init__(
+        self,
+        embed_dim: int,
+        image_px: int,
+        patch_px: int,
+        vision: tuple[int, int, int],  # layers, width, heads
+        text: tuple[int, int, int],
+        context: int,
+        vocabulary: int,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        assert image_px % patch_px == 0, (image_px, patch_px)
+        layers, width, heads = vision
+        self.visual = Vision(image_px // patch_px, patch_px, width, layers, heads, embed_dim, backend)
+        layers, width, heads = text
+        self.token_embedding = nn.Embedding(vocabulary, width)
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(context, width))
+        self.transformer = Transformer(width, layers, heads, backend)
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+
+    def forward(self, images: PackedImages, texts: PackedTexts) -> tuple[Tensor, Tensor, Tensor]:
+        image_features = F.normalize(self.encode_image(images).float(), dim=-1)
+        text_features = F.normalize(self.encode_text(texts).float(), dim=-1)
+        return image_features, text_features, self.logit_scale.exp()
+
+    def encode_image(self, images: PackedImages) -> Tensor:
+        features: Tensor = self.visual(images)
+        return features
+
+    def encode_text(self, texts: PackedTexts) -> Tensor:
+        x_TD = self.token_embedding(texts.tokens) + self.positional_embedding[texts.positions]
+        x_TD = self.transformer(x_TD, texts.layout)
+        features: Tensor = self.ln_final(x_TD[texts.pool]) @ self.text_projection
+        return features
+
+    def with_vocabulary(self, rows: Tensor) -> None:
+        """Replaces the token table by `rows` (tokens, D); token ids then index them."""
+        self.token_embedding = nn.Embedding.from_pretrained(rows.detach().clone(), freeze=False)

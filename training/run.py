@@ -1,0 +1,223 @@
+"""One rank of a training run: `python -m training.run CONFIG.json`, alone or under torchrun, Slurm or `training.launch`.
+
+Ranks come from torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK); ranks meet at PAIRMILL_RENDEZVOUS, or where torchrun
+says. Rank 0 writes metrics, checkpoints and the model, and one JSON line for each step to standard output.
+"""
+
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pairs.errors import PairmillError
+from pairs.fingerprint import fingerprint
+from pairs.recipe import PretrainSpec
+from pairs.store import Store
+from training import checkpoint, export
+from training.attention import chosen
+from training.config import TrainConfig, TrainResult
+from training.data import Loader
+from training.loop import Totals, make_optimizer, train_steps
+from training.plan import Cost
+from training.tables import make_plan
+
+log = logging.getLogger("pairmill.training")
+PR_SET_PDEATHSIG = 1
+
+
+def main(path: str) -> int:
+    """Runs this rank; 0 when the work is done, 2 after a user's error (told as a JSON line by whichever rank met it)."""
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    _die_with_parent()
+    try:
+        config = TrainConfig.model_validate_json(Path(path).read_text())
+        device = _join(rank, ranks)
+        result = train_rank(config, rank, ranks, device)
+        if rank == 0:
+            _say({"done": result.model_dump()})
+        if ranks > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+        return 0
+    except PairmillError as error:
+        _say({"error": {"expected": error.expected, "found": error.found, "remedy": error.remedy}})
+        return 2
+
+
+def train_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device) -> TrainResult:
+    """Plan, model, last checkpoint, steps, export."""
+    began, spec, out = time.perf_counter(), config.spec, Path(config.out_dir)
+    store = Store(config.store)
+    plan, left_out = make_plan(store, config.shards, spec)
+    model = export.build(spec.model, spec.seed, spec.attention)
+    model.with_vocabulary(model.token_embedding.weight[torch.from_numpy(plan.tokens.used)])
+    model.to(device)
+    optimizer = make_optimizer(model, spec)
+    identity = {"plan": plan.fingerprint, "config": config.fingerprint}
+    start = _resume(out / "checkpoints", model, optimizer, identity, rank, ranks)
+    dtype = precision(spec, device)
+    metrics = Metrics(out / "metrics.jsonl", start) if rank == 0 else None
+
+    def save(step: int) -> None:
+        if rank == 0:
+            checkpoint.save(out / "checkpoints", model, optimizer, plan.state(step) | identity)
+
+    m = spec.model
+    cost = Cost((m.vision.layers, m.vision.width), (m.text.layers, m.text.width))
+    loader = Loader(plan, store, rank, ranks, cost, m.patch_px, spec.crop, spec.row_tokens)
+    totals = train_steps(
+        model, optimizer, plan, loader, spec, start, device, dtype, metrics.add if metrics else _nothing, save
+    )
+    facts = {
+        "spec": spec.model_dump(),
+        "shards": [pin.model_dump() for pin in config.shards],
+        "plan": plan.fingerprint,
+        "config": config.fingerprint,
+        "steps": spec.steps,
+        "precision": str(dtype).removeprefix("torch."),
+        "attention": chosen(spec.attention, device.type, dtype),
+        "torch": torch.__version__,
+    }
+    result = _result(config, plan.fingerprint, facts, totals, start, len(plan), left_out, plan.tokens.truncated)
+    result = result.model_copy(update={"seconds": time.perf_counter() - began})
+    if rank == 0:
+        weights = model.state_dict()
+        rows = weights["token_embedding.weight"]
+        weights["token_embedding.weight"] = export.whole_table(m, spec.seed, plan.tokens.used, rows)
+        export.save(out / "model", m, weights, facts | {"result": result.model_dump()})
+    return result
+
+
+def precision(spec: PretrainSpec, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products. `auto`: bfloat16 where the hardware multiplies it, float32 elsewhere; logged."""
+    if device.type == "cuda":
+        able = torch.cuda.is_bf16_supported()
+    else:
+        flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        able = any(flag in flags for flag in ("avx512_bf16", "amx_bf16"))
+    if spec.precision == "bf16" and not able:
+        raise PairmillError(
+            expected="hardware that multiplies bfloat16 (precision: bf16)",
+            found=f"none on this {device.type}",
+            remedy="set precision: auto or fp32",
+        )
+    dtype = torch.bfloat16 if spec.precision != "fp32" and able else torch.float32
+    log.info("precision: %s on %s", dtype, device.type)
+    return dtype
+
+
+class Metrics:
+    """`metrics.jsonl` and standard output, one JSON object per step. A resumed run first cuts off what it will do again."""
+
+    def __init__(self, path: Path, start: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if path.exists():
+            for text in path.read_text().splitlines():
+                try:
+                    line = json.loads(text)
+                except ValueError:  # the line that a kill cut short
+                    break
+                if line["step"] < start:
+                    kept.append(text)
+        Store(path.parent).write(path.name, "".join(text + "\n" for text in kept))
+        self._file = path.open("a", buffering=1)
+
+    def add(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        _say(line)
+
+
+def _resume(
+    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, str], rank: int, ranks: int
+) -> int:
+    """The step to go on from. Rank 0 picks the checkpoint, the others read the one it picked."""
+    found = checkpoint.latest(folder) if rank == 0 else None
+    step = torch.tensor(found[1]["step"] if found else 0)
+    if found:
+        for name, value in identity.items():
+            if found[1].get(name) != value:
+                raise PairmillError(
+                    expected=f"checkpoints of {name} {value} in {folder}",
+                    found=f"{found[0].name} of {name} {found[1].get(name)}",
+                    remedy="settings, shards or tombstones changed: give this run another folder",
+                )
+    if ranks > 1:
+        dist.broadcast(step, 0)
+    if int(step):
+        checkpoint.restore(folder / f"step-{int(step):08d}", model, optimizer)
+        log.info("resumed after step %d", int(step))
+    return int(step)
+
+
+def _result(
+    config: TrainConfig,
+    plan: str,
+    facts: dict[str, Any],
+    totals: Totals,
+    start: int,
+    pairs: int,
+    left_out: dict[str, int],
+    truncated: int,
+) -> TrainResult:
+    last = totals.losses[-max(1, config.spec.steps // 10) :]
+    return TrainResult(
+        model=str(Path(config.out_dir) / "model"),
+        fingerprint=config.fingerprint,
+        plan=plan,
+        steps=config.spec.steps,
+        resumed_from=start,
+        pairs=pairs,
+        left_out=left_out,
+        truncated=truncated,
+        damaged=totals.damaged,
+        skipped=totals.skipped,
+        loss=sum(last) / len(last) if last else None,
+        seconds=0.0,
+        pairs_per_s=totals.pairs / totals.seconds if totals.seconds else None,
+        fill=totals.useful / totals.computed if totals.computed else None,
+        precision=str(facts["precision"]),
+        attention=str(facts["attention"]),
+    )
+
+
+def _join(rank: int, ranks: int) -> torch.device:
+    cuda = torch.cuda.is_available()
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if not cuda:
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "0")) or max(1, (os.cpu_count() or 1) // ranks))
+    if ranks > 1:
+        meet = os.environ.get("PAIRMILL_RENDEZVOUS", "env://")
+        dist.init_process_group("nccl" if cuda else "gloo", init_method=meet, rank=rank, world_size=ranks)
+    if cuda:
+        torch.cuda.set_device(local)
+    return torch.device("cuda", local) if cuda else torch.device("cpu")
+
+
+def _die_with_parent() -> None:
+    """Asks the kernel to kill this process when its parent dies, however that happens."""
+    parent = os.environ.get("PAIRMILL_PARENT")
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent and os.getppid() != int(parent):
+        sys.exit("the process that started this one has ended")
+
+
+def _say(line: dict[str, Any]) -> None:
+    print(json.dumps(line), flush=True)
+
+
+def _nothing(line: dict[str, Any]) -> None:
+    """The other ranks stay silent."""
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

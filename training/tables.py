@@ -1,0 +1,123 @@
+"""From training tables to a Plan: what may be trained on, with every row that is left out counted by reason."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from pairs.errors import PairmillError
+from pairs.fingerprint import fingerprint
+from pairs.recipe import PretrainSpec
+from pairs.shard import ShardRef
+from pairs.store import Store, table_metadata
+from pairs.workspace import Workspace
+from training.config import Pin
+from training.plan import BLOCK, WINDOW, Block, Plan
+from training.tokens import Tokeniser
+
+COLUMNS = ["uid", "url_key", "status", "text", "texts", "width", "height", "image_offset", "image_size"]
+VERSION = 1  # of the order that a plan gives; enters its fingerprint
+
+
+def make_plan(store: Store, pins: Sequence[Pin], spec: PretrainSpec) -> tuple[Plan, dict[str, int]]:
+    """The plan over the pinned shards, and the counts of rows left out: forgotten, no_text, no_size."""
+    tokeniser, left_out = Tokeniser(spec.model.context), Counter[str]()
+    columns: dict[str, list[int]] = {name: [] for name in ("image_offset", "image_size", "width", "height")}
+    uids: list[str] = []
+    texts: list[list[int]] = []
+    blocks: list[Block] = []
+    for pin in pins:
+        table = _table(store, pin)
+        kept = _usable(table, Workspace(store).alive(table), left_out)
+        blocks += _blocks(pin.ref, kept, len(uids))
+        for row in kept:
+            uids.append(row["uid"])
+            texts.append(list(dict.fromkeys(tokeniser.number(text) for text in row["choices"])))
+            for name, values in columns.items():
+                values.append(row[name])
+    if len(uids) < max(2, spec.workers):
+        raise PairmillError(
+            expected=f"at least {max(2, spec.workers)} pairs to train on",
+            found=f"{len(uids)} in {len(pins)} shards, left out: {dict(left_out) or 'none'}",
+            remedy="loosen the rules of `keep`, or add sources",
+        )
+    tokens = tokeniser.tokens()
+    if tokens.used[-1] >= spec.model.vocabulary:
+        raise PairmillError(
+            expected="pretrain.model.vocabulary of at least 49408, the size of open_clip's tokenizer",
+            found=str(spec.model.vocabulary),
+            remedy="leave the setting out",
+        )
+    offsets, sizes, widths, heights = (np.array(values, dtype=np.int64) for values in columns.values())
+    m = spec.model
+    identity = {
+        "version": [VERSION, BLOCK, WINDOW],
+        "shards": [pin.model_dump() for pin in pins],
+        "uids": fingerprint({"uids": uids}),
+        "settings": [spec.batch_pairs, spec.max_patches, m.patch_px, m.context, spec.crop, spec.seed],
+    }
+    plan = Plan(
+        uids=uids,
+        texts=texts,
+        offsets=offsets,
+        sizes=sizes,
+        widths=widths,
+        heights=heights,
+        blocks=blocks,
+        tokens=tokens,
+        batch_pairs=spec.batch_pairs,
+        max_patches=spec.max_patches,
+        seed=spec.seed,
+        fingerprint=fingerprint(identity),
+    )
+    return plan, dict(left_out)
+
+
+def _table(store: Store, pin: Pin) -> pa.Table:
+    """The shard's table, which must belong to the pinned tar, and the tar must be whole."""
+    again = "run the same command again: missing shards are made anew"
+    for path in (pin.ref.table, pin.ref.tar):
+        if not store.has(path):
+            raise PairmillError(expected=f"the training shard {path}", found="no such file", remedy=again)
+    table = store.read_table(pin.ref.table)
+    recorded = table_metadata(table)
+    if recorded.get("tar_sha256") != pin.tar_sha256:
+        raise PairmillError(
+            expected=f"{pin.ref.table} to describe a tar of sha256 {pin.tar_sha256}",
+            found=str(recorded.get("tar_sha256")),
+            remedy="start a new run: this one is pinned to shards that were rewritten since",
+        )
+    size = store.size(pin.ref.tar)
+    if recorded.get("tar_size") != str(size):
+        raise PairmillError(
+            expected=f"{recorded.get('tar_size')} bytes in {pin.ref.tar}",
+            found=f"{size} bytes",
+            remedy=f"delete {pin.ref.table} and {pin.ref.tar}, then run the same command again",
+        )
+    return table.select(COLUMNS)
+
+
+def _usable(table: pa.Table, alive: list[bool], left_out: Counter[str]) -> list[dict[str, object]]:
+    """The rows that can be trained on, with `choices`, their texts."""
+    kept = []
+    for row, lives in zip(table.to_pylist(), alive, strict=True):
+        texts = [t["text"] for t in row["texts"] or [] if t["text"]]
+        row["choices"] = texts or ([row["text"]] if row["text"] else [])
+        whole = all(row[name] and row[name] > 0 for name in ("width", "height", "image_size", "image_offset"))
+        reason = "forgotten" if not lives else "no_text" if not row["choices"] else "" if whole else "no_size"
+        if reason:
+            left_out[reason] += 1
+        else:
+            kept.append(row)
+    return kept
+
+
+def _blocks(shard: ShardRef, rows: list[dict[str, object]], first: int) -> list[Block]:
+    blocks = []
+    for at in range(0, len(rows), BLOCK):
+        part = rows[at : at + BLOCK]
+        start = min(row["image_offset"] for row in part)
+        end = max(row["image_offset"] + row["image_size"] for row in part)
+        blocks.append(Block(shard, first + at, len(part), start, end - start))
+    return blocks
