@@ -135,6 +135,8 @@ class PretrainSpec(Spec):
     learning_rate: float = Field(1e-3, gt=0)
     warmup_steps: int = Field(50, ge=0)
     weight_decay: float = Field(0.1, ge=0)
+    beta2: float = Field(0.98, gt=0, lt=1)
+    clip_norm: float = Field(1.0, gt=0)
     max_patches: int = Field(64, ge=1)  # token budget of an image; its aspect stays
     crop: float = Field(0.1, ge=0, lt=1)  # at most this much of each side is cut away, at random
     row_tokens: int = Field(0, ge=0)  # a stream of tokens is rounded up to a multiple of this; 0: not at all
