@@ -19,7 +19,7 @@ from pairs.process import child
 QUIET = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_LOGGING_LEVEL": os.environ.get("PREFECT_LOGGING_LEVEL", "WARNING"),
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "50",  # the terminal is ours, the server keeps the log
     "NO_ALBUMENTATIONS_UPDATE": "1",
 }
 START_S = 90.0
@@ -57,8 +57,15 @@ def orchestration(home: Path, port: int | None = None) -> Iterator[str]:
         try:
             yield url
         finally:
+            _flush()
             for name in ours:
                 os.environ.pop(name, None)
+
+
+def _flush() -> None:
+    """Sends the log lines that still wait, before their server ends."""
+    if handlers := sys.modules.get("prefect.logging.handlers"):
+        handlers.APILogWorker.drain_all(timeout=5)
 
 
 def _wait(url: str, ended: object, log: Path) -> None:

@@ -1,0 +1,212 @@
+"""The stages of a run as plain functions: each looks what is missing, makes it, and says what it did or reused.
+
+The flow file orders them; tests call them. A stage gets the Run and the small facts of earlier stages (JSON), and
+leaves its own in the workspace: what is done is asked of the Store alone, never of an orchestrator.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from pairs.errors import PairmillError
+from pairs.recipe import EvaluateSpec
+from pairs.shard import ShardRef
+from pipelines import curation, training_jobs
+from pipelines.candidates import cut_increment
+from pipelines.fetch.shards import fetch_fingerprint, fetch_increment
+from pipelines.run import Run
+from pipelines.sources import load_source
+
+Facts = dict[str, Any]
+
+
+def check(run: Run) -> None:
+    """Tells every mistake in the recipe that can be told before anything runs."""
+    for name, spec in run.recipe.sources.items():
+        load_source(name, spec)
+    curation.check(run.recipe)
+    zero_shot = run.recipe.evaluate.zero_shot
+    if zero_shot and not Path(zero_shot.path).is_dir():
+        raise PairmillError(
+            expected=f"a folder of classes at {zero_shot.path}, for evaluate.zero_shot",
+            found="no such folder",
+            remedy="correct evaluate.zero_shot.path (it is relative to where pairmill is called)",
+        )
+
+
+def crawl(run: Run) -> Facts:
+    """Cuts the first increment of every source, or with `new` the next one. Pins nothing yet."""
+    with run.stage("crawl") as facts:
+        cut = run.read("cut.json") or {}
+        counts = {}
+        for name, spec in run.recipe.sources.items():
+            if name in cut or (run.workspace.increments(name) and not run.new):
+                continue
+            counts[name] = dataclasses.asdict(
+                cut_increment(run.workspace, name, spec, run.recipe.fetch, run.console.progress(f"crawl {name}"))
+            )
+            cut[name] = counts[name]["increment"]
+            run.write("cut.json", cut)
+        facts |= {"reused": not counts, "sources": counts}
+        facts["note"] = ", ".join(f"{name} {c['new']} candidates" for name, c in counts.items())
+        return facts
+
+
+def fetch(run: Run) -> Facts:
+    """Makes the missing pair shards of all increments, then pins the run to them."""
+    with run.stage("fetch") as facts:
+        pinned = (run.read("lineage.json") or {}).get("increments")
+        pinned = pinned or {name: run.workspace.increments(name) for name in run.recipe.sources}
+        counts = {}
+        for name, spec in run.recipe.sources.items():
+            for increment in pinned[name]:
+                progress = run.console.progress(f"fetch {name}")
+                done = fetch_increment(run.workspace, name, spec, run.recipe.fetch, increment, progress)
+                counts[f"{name}/{increment}"] = dataclasses.asdict(done)
+                _success_gate(run, name, increment, done.success)
+        run.write("lineage.json", _lineage(run, pinned))
+        facts |= {"reused": not any(c["shards"] for c in counts.values()), "sources": counts}
+        facts["note"] = (
+            f"{sum(c['ok'] for c in counts.values())} pairs of {sum(c['candidates'] for c in counts.values())}"
+        )
+        return facts
+
+
+def _success_gate(run: Run, name: str, increment: str, success: float) -> None:
+    floor = run.recipe.gates.min_fetch_success
+    if success < floor:
+        raise PairmillError(
+            expected=f"at least {floor:.0%} of {name}/{increment} to be fetched (gates.min_fetch_success)",
+            found=f"{success:.1%}",
+            remedy=f"look into ledger/{name}/{increment} for the reasons; `--new` tries what failed for a time again",
+        )
+
+
+def _lineage(run: Run, pinned: dict[str, list[str]]) -> Facts:
+    return {
+        "increments": pinned,
+        "fetch": fetch_fingerprint(run.recipe.fetch),
+        "recipe": run.recipe.model_dump(mode="json", by_alias=True),
+        "made_by": training_jobs.made_by(),
+    }
+
+
+def shards(run: Run) -> dict[str, list[ShardRef]]:
+    """The pair shards that this run is pinned to, by source."""
+    lineage = run.read("lineage.json")
+    assert lineage, "fetch comes first"
+    return {
+        name: [r for r in run.workspace.pair_shards(name, lineage["fetch"]) if r.increment in increments]
+        for name, increments in lineage["increments"].items()
+    }
+
+
+def first_filter(run: Run) -> Facts:
+    """The models that score round 1: trained on the trusted pairs, as far as the recipe asks for them."""
+    spec = run.recipe.first_filter
+    if spec.clip is None and spec.blip is None:
+        return {"name": "published weights", "models": {}}
+    with run.stage("first-filter") as facts:
+        if not run.recipe.trusted:
+            raise PairmillError(
+                expected="a source with `trusted: true` to train the first filter on",
+                found=f"none among {', '.join(run.recipe.sources)}",
+                remedy="mark a clean source as trusted, or name published weights and leave first_filter out",
+            )
+        known = {name: refs for name, refs in shards(run).items() if name in run.recipe.trusted}
+        selection = curation.select_trusted(run, known)
+        records = []
+        if spec.clip:
+            records.append(training_jobs.pretrain(run, "first-filter/clip", selection, spec.clip))
+        if spec.blip:
+            records.append(training_jobs.train_blip(run, "first-filter/blip", known, spec.blip))
+        models = {role: sha for record in records for role, sha in record["models"].items()}
+        facts |= {"reused": all(r["reused"] for r in records), "models": models}
+        facts["note"] = ", ".join(f"{role} {sha[:12]}" for role, sha in models.items())
+        return {"name": "models trained on the trusted pairs", "models": models}
+
+
+def curate(run: Run, number: int, scorer: Facts) -> Facts:
+    """Scores, reduces, selects and writes the training shards of a round."""
+    with run.stage(f"round-{number}/curate") as facts:
+        picked = curation.curate(run, number, scorer, shards(run))
+        facts |= {"reused": picked["reused"], "selection": picked["selection"], "note": f"{picked['kept']} pairs kept"}
+        run.write(f"round-{number}/curation.json", picked | {"scorer": scorer})
+        return picked
+
+
+def gates(run: Run, picked: Facts) -> None:
+    """Stops before pretraining where the selection isn't what the recipe asks for."""
+    limits = run.recipe.gates
+    if picked["kept"] < limits.min_pairs:
+        raise PairmillError(
+            expected=f"at least {limits.min_pairs} kept pairs (gates.min_pairs)",
+            found=f"{picked['kept']} in {picked['selection']}",
+            remedy="loosen `keep` or the gate; the funnel (funnel.json there) names the rule that drops most",
+        )
+    low = {d: r for d, r in picked["canary_recall"].items() if r is not None and r < limits.min_canary_recall}
+    if low:
+        raise PairmillError(
+            expected=f"a canary recall of at least {limits.min_canary_recall:.0%} (gates.min_canary_recall)",
+            found=", ".join(f"{defect} {recall:.1%}" for defect, recall in low.items()),
+            remedy="train the filter longer, tighten the rule that should catch this defect, or lower the gate",
+        )
+
+
+def pretrain(run: Run, number: int, picked: Facts) -> Facts:
+    """Trains the round's model on the selection's training shards."""
+    with run.stage(f"round-{number}/pretrain") as facts:
+        record = training_jobs.pretrain(run, f"round-{number}", picked["selection"], run.recipe.pretrain)
+        facts |= {"reused": record["reused"], "model": record["models"]["clip"]}
+        result = record["result"]
+        facts["note"] = f"{result['steps']} steps, {result['pairs']} pairs, model {record['models']['clip'][:12]}"
+        return record
+
+
+def evaluate(run: Run, number: int, record: Facts) -> Facts:
+    """Zero-shot classification and retrieval of the round's model, in round 1 of the first filter's too."""
+    spec: EvaluateSpec = run.recipe.evaluate
+    with run.stage(f"round-{number}/evaluate") as facts:
+        models = {f"round {number}": record["models"]["clip"]}
+        first = (run.read(f"round-{number}/curation.json") or {}).get("scorer", {}).get("models", {}).get("clip")
+        if number == 1 and first:
+            models = {"first filter": first} | models
+        known = {name: refs for name, refs in shards(run).items() if name in run.recipe.trusted}
+        results = [training_jobs.evaluate(run, name, sha, spec, known) for name, sha in models.items()]
+        rows = [row for result in results for row in result["rows"]]
+        run.write(f"round-{number}/evaluation.json", rows)
+        facts |= {"reused": all(result["reused"] for result in results)}
+        facts["note"] = ", ".join(f"{r['model']} {r['figure']} {r['value']:.3f}" for r in rows)
+        return {"rows": rows}
+
+
+def promote(run: Run, number: int, scorer: Facts, record: Facts) -> Facts:
+    """The next round's scorer: this round's model, unless its canary recall at equal false drops is worse."""
+    with run.stage(f"round-{number}/promote") as facts:
+        verdict = curation.compare_scorers(run, number, scorer, record["models"]["clip"], shards(run))
+        run.write(f"round-{number}/promotion.json", verdict)
+        facts |= {"reused": verdict["reused"], "note": verdict["told"]}
+        if not verdict["promoted"]:
+            return scorer
+        models = scorer["models"] | {"clip": record["models"]["clip"]}
+        return {"name": f"the model of round {number}", "models": models}
+
+
+def report(run: Run) -> Facts:
+    """Writes report.json and report.html, and returns the summary that the command line prints."""
+    from pipelines.report.gather import gather
+    from pipelines.report.page import render
+
+    with run.stage("report") as facts:
+        told = gather(run)
+        run.write("report.json", told)
+        path = f"{run.folder}/report.html"
+        run.workspace.store.write(path, render(told))
+        facts["note"] = path
+    result = summary(run) | {"report": run.workspace.store.full(path)}
+    return result | {"rounds": [{"round": r["round"], "funnel": r["funnel"]} for r in told["rounds"]]}
+
+
+def summary(run: Run) -> Facts:
+    """What a run says of itself when it ends."""
+    return {"workspace": run.workspace.store.root, "run": run.folder, "reused": run.reused, "rounds": []}

@@ -1,0 +1,123 @@
+"""Trainings and evaluations of a run: each is keyed by what goes in, submitted as processes of its own, and its result
+lands in the workspace's models by content. A training that is done is never done again.
+"""
+
+import functools
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from pairs import __version__
+from pairs.errors import PairmillError
+from pairs.fingerprint import content_hash, fingerprint
+from pairs.identity import held_out, sha256_hex
+from pairs.recipe import BlipSpec, EvaluateSpec, PretrainSpec
+from pairs.shard import ShardRef, list_shards
+from pairs.store import table_metadata
+from pipelines.models import model_folder, publish_models, trained
+from pipelines.run import Run
+from training.config import Pin, TrainConfig
+from training.launch import train
+
+Facts = dict[str, Any]
+
+
+@functools.cache
+def made_by() -> Facts:
+    """The code that makes this run: version, and commit where it runs from a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        commit = ""
+    return {"version": __version__, "commit": commit or None}
+
+
+def pins(run: Run, selection: str) -> list[Pin]:
+    """The training shards of a selection (`selections/<name>-<fingerprint>`), pinned by their tars' hashes."""
+    store = run.workspace.store
+    refs = list_shards(store, f"shards/{selection.split('/')[1]}")
+    tables = ((ref, store.read_table(ref.table, ["uid"])) for ref in refs)
+    full = [(ref, table_metadata(table)) for ref, table in tables if table.num_rows]
+    if not full:
+        raise PairmillError(
+            expected=f"kept pairs in {selection}",
+            found="none",
+            remedy="loosen `keep`: the funnel names what dropped them",
+        )
+    return [Pin(folder=ref.folder, index=ref.index, tar_sha256=meta["tar_sha256"]) for ref, meta in full]
+
+
+def pretrain(run: Run, name: str, selection: str, spec: PretrainSpec) -> Facts:
+    """Trains a CLIP on the selection's training shards; returns its record (models, result, config)."""
+    out = run.scratch / name
+    config = TrainConfig(store=run.workspace.store.root, shards=pins(run, selection), spec=spec, out_dir=str(out))
+    if record := trained(run.workspace, config.fingerprint):
+        return record | {"reused": True}
+    show = run.console.progress(f"train {name}")
+    result = train(config, lambda line: show(line["step"] + 1, spec.steps, f"loss {line['loss']:.3f}"))
+    told = config.model_dump(mode="json", exclude={"store", "out_dir"})
+    facts = {"result": result.model_dump(), "train_config": told, "folder": f"{run.folder}/{name}"}
+    record = publish_models(run.workspace, config.fingerprint, {"clip": Path(result.model)}, facts)
+    return record | {"reused": False}
+
+
+def trusted_shards(run: Run, known: dict[str, list[ShardRef]]) -> tuple[list[ShardRef], str]:
+    """All shards of the trusted sources, and a hash of their content."""
+    refs = sorted(ref for refs in known.values() for ref in refs)
+    tars = [table_metadata(run.workspace.store.read_table(ref.table, ["uid"]))["tar_sha256"] for ref in refs]
+    return refs, sha256_hex("".join(tars).encode())
+
+
+def train_blip(run: Run, name: str, known: dict[str, list[ShardRef]], spec: BlipSpec) -> Facts:
+    """Trains a captioner and a match filter on the trusted pairs; returns their record."""
+    from training.blip_launch import BlipConfig, train_blip_process
+
+    refs, content = trusted_shards(run, known)
+    mark = fingerprint({"blip": spec.model_dump(), "pairs": content, "version": 1})
+    if record := trained(run.workspace, mark):
+        return record | {"reused": True}
+    raise NotImplementedError((refs, BlipConfig, train_blip_process, name))
+
+
+def evaluate(run: Run, told: str, sha: str, spec: EvaluateSpec, known: dict[str, list[ShardRef]]) -> Facts:
+    """Rows of figures of one model; `told` is what the report calls it."""
+    _, content = trusted_shards(run, known)
+    classes = content_hash(Path(spec.zero_shot.path)) if spec.zero_shot else None
+    mark = fingerprint(
+        {"evaluate": spec.model_dump(), "classes": classes, "model": sha, "pairs": content, "version": 1}
+    )
+    path = f"evals/{mark}.json"
+    store = run.workspace.store
+    reused = store.has(path)
+    if not reused:
+        store.write(path, json.dumps(_figures(run, sha, spec, known), indent=1))
+    rows = [{"model": told} | row for row in json.loads(store.read(path))]
+    return {"rows": rows, "reused": reused}
+
+
+def _figures(run: Run, sha: str, spec: EvaluateSpec, known: dict[str, list[ShardRef]]) -> list[Facts]:
+    from training.evaluate import retrieval, zero_shot
+
+    folder = model_folder(run.workspace, sha)
+    rows: list[Facts] = []
+    if spec.zero_shot:
+        rows += [zero_shot(folder, Path(spec.zero_shot.path), spec.zero_shot.templates)]
+    if spec.retrieval and known:
+        images, texts = held_out_pairs(run, known)
+        rows += [retrieval(folder, images, texts)]
+    return rows
+
+
+def held_out_pairs(run: Run, known: dict[str, list[ShardRef]]) -> tuple[list[bytes], list[str]]:
+    """Images and first texts of the trusted pairs that only evaluate."""
+    images, texts = [], []
+    for ref in sorted(ref for refs in known.values() for ref in refs):
+        table = run.workspace.store.read_table(ref.table)
+        alive = run.workspace.alive(table)
+        for living, row in zip(alive, table.to_pylist(), strict=True):
+            if living and row["text"] and held_out(row["uid"]):
+                images.append(run.workspace.store.read(ref.tar, row["image_offset"], row["image_size"]))
+                texts.append(row["text"])
+    return images, texts
