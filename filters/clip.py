@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from filters import clip_model
+from filters import clip_weights
 from filters.base import Batch, Filter, Values
 
 
@@ -44,9 +44,11 @@ class Clip(Filter):
         return self.precision
 
     def content_hashes(self) -> dict[str, str]:
-        return clip_model.content_hashes(self.model, self.weights)
+        return clip_weights.content_hashes(self.model, self.weights)
 
     def score(self, batch: Batch) -> Mapping[str, Values]:
+        from filters import clip_model  # torch and open_clip: seconds
+
         model = clip_model.load(self.model, self.weights, self.precision)
         looks = {i: image for i, image in enumerate(batch.pixels) if image is not None}
         images = dict(zip(looks, model.embed_images(list(looks.values()), self.batch_size), strict=True))
