@@ -37,6 +37,7 @@ class CutCounts:
     buried: int = 0  # candidates of earlier increments that opted out meanwhile
     texts_cut: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
+    pages: dict[str, int] = field(default_factory=dict)  # ok, or why a page gave nothing
 
 
 def part(source: str, increment: str) -> str:
@@ -69,7 +70,8 @@ def cut_increment(
     workspace.store.delete(f"crawl/{name}/{increment}", recursive=True)  # its pages have done their work
     opted = sum(row["opt_out"] is not None for row in kept)
     cut = context.dropped.pop("text_cut", 0)
-    return CutCounts(increment if kept else None, found, len(kept), opted, buried, cut, _plain(context.dropped))
+    dropped, pages = _plain(context.dropped), _plain(context.pages)
+    return CutCounts(increment if kept else None, found, len(kept), opted, buried, cut, dropped, pages)
 
 
 def _plain(counts: Counter[str]) -> dict[str, int]:
@@ -153,85 +155,6 @@ def _without_earlier(
         key = row["url_key"]
         reasons = {"forgotten": key in dead, "earlier": key in waiting, "gave_up": tries[key] >= MAX_TRIES}
         reason = next((reason for reason, holds in reasons.items() if holds), None)
-        if reason:
-            dropped[reason] += 1
-            return None
-        row = row | {"url": canonical_url(row["url"]), "url_key": url_key(row["url"])}
-    texts = []
-    for entry in row["texts"]:
-        words = " ".join(entry["text"].encode("utf-8", "replace").decode().split())
-        dropped["text_cut"] += len(words) > TEXT_CHARS
-        if words:
-            texts.append(entry | {"text": words[:TEXT_CHARS]})
-    return blank | {"position": 0} | row | {"texts": texts}
-
-
-def _bad_address(url: str) -> str | None:
-    scheme = url.strip().partition(":")[0].lower()
-    if scheme == "data":
-        return "data_url"
-    if scheme not in ("http", "https"):
-        return "scheme"
-    try:
-        return None if URL(url.strip()).host and canonical_url(url) else "bad_url"
-    except ValueError:
-        return "bad_url"
-
-
-def _merge(rows: list[Row]) -> list[Row]:
-    """One row per url_key: texts in order of page and position (page titles last), equal ones once; the first opt-out
-    holds, wherever it stood."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row["url_key"], []).append(row)
-    return [_join(sorted(group, key=lambda row: (row["page"] or "", row["position"]))) for group in groups.values()]
-
-
-def _join(group: list[Row]) -> Row:
-    texts: dict[str, Any] = {}
-    for entry in sorted((e for row in group for e in row["texts"]), key=lambda entry: entry["kind"] == "title"):
-        texts.setdefault(entry["text"], entry)
-    facts = {
-        name: next((row[name] for row in group if row[name] is not None), None)
-        for name in ("license", "opt_out", "source_uid", "page")
-    }
-    first = {name: value for name, value in group[0].items() if name != "position"}
-    return first | facts | {"texts": list(texts.values())}
-
-
-def _earlier_keys(workspace: Workspace, name: str, earlier: list[str]) -> Iterator[tuple[str, set[str], set[str]]]:
-    """Of each earlier increment: its name, its keys, and those of them that failed for a passing cause."""
-    for increment in earlier:
-        keys = set(workspace.store.read_table(part(name, increment), ["url_key"])["url_key"].to_pylist())
-        failed: set[str] = set()
-        for path in workspace.store.files(f"ledger/{name}/{increment}", ".parquet"):
-            ledger = workspace.store.read_table(path, ["url_key", "status"])
-            pairs = zip(ledger["url_key"].to_pylist(), ledger["status"].to_pylist(), strict=True)
-            failed |= {key for key, status in pairs if status == "transient"}
-        yield increment, keys, failed
-
-
-def _without_earlier(
-    workspace: Workspace, name: str, earlier: list[str], merged: list[Row], dropped: Counter[str]
-) -> list[Row]:
-    waiting: set[str] = set()  # in an earlier increment, and not to come again
-    tries: Counter[str] = Counter()
-    for _, keys, failed in _earlier_keys(workspace, name, earlier):
-        waiting = (waiting | keys) - failed
-        tries.update(failed)
-    dead = workspace.tombstones()["url_key"]
-    kept = []
-    for row in merged:
-        key = row["url_key"]
-        reason = (
-            "forgotten"
-            if key in dead
-            else "earlier"
-            if key in waiting
-            else "gave_up"
-            if tries[key] >= MAX_TRIES
-            else None
-        )
         if reason:
             dropped[reason] += 1
         else:

@@ -58,7 +58,7 @@ class Limits:
 
     deadline_s: float = 30.0
     max_bytes: int = 20_000_000
-    redirects: int = 5
+    redirects: int | None = 5  # None hands a redirect to the caller
     attempts: int = 3
     cut: bool = False  # a longer body is cut instead of refused (robots.txt)
 
@@ -116,7 +116,7 @@ class Client:
         self, start: str, limits: Limits, budget: "Budget", permit: Permit, judge: Judge, accept: str
     ) -> Response | Failure:
         here = start
-        for _ in range(limits.redirects + 1):
+        for _ in range((limits.redirects or 0) + 1):
             try:
                 url = URL(here)
                 refusal = refuse_url(url)
@@ -124,7 +124,7 @@ class Client:
                 return Failure("permanent", "bad_url")
             failure = Failure("refused", refusal) if refusal else await permit(url)
             result = failure or await self.hop(url, limits, budget, judge, accept)
-            if isinstance(result, Failure) or result.status not in REDIRECTS:
+            if isinstance(result, Failure) or result.status not in REDIRECTS or limits.redirects is None:
                 return result
             location = result.headers.get("Location")
             if not location:

@@ -26,6 +26,7 @@ BYTES_PER_PIXEL = 24  # of all copies that are alive at once, with room
 BASE_BYTES = 512 << 20
 FRAME = struct.Struct("<II")
 EXIF_CHARS = 2000
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, LookupError, TypeError, ArithmeticError)  # Pillow's
 
 
 @dataclass(frozen=True)

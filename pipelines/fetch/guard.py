@@ -33,9 +33,7 @@ CLOSED = [
         *("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20"),
     )
 ]
-NUMERIC_HOST = re.compile(
-    r"(?:.*\.)?(?:\d+|0[xX][0-9a-fA-F]*)\.?"
-)  # its last label is a number: 2130706433, 0177.0.0.1
+NUMERIC_HOST = re.compile(r"(?:.*\.)?(?:\d+|0[xX][0-9a-fA-F]*)\.?")  # ends in a number: 2130706433, 0177.0.0.1
 
 
 class EgressRefused(Exception):

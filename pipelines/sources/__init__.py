@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Context:
-    """What a source is run with. `dropped` counts by reason what it leaves out."""
+    """What a source is run with. `dropped` counts by reason what it leaves out, `pages` what came of each page."""
 
     workspace: Workspace
     name: str
@@ -32,6 +32,7 @@ class Context:
     fetch: FetchSpec
     progress: Progress
     dropped: Counter[str] = field(default_factory=Counter)
+    pages: Counter[str] = field(default_factory=Counter)
 
 
 class Source(Protocol):

@@ -1,0 +1,131 @@
+"""`site`: crawls pages from seed URLs and yields their images with the texts that stand around them.
+
+Scrapy crawls in a child process that dies with its parent (`site_spider.py`) and appends one JSON line per finished
+page to `crawl/<source>/<increment>/pages.jsonl`. A killed crawl goes on from the pages it recorded and never asks
+for these again. It walks level by level in order of URL, so that also a crawl that `max_pages` ends takes the same
+pages whatever the timing.
+"""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from yarl import URL
+
+from pairs.errors import PairmillError
+from pairs.fingerprint import fingerprint
+from pipelines.fetch.guard import networks, refuse_url
+from pipelines.processes import ROOT
+from pipelines.sources import Context, Row
+
+VERSION = 1  # raise it when an equal page gives another record
+POLL_S = 0.2
+LOG_CHARS = 2000
+
+
+@dataclass(frozen=True)
+class Source:
+    """Follows links on the hosts of `seeds` and on `hosts`, at most `max_depth` links away from a seed and at most
+    `max_pages` requests. `delay_s` seconds pass between two requests to a host, of which `per_host` run at a time."""
+
+    seeds: list[str]
+    hosts: list[str] = field(default_factory=list)
+    max_pages: int = 10_000
+    max_depth: int = 16
+    delay_s: float = 0.25
+    per_host: int = 2
+    max_page_bytes: int = 5_000_000
+
+    def candidates(self, context: Context) -> Iterator[Row]:
+        self._check(context)
+        local = context.workspace.store.local
+        if local is None:
+            raise PairmillError(
+                expected="a workspace on local disk for a `site` source, whose crawl is recorded page by page",
+                found=context.workspace.store.root,
+                remedy="crawl into a local workspace, then copy it",
+            )
+        folder = local / "crawl" / context.name / context.increment
+        folder.mkdir(parents=True, exist_ok=True)
+        pages = self._prepare(folder, context)
+        self._crawl(folder, pages, context)
+        failures: Counter[str] = Counter()
+        for page in read_pages(pages):
+            failures[page["failure"] or "ok"] += 1
+            yield from _rows(page)
+        context.pages.update(failures)
+        if not failures["ok"]:
+            context.workspace.store.delete(f"crawl/{context.name}", recursive=True)
+            raise PairmillError(
+                expected=f"a page at sources.{context.name}.seeds: {', '.join(self.seeds)}",
+                found="; ".join(f"{count} × {reason}" for reason, count in sorted(failures.items())) or "none",
+                remedy="check the address, that the server runs, and `allow` where it is a local network",
+            )
+
+    def _check(self, context: Context) -> None:
+        where = f"sources.{context.name}"
+        networks(context.allow, where)
+        for seed in self.seeds or [""]:
+            if refuse_url(URL(seed)):
+                raise PairmillError(
+                    expected=f"http or https addresses at {where}.seeds", found=repr(seed), remedy="correct them"
+                )
+
+    def _prepare(self, folder: Path, context: Context) -> Path:
+        """The file of finished pages, begun anew where it was recorded with other settings."""
+        fetch = {name: getattr(context.fetch, name) for name in ("agent", "deadline_s", "attempts")}
+        config: dict[str, Any] = {**asdict(self), **fetch, "allow": list(context.allow)}
+        pages, mark = folder / "pages.jsonl", fingerprint({"site": VERSION, **config})
+        recorded = next(iter(_lines(pages)), {})
+        if recorded.get("settings") != mark:
+            pages.write_text(json.dumps({"settings": mark}) + "\n")
+        (folder / "config.json").write_text(json.dumps({**config, "pages": str(pages.resolve())}))
+        return pages
+
+    def _crawl(self, folder: Path, pages: Path, context: Context) -> None:
+        command = [sys.executable, "-m", "pipelines.sources.site_spider", str((folder / "config.json").resolve())]
+        with (folder / "log.txt").open("wb") as log:
+            child = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            while _still_runs(child):
+                done = pages.read_bytes().count(b"\n") - 1
+                context.progress(done, self.max_pages, f"{done} pages")
+        finally:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+        if child.returncode != 0:
+            tail = (folder / "log.txt").read_text(errors="replace")[-LOG_CHARS:]
+            raise RuntimeError(f"the crawl ended with exit code {child.returncode}:\n{tail}")
+
+
+def _still_runs(child: "subprocess.Popen[bytes]") -> bool:
+    try:
+        child.wait(POLL_S)
+    except subprocess.TimeoutExpired:
+        return True
+    return False
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON lines of a file; a last line that was torn by a kill is left out."""
+    if path.exists():
+        with path.open("rb") as file:
+            for line in file:
+                if line.endswith(b"\n"):
+                    yield json.loads(line)
+
+
+def read_pages(path: Path) -> Iterator[dict[str, Any]]:
+    """The finished pages that a crawl recorded."""
+    return (line for line in _lines(path) if "url" in line)
+
+
+def _rows(page: dict[str, Any]) -> Iterator[Row]:
+    for position, image in enumerate(page["images"]):
+        yield {**image, "page": page["url"], "opt_out": page["opt_out"], "position": position}

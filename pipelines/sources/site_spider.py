@@ -1,0 +1,210 @@
+"""The crawl's own process: `python -m pipelines.sources.site_spider CONFIG.json`.
+
+Scrapy schedules, throttles per host and parses; every request goes through our guarded client, which also asks
+robots.txt, retries and bounds. Scrapy's middlewares and extensions are off: redirects are followed by the walk
+itself, as links that cost no depth, so that each hop is judged anew. A level is walked to its end before the next.
+"""
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from scrapy import Request, Spider
+from scrapy.crawler import AsyncCrawlerProcess, Crawler
+from scrapy.http import HtmlResponse, Response
+from scrapy.linkextractors import IGNORED_EXTENSIONS
+from twisted.python.failure import Failure as TwistedFailure
+from yarl import URL
+
+from pairs.identity import canonical_url
+from pipelines.fetch.client import REDIRECTS, Client, Failure, Headers, Limits, open_client
+from pipelines.fetch.guard import networks
+from pipelines.fetch.robots import Robots
+from pipelines.processes import die_with_parent
+from pipelines.sources.site import read_pages
+from pipelines.sources.site_page import read_page
+
+CONNECTIONS = 16
+REDIRECT_ROUNDS = 5
+SYNC_EVERY = 32  # pages
+PAGES = frozenset({"text/html", "application/xhtml+xml"})
+NOT_PAGES = tuple(f".{name}" for name in IGNORED_EXTENSIONS)
+
+
+class PageFailed(Exception):
+    """A page that could not be had."""
+
+    def __init__(self, failure: Failure) -> None:
+        self.failure = failure
+        super().__init__(failure.reason)
+
+
+def only_pages(headers: Headers) -> Failure | None:
+    kind = headers.get("Content-Type", "text/html").partition(";")[0].strip().lower()
+    return None if kind in PAGES else Failure("permanent", "not_a_page")
+
+
+class GuardedHandler:
+    """Scrapy's download handler over the guarded client; one attempt series, no redirects."""
+
+    lazy = False
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self._config = config
+        self._client: Client | None = None
+        self._robots: Robots | None = None
+
+    @classmethod
+    def from_crawler(cls, crawler: Crawler) -> "GuardedHandler":
+        return cls(crawler.settings["PAIRMILL"])
+
+    async def download_request(self, request: Request) -> Response:
+        config = self._config
+        if self._client is None or self._robots is None:  # the loop runs only now
+            allow = networks(config["allow"], "source")
+            self._client = open_client(config["agent"], config["per_host"], CONNECTIONS, allow)
+            self._robots = Robots(self._client)
+        limits = Limits(config["deadline_s"], config["max_page_bytes"], redirects=None, attempts=config["attempts"])
+        answer = await self._client.fetch(request.url, limits, self._robots.permit, only_pages, ", ".join(PAGES))
+        if isinstance(answer.result, Failure):
+            raise PageFailed(answer.result)
+        assert not isinstance(answer.result, bytes)
+        url, status, headers, body = answer.result
+        names = ("Content-Type", "X-Robots-Tag", "Location")
+        kept = {name: headers.getall(name) for name in names if name in headers}
+        return HtmlResponse(url, status, kept, body, request=request)
+
+    async def close(self) -> None:
+        if self._client:
+            await self._client.session.close()
+
+
+SETTINGS: dict[str, Any] = {
+    "DOWNLOAD_HANDLERS": {
+        **dict.fromkeys(("http", "https"), GuardedHandler),
+        **dict.fromkeys(("data", "file", "ftp", "s3")),
+    },
+    "DOWNLOADER_MIDDLEWARES_BASE": {},
+    "SPIDER_MIDDLEWARES_BASE": {},
+    "EXTENSIONS_BASE": {},
+    "TELNETCONSOLE_ENABLED": False,
+    "RANDOMIZE_DOWNLOAD_DELAY": False,
+    "CONCURRENT_REQUESTS": CONNECTIONS,
+    "LOG_LEVEL": "WARNING",
+}
+
+
+class SiteSpider(Spider):
+    """Walks level by level; `pages` are the finished ones, by URL."""
+
+    name = "site"
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self._config = config
+        self._hosts = {URL(seed).host for seed in config["seeds"]} | set(config["hosts"])
+        path = Path(config["pages"])
+        self._pages = {page["url"]: _ways(page) for page in read_pages(path)}
+        _end_torn_line(path)
+        self._file = path.open("ab", buffering=0)
+        self._unsynced = self._waiting = 0
+        self._ready = asyncio.Event()
+        self.error: BaseException | None = None
+
+    async def start(self) -> AsyncIterator[Request]:
+        level, seen = {canonical_url(seed) for seed in self._config["seeds"]}, set[str]()
+        for _ in range(self._config["max_depth"] + 1):
+            wave, level = level, set()
+            for _ in range(REDIRECT_ROUNDS + 1):
+                fresh = sorted(url for url in wave - seen if self._within(url))[: self._config["max_pages"] - len(seen)]
+                seen.update(fresh)
+                missing = [url for url in fresh if url not in self._pages]
+                self._waiting = len(missing)
+                self._ready.clear()
+                for url in missing:
+                    yield Request(url, self.parse, errback=self.failed, dont_filter=True)
+                if missing:
+                    await self._ready.wait()
+                if self.error:
+                    return
+                level |= {link for url in fresh for link in self._pages[url][0]}
+                wave = {target for url in fresh if (target := self._pages[url][1])}
+
+    def _within(self, url: str) -> bool:
+        try:
+            parts = URL(url)
+        except ValueError:
+            return False
+        return parts.host in self._hosts and not parts.path.lower().endswith(NOT_PAGES)
+
+    def parse(self, response: Response, **_: Any) -> None:
+        assert isinstance(response, HtmlResponse) and response.request
+        page: dict[str, Any] = {"images": [], "links": [], "opt_out": None, "failure": None, "redirect": None}
+        try:
+            if response.status in REDIRECTS:
+                page |= {"failure": "redirected", "redirect": _target(response)}
+            else:
+                page |= read_page(response, self._config["agent"])
+            self._record({"url": response.request.url} | page)
+        except Exception as error:
+            self._stop(error)
+
+    def failed(self, failure: TwistedFailure) -> None:
+        error = failure.value
+        if isinstance(error, PageFailed):
+            blank = {"images": [], "links": [], "opt_out": None, "redirect": None}
+            self._record({"url": failure.request.url, "failure": error.failure.reason} | blank)  # type: ignore[attr-defined]
+        else:
+            self._stop(error)
+
+    def _stop(self, error: BaseException) -> None:
+        self.error = error
+        self.logger.error("the crawl stops", exc_info=error)
+        self._ready.set()
+
+    def _record(self, page: dict[str, Any]) -> None:
+        self._file.write(json.dumps(page).encode() + b"\n")
+        self._unsynced += 1
+        self._waiting -= 1
+        if self._unsynced >= SYNC_EVERY or not self._waiting:
+            os.fsync(self._file.fileno())
+            self._unsynced = 0
+        self._pages[page["url"]] = _ways(page)
+        if not self._waiting:
+            self._ready.set()
+
+
+def _ways(page: dict[str, Any]) -> tuple[list[str], str | None]:
+    return page["links"], page["redirect"]
+
+
+def _target(response: Response) -> str | None:
+    location = response.headers.get("Location")
+    return canonical_url(response.urljoin(location.decode("latin-1"))) if location else None
+
+
+def _end_torn_line(path: Path) -> None:
+    """Cuts what a kill left of a line, so that the next one starts clean."""
+    whole = path.read_bytes().rfind(b"\n") + 1
+    os.truncate(path, whole)
+
+
+def main() -> None:
+    die_with_parent()
+    config = json.loads(Path(sys.argv[1]).read_text())
+    throttle = {"DOWNLOAD_DELAY": config["delay_s"], "CONCURRENT_REQUESTS_PER_DOMAIN": config["per_host"]}
+    process = AsyncCrawlerProcess({**SETTINGS, **throttle, "PAIRMILL": config})
+    crawler = process.create_crawler(SiteSpider)
+    process.crawl(crawler, config)
+    process.start()
+    spider = crawler.spider
+    if not isinstance(spider, SiteSpider) or spider.error:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
