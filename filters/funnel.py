@@ -25,11 +25,11 @@ def fetch_counts(store: Store, source: str, increments: Sequence[str], pairs: in
     if not candidates:
         return {"candidates": None, "fetch": {}}
     outcome: Counter[str] = Counter()
-    for path in (f"ledger/{source}/{increment}.parquet" for increment in increments):
-        if store.has(path):
+    for increment in increments:
+        for path in store.files(f"ledger/{source}/{increment}", ".parquet"):
             table = store.read_table(path, ["status", "reason"])
             for status, reason in zip(table["status"].to_pylist(), table["reason"].to_pylist(), strict=True):
-                outcome["ok" if status == "ok" else f"{status}: {reason}"] += 1
+                outcome["ok" if status == "ok" else f"{status}/{reason}"] += 1
     outcome["not attempted"] = candidates - outcome.total()
     outcome["ok, but no pair"] = outcome.pop("ok", 0) - pairs
     return {"candidates": candidates, "fetch": {"pair": pairs} | {k: n for k, n in sorted(outcome.items()) if n}}

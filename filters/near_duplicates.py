@@ -80,20 +80,17 @@ class NearDuplicates(Reducer):
 
 
 def bits(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """A column of 64-bit hashes (integers or 8 bytes) as uint64, 0 where null, and where it isn't null."""
+    """A column of 64-bit hashes (16 hex digits) as uint64, 0 where null, and where it isn't null."""
     flat = _flat(column)
     known = flat.is_valid().to_numpy(zero_copy_only=False)
-    if pa.types.is_integer(flat.type) and flat.type.bit_width == 64:
-        return pc.fill_null(flat, 0).to_numpy(zero_copy_only=False).view(np.uint64), known
-    if pa.types.is_binary(flat.type) or pa.types.is_fixed_size_binary(flat.type):
-        raw = [value if value is not None else bytes(8) for value in flat.to_pylist()]
-        if all(len(value) == 8 for value in raw):
-            return np.frombuffer(b"".join(raw), ">u8").astype(np.uint64), known
-    raise PairmillError(
-        expected="a column of 64-bit hashes for near_duplicates.hash",
-        found=f"a column of type {flat.type}",
-        remedy="name one that holds them, such as image_hash.phash",
-    )
+    words = pc.fill_null(flat.cast(pa.string()), "0" * 16).to_pylist()
+    if any(len(word) != 16 for word in words):
+        raise PairmillError(
+            expected="hashes of 16 hex digits (64 bits) in the column that near_duplicates.hash names",
+            found=repr(next(word for word in words if len(word) != 16))[:80],
+            remedy="name a column that holds them, such as image_hash.phash",
+        )
+    return np.frombuffer(bytes.fromhex("".join(words)), ">u8").astype(np.uint64), known
 
 
 def _flat(column: pa.ChunkedArray) -> pa.Array:

@@ -1,0 +1,93 @@
+"""Training shards: what training reads. The kept pairs of a fixed group of pair shards, with their kept texts.
+
+They mirror the pair shards (`group_size` consecutive ones of a source's increment become one), so an increment
+or a moved threshold rewrites only what changed. Image bytes are copied, nothing is encoded again, and no shuffle is
+needed: the loader shuffles. A group of which nothing is kept is a shard of no rows, so that it counts as made.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from pairs.errors import PairmillError
+from pairs.schemas import SELECTION, TRAINING
+from pairs.shard import ShardRef, read_shard, write_shard
+from pairs.store import Store, table_metadata
+from pairs.workspace import Workspace
+
+COPIED = ("uid", "url_key", "status", "url", "page", "license", "source_uid", "sha256", "image_ext")
+COPIED += ("width", "height", "original_width", "original_height")
+
+
+@dataclass(frozen=True)
+class TrainingCounts:
+    """`pairs` by training shard's table, and how many shards this call `wrote`."""
+
+    folder: str
+    pairs: dict[str, int]
+    wrote: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.pairs.values())
+
+
+def publish_training_shards(
+    workspace: Workspace,
+    selection: str,
+    shards: Mapping[str, Sequence[ShardRef]],
+    trusted: Collection[str] = (),
+    group_size: int = 1,
+) -> TrainingCounts:
+    """Writes the training shards of a selection (its folder) that are missing, below `shards/<its name>`."""
+    store = workspace.store
+    folder = f"shards/{selection.rsplit('/', 1)[1]}"
+    there = set(store.files(folder, ".parquet"))
+    counts, wrote = {}, 0
+    for source, refs in shards.items():
+        for target, members in training_groups(folder, refs, group_size).items():
+            if target.table in there:
+                counts[target.table] = int(table_metadata(store.read_table(target.table, ["uid"]))["rows"])
+                continue
+            rows = (row for ref in members for row in _kept(workspace, selection, ref, source, source in trusted))
+            counts[target.table] = write_shard(store, target, rows, TRAINING)
+            wrote += 1
+    return TrainingCounts(folder, counts, wrote)
+
+
+def training_groups(folder: str, refs: Sequence[ShardRef], group_size: int) -> dict[ShardRef, list[ShardRef]]:
+    """Which pair shards go into which training shard: by increment, `group_size` consecutive indices each."""
+    groups: dict[ShardRef, list[ShardRef]] = {}
+    for ref in sorted(refs):
+        target = ShardRef(f"{folder}/{ref.group}/{ref.increment}", ref.index // group_size)
+        groups.setdefault(target, []).append(ref)
+    return groups
+
+
+def _kept(
+    workspace: Workspace, selection: str, ref: ShardRef, source: str, trusted: bool
+) -> Iterator[tuple[dict[str, object], bytes]]:
+    """Row and image of each kept pair of one pair shard."""
+    verdicts = _verdicts(workspace.store, selection, ref)
+    if not any(verdicts["kept"]):
+        return
+    shard = read_shard(workspace.store, ref)
+    alive = workspace.alive(shard.table)
+    facts = {"source": source, "increment": ref.increment, "trusted": trusted}
+    rows = zip(shard.table.select(list(COPIED)).to_pylist(), alive, *verdicts.values(), shard.images(), strict=True)
+    for row, lives, uid, kept, texts, image in rows:
+        if kept and lives and image is not None:
+            assert uid == row["uid"], f"{selection} and {ref.table} differ at {uid}"
+            assert texts, f"{uid} is kept without a text"
+            yield row | facts | {"texts": texts, "text": texts[0]["text"]}, image
+
+
+def _verdicts(store: Store, selection: str, ref: ShardRef) -> dict[str, list[object]]:
+    path = ref.beside(selection)
+    if not store.has(path):
+        raise PairmillError(
+            expected=f"the selection's table {path}",
+            found="none",
+            remedy="run `pairmill curate` on this workspace first",
+        )
+    table = store.read_table(path).cast(SELECTION)
+    return {name: table[name].to_pylist() for name in ("uid", "kept", "texts")}
