@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 
 import aiohttp
 from aiohttp.abc import AbstractResolver
-from multidict import CIMultiDictProxy
+from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from pairs.identity import unit_hash
@@ -33,10 +33,13 @@ REDIRECTS = frozenset({301, 302, 303, 307, 308})
 CONNECTING = frozenset({"connect", "connect_timeout", "dns"})
 
 Headers = CIMultiDictProxy[str]
+NO_HEADERS: Headers = CIMultiDictProxy(CIMultiDict())
 Judge = Callable[[Headers], "Failure | None"]
 
 
 class Response(NamedTuple):
+    """What was fetched; `status` is 0 for a local file."""
+
     url: str
     status: int
     headers: Headers
@@ -73,9 +76,9 @@ class Host:
 
 
 class Answer(NamedTuple):
-    """The outcome for one URL or local file (its bytes), and the attempts it took."""
+    """The outcome for one URL, and the attempts it took."""
 
-    result: Response | bytes | Failure
+    result: Response | Failure
     attempts: int
 
 

@@ -28,7 +28,7 @@ from pairs.store import no_space, table_metadata
 from pairs.workspace import Workspace
 from pipelines.candidates import part
 from pipelines.fetch import decode, pool
-from pipelines.fetch.client import Answer, Client, Failure, Headers, Limits, Response, open_client
+from pipelines.fetch.client import NO_HEADERS, Answer, Client, Failure, Headers, Limits, Response, open_client
 from pipelines.fetch.guard import networks
 from pipelines.fetch.robots import Robots, opt_out
 from pipelines.sources import Progress, Row, load_source
@@ -246,14 +246,14 @@ async def _body(job: Job, tools: Tools, row: Row) -> Answer:
     return await tools.client.fetch(row["url"], limits, tools.robots.permit, judge, ACCEPT)
 
 
-def _read_local(read: Callable[[str, int], bytes], relative: str, max_bytes: int) -> bytes | Failure:
+def _read_local(read: Callable[[str, int], bytes], relative: str, max_bytes: int) -> Response | Failure:
     try:
         data = read(relative, max_bytes)
     except Outside:
         return Failure("refused", "outside_the_folder")
     except OSError:
         return Failure("permanent", "unreadable_file")
-    return Failure("permanent", "too_large") if len(data) > max_bytes else data
+    return Failure("permanent", "too_large") if len(data) > max_bytes else Response(relative, 0, NO_HEADERS, data)
 
 
 async def _keep(job: Job, tools: Tools, row: Row, answer: Answer, spool: IO[bytes]) -> Outcome:
@@ -263,11 +263,10 @@ async def _keep(job: Job, tools: Tools, row: Row, answer: Answer, spool: IO[byte
     ledger["attempts"] = answer.attempts
     if isinstance(result, Failure):
         return Outcome(ledger | _verdict(result), None)
-    data = result.body if isinstance(result, Response) else result
+    data = result.body
     sha256 = sha256_hex(data)
     uid = make_uid(row["url_key"], sha256)
-    ledger |= {"http_status": result.status if isinstance(result, Response) else None, "size_bytes": len(data)}
-    ledger["sha256"] = sha256
+    ledger |= {"http_status": result.status or None, "size_bytes": len(data), "sha256": sha256}
     if uid in tools.dead["uid"]:
         return Outcome(ledger | {"status": "refused", "reason": "forgotten"}, None)
     decoded = await tools.decode(data)

@@ -31,6 +31,7 @@ from pipelines.sources.site_page import read_page
 CONNECTIONS = 16
 REDIRECT_ROUNDS = 5
 SYNC_EVERY = 32  # pages
+BLANK: dict[str, Any] = {"images": [], "links": [], "opt_out": None, "failure": None, "redirect": None}
 PAGES = frozenset({"text/html", "application/xhtml+xml"})
 NOT_PAGES = tuple(f".{name}" for name in IGNORED_EXTENSIONS)
 
@@ -72,7 +73,6 @@ class GuardedHandler:
         answer = await self._client.fetch(request.url, limits, self._robots.permit, only_pages, ", ".join(PAGES))
         if isinstance(answer.result, Failure):
             raise PageFailed(answer.result)
-        assert not isinstance(answer.result, bytes)
         url, status, headers, body = answer.result
         names = ("Content-Type", "X-Robots-Tag", "Location")
         kept = {name: headers.getall(name) for name in names if name in headers}
@@ -143,21 +143,20 @@ class SiteSpider(Spider):
 
     def parse(self, response: Response, **_: Any) -> None:
         assert isinstance(response, HtmlResponse) and response.request
-        page: dict[str, Any] = {"images": [], "links": [], "opt_out": None, "failure": None, "redirect": None}
         try:
             if response.status in REDIRECTS:
-                page |= {"failure": "redirected", "redirect": _target(response)}
+                found = {"failure": "redirected", "redirect": _target(response)}
             else:
-                page |= read_page(response, self._config["agent"])
-            self._record({"url": response.request.url} | page)
+                found = read_page(response, self._config["agent"])
+            self._record({**BLANK, "url": response.request.url, **found})
         except Exception as error:
             self._stop(error)
 
     def failed(self, failure: TwistedFailure) -> None:
         error = failure.value
         if isinstance(error, PageFailed):
-            blank = {"images": [], "links": [], "opt_out": None, "redirect": None}
-            self._record({"url": failure.request.url, "failure": error.failure.reason} | blank)  # type: ignore[attr-defined]
+            url = failure.request.url  # type: ignore[attr-defined]
+            self._record({**BLANK, "url": url, "failure": error.failure.reason})
         else:
             self._stop(error)
 

@@ -48,7 +48,8 @@ class Source:
 
 def _candidate(row: dict[str, Any]) -> Row:
     plain = {name: None if value is None else str(value) for name, value in row.items()}
-    texts = [text(plain["text"], "alt", plain.get("language"))] if plain.get("text") else []
+    words = plain.get("text")
+    texts = [text(words, "alt", plain.get("language"))] if words else []
     return {
         "url": plain["url"] or "",
         "texts": texts,
