@@ -155,11 +155,18 @@ class BlipSpec(Spec):
     text: TowerSpec = TowerSpec(layers=2, width=128, heads=4)
     embed_dim: int = 64
     vocabulary: int = Field(2000, ge=64)
-    max_tokens: int = 32
+    max_tokens: int = Field(35, ge=8)
+    prompt: str = "a picture of "  # the captioner writes what follows it
+    word_steps: int = Field(600, ge=1)  # the beginning that captioner and filter share
     caption_steps: int = Field(400, ge=1)
-    match_steps: int = Field(600, ge=1)
-    batch_pairs: int = Field(64, ge=2)
-    learning_rate: float = Field(1e-3, gt=0)
+    match_steps: int = Field(400, ge=1)
+    batch_pairs: int = Field(32, ge=2)
+    negatives: int = Field(3, ge=1)  # wrong texts for each image of a step
+    temperature: float = Field(0.07, gt=0)
+    learning_rate: float = Field(2e-3, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    precision: Literal["fp32", "bf16"] = "bf16"
+    checkpoint_every: int = Field(200, ge=1)
     seed: int = 0
 
 

@@ -26,7 +26,8 @@ class Store:
     """Files below one root. Paths are relative, with forward slashes."""
 
     def __init__(self, root: str | Path) -> None:
-        self.fs, base = fsspec.core.url_to_fs(str(root))
+        # workers write beside us: a cached listing of a bucket would not show it
+        self.fs, base = fsspec.core.url_to_fs(str(root), use_listings_cache=False)
         self._base = base.rstrip("/")
         self.local = Path(base) if isinstance(self.fs, fsspec.implementations.local.LocalFileSystem) else None
         self.root = base if self.local else str(root)  # absolute, so that a worker in another folder finds it
@@ -121,11 +122,15 @@ class Store:
     def read_table(self, path: str, columns: list[str] | None = None) -> pa.Table:
         data = io.BytesIO(self.read(path))
         try:
-            return pq.read_table(data, columns=columns, page_checksum_verification=True)
+            table = pq.read_table(data, columns=columns, page_checksum_verification=True)
+            rows = pq.read_metadata(data).num_rows
+            if table.num_rows != rows and table.num_columns:  # a damaged page can end a column early
+                raise pa.ArrowInvalid(f"{table.num_rows} rows where its footer says {rows}")
         except (pa.ArrowException, OSError) as error:
             raise PairmillError(
                 expected=f"a Parquet table at {path}", found=str(error), remedy="run `pairmill verify` on the workspace"
             ) from error
+        return table
 
     def write_table(self, path: str, table: pa.Table, metadata: dict[str, str] | None = None) -> None:
         """Writes Parquet with reproducible bytes; `metadata` goes into the schema's key-value pairs."""
