@@ -14,7 +14,7 @@ from pairs.shard import ShardRef, read_shard, write_shard
 from pairs.store import Store, table_metadata
 from pairs.workspace import Workspace
 
-COPIED = ("uid", "url_key", "status", "url", "page", "license", "source_uid", "sha256", "image_ext")
+COPIED: tuple[str, ...] = ("uid", "url_key", "status", "url", "page", "license", "source_uid", "sha256", "image_ext")
 COPIED += ("width", "height", "original_width", "original_height")
 
 

@@ -1,0 +1,167 @@
+"""Canaries tell how good the filters are, and change nothing that is real."""
+
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from filters.canaries import facts_path, make_canaries
+from filters.canary_report import Corpus, precision, recall_at_false_drops, report, roc_auc, wilson
+from filters.engine import plan, score_shards
+from filters.exact_duplicates import ExactDuplicates
+from filters.image_hash import ImageHash
+from filters.near_duplicates import NearDuplicates
+from filters.reduce import run_reducers
+from filters.selection import SelectionResult, select
+from pairs.identity import held_out, make_uid, sha256_hex, url_key
+from pairs.recipe import CanariesSpec, Rule, TextsSpec
+from pairs.schemas import PAIRS
+from pairs.shard import ShardRef, read_shard, write_shard
+from pairs.workspace import Workspace
+from tests.filters.corpus import contents, folder
+from tests.filters.shards import draw, encode
+
+KEEP = [
+    Rule(column="clip.cosine", min=0.5),
+    Rule(one_per="near_duplicates.group"),
+    Rule(one_per="exact_duplicates.group"),
+]
+REDUCERS = {"near_duplicates": NearDuplicates(), "exact_duplicates": ExactDuplicates()}
+SPEC = CanariesSpec(per_defect=20, max_fraction=0.5)
+
+
+def fill(workspace: Workspace) -> dict[str, list[ShardRef]]:
+    """60 trusted drawings, and web pairs of which the first looks like the first drawing."""
+    shards = {}
+    for source, start, count in (("clean", 0, 60), ("web", 100, 6)):
+        rows = []
+        for number in range(start, start + count):
+            data = encode(draw(0 if number == 100 else number, 96, 128), "jpg")
+            key = url_key(f"http://{source}.test/{number}.jpg")
+            text = f"drawing number {number}"
+            row = dict.fromkeys(PAIRS.names) | {"uid": make_uid(key, sha256_hex(data)), "url_key": key, "status": "ok"}
+            row |= {"text": text, "texts": [{"text": text, "kind": "alt", "language": None}], "image_ext": "jpg"}
+            rows.append((row | {"width": 128, "height": 96, "sha256": sha256_hex(data)}, data))
+        shards[source] = [ShardRef(f"pairs/{source}-0123456789ab/0000", 0)]
+        write_shard(workspace.store, shards[source][0], rows, PAIRS)
+    return shards
+
+
+def curate(workspace: Workspace, canaries: list[ShardRef]) -> tuple[SelectionResult, dict[str, str]]:
+    """Scores, reduces and selects; `clip.cosine` is 0.9 but for canaries with a swapped text and one twin."""
+    shards = {source: [ShardRef(f"pairs/{source}-0123456789ab/0000", 0)] for source in ("clean", "web")}
+    planned = plan({"image_hash": ImageHash()})
+    refs = [ref for listed in shards.values() for ref in listed]
+    score_shards(workspace.store, planned, [*refs, *canaries], engine="inline", workers=1)
+    for ref in [*refs, *canaries]:
+        table = workspace.store.read_table(ref.table)
+        cosine = [0.9] * table.num_rows
+        if ref in canaries and "swapped_text" in ref.folder:
+            facts = workspace.store.read_table(facts_path(ref)).to_pylist()
+            cosine = [0.9 if fact["twin"] else 0.1 for fact in facts]
+            cosine[next(i for i, f in enumerate(facts) if f["twin"] and f["half"] == "report")] = 0.4
+        scored = pa.table({"uid": table["uid"], "cosine": pa.array(cosine, pa.float32())})
+        workspace.store.write_table(ref.beside(folder("clip")), scored)
+    scores = {one.name: one.folder for one in planned} | {"clip": folder("clip")}
+    scores |= run_reducers(workspace.store, REDUCERS, shards, scores, ["clean"])
+    return select(workspace.store, "small", KEEP, TextsSpec(), shards, scores, ["clean"]), scores
+
+
+def test_with_and_without_canaries_every_real_byte_is_the_same(workspace: Workspace, tmp_path: Any) -> None:
+    fill(workspace)
+    without = Workspace.open(tmp_path / "without", create=True)
+    shards = fill(without)
+    canaries = make_canaries(workspace.store, shards, ["clean"], SPEC, seed=0)
+    curate(workspace, canaries)
+    curate(without, [])
+    groups = {ref.group for ref in canaries}
+    real = {p: b for p, b in contents(workspace.store).items() if not any(group in p for group in groups)}
+    assert real == contents(without.store)
+    assert any(path.startswith("selections/") for path in real)
+
+
+def test_canaries_come_from_trusted_pairs_that_are_not_held_out(workspace: Workspace) -> None:
+    shards = fill(workspace)
+    refs = make_canaries(workspace.store, shards, ["clean"], SPEC, seed=0)
+    assert [ref.group.rsplit("-", 1)[0] for ref in refs] == ["swapped_text", "near_duplicate"]
+    clean = workspace.store.read_table(shards["clean"][0].table).to_pylist()
+    text_of = {pair["uid"]: pair["text"] for pair in clean}
+    for ref in refs:
+        shard, facts = read_shard(workspace.store, ref), workspace.store.read_table(facts_path(ref)).to_pylist()
+        assert len(facts) == 40
+        assert [fact["uid"] for fact in facts] == shard.table["uid"].to_pylist()
+        images = list(shard.images())
+        pairs = zip(
+            facts[::2], facts[1::2], shard.table["text"].to_pylist()[::2], images[::2], images[1::2], strict=True
+        )
+        for canary, twin, text, image, twin_image in pairs:
+            assert not held_out(canary["origin"])
+            assert (canary["twin"], twin["twin"]) == (False, True)
+            assert canary["origin"] == twin["origin"] and canary["half"] == twin["half"]
+            assert image == twin_image and cv2.imdecode(np.frombuffer(image, np.uint8), 1) is not None
+            assert (text != text_of[canary["origin"]]) == (canary["defect"] == "swapped_text")
+            assert text in text_of.values()
+    before = contents(workspace.store)
+    assert make_canaries(workspace.store, shards, ["clean"], SPEC, seed=0) == refs
+    assert contents(workspace.store) == before
+    assert make_canaries(workspace.store, shards, ["clean"], SPEC, seed=1) != refs
+
+
+def test_no_trusted_pairs_or_none_asked_for_give_no_canaries(workspace: Workspace) -> None:
+    shards = fill(workspace)
+    assert make_canaries(workspace.store, shards, [], SPEC, seed=0) == []
+    assert make_canaries(workspace.store, shards, ["clean"], CanariesSpec(per_defect=0), seed=0) == []
+
+
+def test_the_report_counts_what_the_rules_catch(workspace: Workspace) -> None:
+    shards = fill(workspace)
+    canaries = make_canaries(workspace.store, shards, ["clean"], SPEC, seed=0)
+    result, scores = curate(workspace, canaries)
+    real = Corpus(shards, ["clean"], scores, REDUCERS, result.folder)
+    told = report(workspace.store, canaries, real, KEEP, TextsSpec(), result.manifest["thresholds"])
+    swapped, copies = told["defects"]["swapped_text"], told["defects"]["near_duplicate"]
+    by_rule = {rule["rule"]: (rule["recall"]["value"], rule["false_drops"]["value"]) for rule in swapped["rules"]}
+    n = swapped["twins"]
+    assert 0 < n < 20
+    assert by_rule[KEEP[0].name] == by_rule["selection"] == (1.0, 1 / n)
+    assert by_rule[KEEP[1].name] == by_rule["texts"] == (0.0, 0.0)
+    auc = {figure["column"]: figure["auc"]["value"] for figure in swapped["auc"]}
+    assert auc == {"clip.cosine": 1.0}
+    expected = 0.1 / (0.1 + 0.9 / n)
+    assert swapped["precision"]["value"] == pytest.approx(expected)
+    by_rule = {rule["rule"]: (rule["recall"]["value"], rule["false_drops"]["value"]) for rule in copies["rules"]}
+    recall, false_drops = by_rule[KEEP[1].name]
+    assert recall >= 0.7
+    assert false_drops <= 0.2
+    assert by_rule[KEEP[2].name] == (0.0, 0.0)  # another encoding has other bytes
+
+
+def test_a_swapped_text_is_caught_where_only_a_synthetic_one_is_kept(workspace: Workspace) -> None:
+    shards = fill(workspace)
+    canaries = make_canaries(workspace.store, shards, ["clean"], SPEC, seed=0)[:1]
+    _, scores = curate(workspace, canaries)
+    table = workspace.store.read_table(canaries[0].table)
+    twin = workspace.store.read_table(facts_path(canaries[0]))["twin"].to_pylist()
+    made = {"texts": [["a drawing"]] * len(twin)}
+    matched = {"probability": [[0.9 if own else 0.1, 0.9] for own in twin]}
+    for name, columns in (("blip_caption", made), ("blip_match", matched)):
+        workspace.store.write_table(canaries[0].beside(folder(name)), pa.table({"uid": table["uid"], **columns}))
+        scores[name] = folder(name)
+    spec = TextsSpec.model_validate({"from": ["texts", "blip_caption.texts"], "match": "blip_match.probability"})
+    told = report(workspace.store, canaries, Corpus(shards, ["clean"], scores, {}, ""), [], spec, {})
+    (texts, _) = told["defects"]["swapped_text"]["rules"]
+    assert (texts["rule"], texts["recall"]["value"], texts["false_drops"]["value"]) == ("texts", 1.0, 0.0)
+
+
+def test_figures_by_hand() -> None:
+    assert wilson(9, 10) == pytest.approx({"value": 0.9, "low": 0.5958, "high": 0.9821, "n": 10}, abs=1e-4)
+    assert wilson(0, 0)["value"] is None
+    assert roc_auc(np.array([0.1, 0.5, np.nan]), np.array([0.5, 0.9]))["value"] == (1 + 1 + 0.5 + 1) / 4
+    assert precision({"value": 0.8, "low": 0.8, "high": 0.8, "n": 5}, {"value": 0.1, "low": 0.1, "high": 0.1}, 0.5)[
+        "value"
+    ] == pytest.approx(8 / 9)
+    twins, canaries = np.arange(10.0), np.array([-1.0, 0.5, 1.5, 5.0, np.nan])
+    assert recall_at_false_drops(canaries, twins, 0.1) == {**wilson(3, 5), "threshold": 1.0}
+    assert recall_at_false_drops(canaries, twins, 0.0)["value"] == 2 / 5
