@@ -53,12 +53,21 @@ def prepare(image: np.ndarray, preprocess: Mapping[str, Any]) -> torch.Tensor:
     size = preprocess["size"]
     height, width = (size, size) if isinstance(size, int) else size
     pixels_3HW = torch.from_numpy(image).permute(2, 0, 1)
-    ratios = height / image.shape[0], width / image.shape[1]
-    scale = {"shortest": max(ratios), "longest": min(ratios)}.get(preprocess["resize_mode"])
-    to = (height, width) if scale is None else tuple(max(1, round(side * scale)) for side in image.shape[:2])
+    to = _resized(image.shape[:2], (height, width), preprocess["resize_mode"])
     kind = "bilinear" if preprocess["interpolation"] == "bilinear" else "bicubic"
     resized = F.interpolate(pixels_3HW[None], size=to, mode=kind, antialias=True)[0]
     return _fit(resized, height, width, preprocess.get("fill_color") or 0)
+
+
+def _resized(sides: tuple[int, ...], size: tuple[int, int], mode: str) -> tuple[int, ...]:
+    """Height and width before cutting or padding, rounded as open_clip's transforms round: torchvision's resize to the
+    shorter side, which serves squares, truncates."""
+    if mode == "squash":
+        return size
+    if mode == "shortest" and size[0] == size[1]:
+        return tuple(size[0] * side // min(sides) for side in sides)
+    scale = {"shortest": max, "longest": min}[mode](to / side for to, side in zip(size, sides, strict=True))
+    return tuple(max(1, round(side * scale)) for side in sides)
 
 
 def _fit(pixels_3HW: torch.Tensor, height: int, width: int, fill: int) -> torch.Tensor:
