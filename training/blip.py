@@ -6,38 +6,40 @@ captioner writes (arXiv 2201.12086, section 4.4). Captioner: language modelling.
 against hard negatives, drawn from the batch by the contrast's own similarity.
 """
 
-import hashlib
-import json
 import math
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import (
     BertTokenizerFast, BlipConfig, BlipForConditionalGeneration, BlipForImageTextRetrieval,
     BlipImageProcessor, BlipProcessor,
 )  # fmt: skip
 
+from pairs.fingerprint import fingerprint
+from pairs.identity import sha256_hex
 from pairs.recipe import BlipSpec
-from training.blip_data import TrustedPairs, jitter, load_pairs, make_tokenizer, same_text, tokens, vary
+from training import checkpoint
+from training.blip_data import TrustedPairs, load_pairs, make_tokenizer
+from training.blip_losses import Lesson, Losses, WordReader, caption_loss, match_loss, word_loss
 
 Progress = Callable[[dict[str, object]], None]
-CAPTIONER, MATCHER = "captioner", "matcher"
+SEEDS = {"words": 0, "captioner": 1, "matcher": 2}  # of each stage's draws
 
 
 @dataclass(frozen=True)
 class BlipModels:
-    """Folders that `from_pretrained` loads."""
+    """Folders that `from_pretrained` loads, how many pairs they learned from, and what was left out, by reason."""
 
     captioner: Path
     matcher: Path
+    pairs: int
+    left_out: dict[str, int]
 
 
 def blip_config(spec: BlipSpec, tokenizer: BertTokenizerFast) -> BlipConfig:
@@ -56,67 +58,99 @@ def blip_config(spec: BlipSpec, tokenizer: BertTokenizerFast) -> BlipConfig:
     return BlipConfig(text_config=text, vision_config=vision, image_text_hidden_size=spec.embed_dim)
 
 
+def train_blip(pairs: Iterable[tuple[bytes, str]], spec: BlipSpec, out_dir: Path, progress: Progress) -> BlipModels:
+    """Trains both from the last checkpoint in `out_dir`, where there is one; returns at once where both are there.
+
+    `pairs` are (encoded image, text). `progress` gets a dict per step: stage, step, steps, losses. Raises
+    PairmillError where fewer than two pairs are usable.
+    """
+    data = load_pairs(pairs, spec.image_px)
+    models = BlipModels(out_dir / "captioner", out_dir / "matcher", len(data), data.left_out)
+    tokenizer = make_tokenizer([*data.texts, spec.prompt], spec.vocabulary, spec.max_tokens)
+    images = BlipImageProcessor(size={"height": spec.image_px, "width": spec.image_px})
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (images.image_mean, images.image_std))
+    lesson = Lesson(data, tokenizer, spec, mean, std)
+    torch.manual_seed(spec.seed)
+    captioner = BlipForConditionalGeneration(blip_config(spec, tokenizer))
+    matcher = BlipForImageTextRetrieval(blip_config(spec, tokenizer))
+    run = Run(lesson, out_dir / "checkpoints", _identity(data, spec), progress)
+    words = captioner.text_decoder.get_input_embeddings()
+    run.fit("words", WordReader(captioner.vision_model, words, lesson.words()), word_loss, spec.word_steps)
+    matcher.vision_model.load_state_dict(captioner.vision_model.state_dict())
+    matcher.text_encoder.load_state_dict(captioner.text_decoder.bert.state_dict())
+    for folder, model, loss, steps in (
+        (models.captioner, captioner, caption_loss, spec.caption_steps),
+        (models.matcher, matcher, match_loss, spec.match_steps),
+    ):
+        if not folder.exists():
+            run.fit(folder.name, model, loss, steps)
+            with checkpoint.publishing(folder) as temporary:
+                model.eval().save_pretrained(temporary)
+                BlipProcessor(images, tokenizer).save_pretrained(temporary)
+    shutil.rmtree(run.folder, ignore_errors=True)
+    return models
+
+
+def _identity(data: TrustedPairs, spec: BlipSpec) -> str:
+    content = sha256_hex(data.pixels.numpy().tobytes() + "\0".join(data.texts).encode())
+    return fingerprint({"pairs": content, "spec": spec.model_dump()})
+
+
 @dataclass(frozen=True)
-class Learner:
-    """What every loss reads."""
+class Run:
+    """Where stages leave their checkpoints, whose they are, and who hears of each step."""
 
-    pairs: TrustedPairs
-    tokenizer: BertTokenizerFast
-    spec: BlipSpec
-    mean: torch.Tensor
-    std: torch.Tensor
+    lesson: Lesson
+    folder: Path
+    identity: str
+    progress: Progress
 
-    def pictures(self, index: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
-        return jitter(self.pairs.pixels[torch.from_numpy(index)], rng, self.mean, self.std)
+    def fit(self, stage: str, model: nn.Module, loss: Losses, steps: int) -> None:
+        """Trains to the end, from the stage's last checkpoint. What a step sees hangs on seed, stage and step alone."""
+        spec, parameters = self.lesson.spec, dict(model.named_parameters())
+        # state_dict names tied weights twice, which safetensors refuses
+        weights = nn.ParameterDict({name.replace(".", "/"): value for name, value in parameters.items()})
+        grouped = [[p for p in parameters.values() if (p.ndim > 1) == many] for many in (True, False)]
+        groups = [{"params": g, "weight_decay": d} for g, d in zip(grouped, (spec.weight_decay, 0.0), strict=True)]
+        optimizer = torch.optim.AdamW(groups, lr=spec.learning_rate, betas=(0.9, 0.98))
+        found = checkpoint.latest(self.folder / stage)
+        start = 0
+        if found and found[1]["identity"] == self.identity:
+            checkpoint.restore(found[0], weights, optimizer)
+            start = int(found[1]["step"])
+        model.train()
+        for step in range(start, steps):
+            began = time.perf_counter()
+            parts = self._step(stage, model, loss, optimizer, step, steps)
+            if (step + 1) % spec.checkpoint_every == 0 or step + 1 == steps:
+                facts = {"step": step + 1, "identity": self.identity}
+                checkpoint.save(self.folder / stage, weights, optimizer, facts)
+            took = {"seconds": round(time.perf_counter() - began, 4)}
+            self.progress({"stage": stage, "step": step, "steps": steps} | parts | took)
 
-
-Losses = Callable[[nn.Module, Learner, np.ndarray, np.random.Generator], dict[str, torch.Tensor]]
-
-
-def caption_losses(model: nn.Module, learner: Learner, index: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-    """Language modelling: cross-entropy of the caption after the prompt, label smoothing 0.1."""
-    prompt = learner.spec.prompt
-    texts = [prompt + learner.pairs.texts[i] for i in index]
-    batch = tokens(learner.tokenizer, texts, learner.spec.max_tokens)
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    ids[:, 0] = learner.tokenizer.bos_token_id
-    labels = ids.masked_fill(mask == 0, -100)
-    labels[:, : 1 + len(learner.tokenizer.tokenize(prompt))] = -100
-    pixels = learner.pictures(index, rng)
-    return {"lm": model(pixel_values=pixels, input_ids=ids, attention_mask=mask, labels=labels).loss}
-
-
-def match_losses(model: nn.Module, learner: Learner, index: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-    """Contrast over the batch, and matching of each image with its text and with `negatives` others."""
-    spec, count = learner.spec, len(index)
-    plain = [learner.pairs.texts[i] for i in index]
-    texts = [vary(text, rng) for text in plain]
-    batch = tokens(learner.tokenizer, texts, spec.max_tokens)
-    states = model.vision_model(learner.pictures(index, rng)).last_hidden_state
-    alone = model.text_encoder(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-    image = F.normalize(model.vision_proj(states[:, 0]).float(), dim=-1)
-    text = F.normalize(model.text_proj(alone[:, 0]).float(), dim=-1)
-    same = same_text(plain)
-    logits = (image @ text.T / spec.temperature).masked_fill(same & ~torch.eye(count, dtype=torch.bool), -1e4)
-    target = torch.arange(count)
-    itc = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-    wrong = hard_negatives(logits.detach(), same, spec.negatives, rng)
-    owner = torch.arange(count).repeat(1 + wrong.shape[1])
-    chosen = torch.cat([torch.arange(count), wrong.T.reshape(-1)])
-    score = match_scores(model, states[owner], batch["input_ids"][chosen], batch["attention_mask"][chosen])
-    truth = (torch.arange(len(owner)) < count).long()
-    return {"itc": itc, "itm": F.cross_entropy(score.float(), truth)}
+    def _step(
+        self, stage: str, model: nn.Module, loss: Losses, optimizer: torch.optim.Optimizer, step: int, steps: int
+    ) -> dict[str, float]:
+        spec, key = self.lesson.spec, [self.lesson.spec.seed, SEEDS[stage]]
+        for group in optimizer.param_groups:
+            group["lr"] = spec.learning_rate * _pace(step, steps)
+        index = _rows(len(self.lesson.pairs), spec.batch_pairs, step, key)
+        with torch.autocast("cpu", torch.bfloat16, enabled=spec.precision == "bf16"):
+            parts = loss(model, self.lesson, index, np.random.default_rng([*key, 1, step]))
+        optimizer.zero_grad()
+        torch.stack(list(parts.values())).sum().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return {name: round(value.item(), 5) for name, value in parts.items()}
 
 
-def match_scores(model: nn.Module, states: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Logits (N, 2) of the match head, as BlipForImageTextRetrieval computes them, for images encoded already."""
-    fused = model.text_encoder(ids, attention_mask=mask, encoder_hidden_states=states).last_hidden_state
-    return model.itm_head(fused[:, 0])
+def _rows(count: int, batch: int, step: int, key: list[int]) -> np.ndarray:
+    """Rows of a step: each epoch is a permutation of its own, what is left over at its end is not used."""
+    batch = min(batch, count)
+    epoch, place = divmod(step, count // batch)
+    return np.random.default_rng([*key, 0, epoch]).permutation(count)[place * batch : (place + 1) * batch]
 
 
-def hard_negatives(logits: torch.Tensor, same: torch.Tensor, count: int, rng: np.random.Generator) -> torch.Tensor:
-    """(B, count) indices of texts that don't belong, the likelier the more similar they seem; equal texts never."""
-    weights = F.softmax(logits.float(), dim=1).clamp_min(1e-6).masked_fill(same, 0.0)
-    count = min(count, int((weights > 0).sum(1).min()))
-    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    return torch.multinomial(weights, count, generator=generator) if count else torch.empty(len(same), 0, dtype=torch.long)
+def _pace(step: int, steps: int) -> float:
+    """Share of the full learning rate: up over a tenth of the steps, then down along a cosine."""
+    return min((step + 1) / (0.1 * steps + 1), 0.5 * (1 + math.cos(math.pi * step / steps)))

@@ -91,15 +91,18 @@ def tokens(tokenizer: BertTokenizerFast, texts: Sequence[str], max_tokens: int) 
     )  # fmt: skip
 
 
-def jitter(pixels: torch.Tensor, rng: np.random.Generator, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """(B, 3, side, side) uint8 to normalised float32, each zoomed by 0.85 to 1.15 and shifted by up to 8 % of its side."""
+def jitter(pixels: torch.Tensor, rng: np.random.Generator, strength: float = 1.0) -> torch.Tensor:
+    """(B, 3, side, side) uint8 to float32 in [0, 1], at random turned by up to 15 degrees, zoomed by 0.75 to 1.33 and
+    shifted by up to 15 % of the side, each times `strength`. The border's colour fills what comes into view."""
     count = len(pixels)
+    turn = rng.uniform(-0.26, 0.26, count) * strength
+    zoom = np.exp(rng.uniform(-0.29, 0.29, (count, 1)) * strength + rng.uniform(-0.1, 0.1, (count, 2)) * strength)
     theta = np.zeros((count, 2, 3), np.float32)
-    theta[:, [0, 1], [0, 1]] = rng.uniform(0.87, 1.18, (count, 2))
-    theta[:, :, 2] = rng.uniform(-0.16, 0.16, (count, 2))
+    theta[:, 0, 0], theta[:, 0, 1] = np.cos(turn) * zoom[:, 0], -np.sin(turn) * zoom[:, 0]
+    theta[:, 1, 0], theta[:, 1, 1] = np.sin(turn) * zoom[:, 1], np.cos(turn) * zoom[:, 1]
+    theta[:, :, 2] = rng.uniform(-0.3, 0.3, (count, 2)) * strength
     grid = F.affine_grid(torch.from_numpy(theta), list(pixels.shape), align_corners=False)
-    moved = F.grid_sample(pixels.float(), grid, padding_mode="border", align_corners=False)
-    return (moved / 255 - mean) / std
+    return F.grid_sample(pixels.float() / 255, grid, padding_mode="border", align_corners=False)
 
 
 def vary(text: str, rng: np.random.Generator, share: float = 0.5) -> str:

@@ -1,0 +1,90 @@
+"""Whether texts and image belong together: BLIP's match head and its contrast, for every text of a pair.
+
+The image is encoded once for all its texts. Texts of one length are computed together, so that no padding enters and
+a text's figures don't depend on its batch-mates. A text is cut at the model's length; `cut` counts how many were.
+Cost: about 2 ms a pair of two texts with a model of two million parameters on one core. BLIP: arXiv 2201.12086.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from filters import blip
+from filters.base import Batch, Filter
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class BlipMatch(Filter):
+    """`probability` that a text matches, in [0, 1], and `cosine`, in [-1, 1]: lists aligned with the texts of `of` joined in its
+    order. Null where a text is missing, and for all texts of an image that doesn't decode. `cut`: texts that were too long."""
+
+    weights: str = "Salesforce/blip-itm-base-coco"
+    of: tuple[str, ...] = ("texts", "blip_caption.texts")
+    max_tokens: int = 35
+
+    columns = {"probability": pa.list_(pa.float32()), "cosine": pa.list_(pa.float32()), "cut": pa.int32()}
+    dtype = "fp32"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("pixels", *self.of)
+
+    def content_hashes(self) -> dict[str, str]:
+        return blip.blip_hash(self.weights, blip.MATCHES)
+
+    def score(self, batch: Batch) -> Mapping[str, list[Any]]:
+        import torch
+
+        texts = [[text for name in self.of for text in plain(batch[name][row])] for row in range(len(batch))]
+        probability: list[list[float | None]] = [[None] * len(row) for row in texts]
+        cosine: list[list[float | None]] = [[None] * len(row) for row in texts]
+        cut = [0] * len(batch)
+        seen = [i for i, image in enumerate(batch.pixels) if image is not None and any(texts[i])]
+        places = [(i, j) for i in seen for j, text in enumerate(texts[i]) if text]
+        if places:
+            model, processor = blip.load(self.weights, blip.MATCHES)
+            with torch.inference_mode():
+                images = model.vision_model(blip.pictures(processor, [batch.pixels[i] for i in seen], model.device))[0]
+                ids = processor.tokenizer([texts[i][j] for i, j in places], verbose=False)["input_ids"]
+                for (i, _), row in zip(places, ids, strict=True):
+                    cut[i] += len(row) > self.max_tokens
+                ids = [row if len(row) <= self.max_tokens else [*row[: self.max_tokens - 1], row[-1]] for row in ids]
+                index = {row: k for k, row in enumerate(seen)}
+                for group in same_length(ids):
+                    owner = torch.tensor([index[places[k][0]] for k in group], device=model.device)
+                    tokens = torch.tensor([ids[k] for k in group], device=model.device)
+                    for k, p, c in zip(group, *measure(model, images[owner], tokens), strict=True):
+                        probability[places[k][0]][places[k][1]] = p
+                        cosine[places[k][0]][places[k][1]] = c
+        return {"probability": probability, "cosine": cosine, "cut": cut}
+
+
+def plain(entries: Sequence[Any] | None) -> list[str | None]:
+    """Texts of a cell: a list of strings, or of dicts with `text`; a blank text is None."""
+    texts = [entry["text"] if isinstance(entry, Mapping) else entry for entry in entries or []]
+    return [text if text and text.strip() else None for text in texts]
+
+
+def same_length(rows: Sequence[Sequence[int]], at_most: int = 128) -> Iterator[list[int]]:
+    """Groups of row numbers with as many tokens each."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for place, row in enumerate(rows):
+        groups[len(row)].append(place)
+    for _, places in sorted(groups.items()):
+        yield from (places[i : i + at_most] for i in range(0, len(places), at_most))
+
+
+def measure(model: Any, images: "torch.Tensor", ids: "torch.Tensor") -> tuple[list[float], list[float]]:
+    """Probability and cosine of text i with image i, as BlipForImageTextRetrieval computes them. `images` (N, patches, width)."""
+    from torch.nn.functional import normalize
+
+    fused = model.text_encoder(ids, encoder_hidden_states=images).last_hidden_state
+    alone = model.text_encoder(ids).last_hidden_state
+    image, text = normalize(model.vision_proj(images[:, 0]), dim=-1), normalize(model.text_proj(alone[:, 0]), dim=-1)
+    return model.itm_head(fused[:, 0]).softmax(-1)[:, 1].tolist(), (image * text).sum(-1).tolist()
