@@ -1,7 +1,7 @@
 """Which texts a pair keeps: CapFilt's choice among the web's texts and the synthetic ones.
 
 The lists named by `from` are joined in that order, and `match` holds one probability per text of the joined list.
-A text survives at `min` or more; `keep` then takes all survivors, the best one, or the best of each kind (both).
+A text survives at `min` or more; `keep` then takes all survivors, the first, the best one, or the best of each kind (both).
 A trusted pair always keeps its own first text. All texts of a shard are handled as one flat array.
 Li et al.: BLIP (2022), https://arxiv.org/abs/2201.12086
 """
@@ -51,9 +51,11 @@ def choose_texts(spec: TextsSpec, table: pa.Table, trusted: np.ndarray) -> pa.Ar
 def _pick(
     spec: TextsSpec, row_T: np.ndarray, survives_T: np.ndarray, rank_T: np.ndarray, synthetic_T: np.ndarray
 ) -> np.ndarray:
-    """Which survivors stay: all, or the highest of each row (best) or of each row and kind (both); ties: the first."""
+    """Which survivors stay: all, the first of each row, or the highest of each row (best) or of each row and kind
+    (both); ties: the first."""
     if spec.keep == "all":
         return survives_T
+    rank_T = np.zeros(len(row_T)) if spec.keep == "first" else rank_T
     place = np.flatnonzero(survives_T)
     group = row_T[place] * 2 + (synthetic_T[place] if spec.keep == "both" else 0)
     order = np.lexsort((place, -np.nan_to_num(rank_T[place], nan=0.0), group))

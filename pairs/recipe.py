@@ -94,7 +94,7 @@ class TextsSpec(Spec):
     sources: list[str] = Field(["texts"], alias="from")
     match: str | None = None
     min: float = 0.5
-    keep: Literal["all", "best", "both"] = "all"
+    keep: Literal["all", "first", "best", "both"] = "all"
 
 
 class CanariesSpec(Spec):
