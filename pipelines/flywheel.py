@@ -4,6 +4,7 @@ Before round 1 a filter is trained on the trusted pairs. One Prefect task per st
 shards, and the Store (not Prefect's cache) owns resumption, so a task that has nothing to do says so and ends.
 """
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def flywheel(
     run = open_run(Path(recipe), console=Console(quiet), **options)  # type: ignore[arg-type]
     get_run_logger().info("workspace %s, %s", run.workspace.store.root, run.folder)
     stages.check(run)
-    with run.workspace.lock():
+    with run.workspace.lock(), contextlib.closing(run):
         for stage in (crawl, fetch):
             stage(run)
             if until == stage.name:

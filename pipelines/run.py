@@ -36,6 +36,8 @@ class Run:
     new: bool = False  # look for what is new: crawl again and cut the next increment
     recalibrate: bool = False
     reused: list[str] = field(default_factory=list)
+    _held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    _holds: set[str] = field(default_factory=set)
 
     @property
     def scratch(self) -> Path:
@@ -55,6 +57,17 @@ class Run:
 
     def write(self, name: str, value: Any) -> None:
         self.workspace.store.write(f"{self.folder}/{name}", json.dumps(value, indent=1, sort_keys=True, default=str))
+
+    def hold(self, name: str, resource: contextlib.AbstractContextManager[object]) -> None:
+        """Enters `resource` once, until `close`: a Ray session serves all rounds."""
+        if name not in self._holds:
+            self._held.enter_context(resource)
+            self._holds.add(name)
+
+    def close(self) -> None:
+        """Leaves what is held."""
+        self._held.close()
+        self._holds.clear()
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:

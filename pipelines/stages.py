@@ -183,7 +183,7 @@ def evaluate(run: Run, number: int, record: Facts) -> Facts:
 def promote(run: Run, number: int, scorer: Facts, record: Facts) -> Facts:
     """The next round's scorer: this round's model, unless its canary recall at equal false drops is worse."""
     with run.stage(f"round-{number}/promote") as facts:
-        verdict = curation.compare_scorers(run, number, scorer, record["models"]["clip"], shards(run))
+        verdict = curation.compare_scorers(run, number, scorer, record["models"]["clip"])
         run.write(f"round-{number}/promotion.json", verdict)
         facts |= {"reused": verdict["reused"], "note": verdict["told"]}
         if not verdict["promoted"]:

@@ -103,10 +103,13 @@ def _figures(run: Run, sha: str, spec: EvaluateSpec, known: dict[str, list[Shard
     folder = model_folder(run.workspace, sha)
     rows: list[Facts] = []
     if spec.zero_shot:
-        rows += [zero_shot(folder, Path(spec.zero_shot.path), spec.zero_shot.templates)]
-    if spec.retrieval and known:
-        images, texts = held_out_pairs(run, known)
-        rows += [retrieval(folder, images, texts)]
+        told = zero_shot(folder, Path(spec.zero_shot.path), spec.zero_shot.templates)
+        rows.append({"figure": "zero-shot accuracy", "chance": told.chance, **told.accuracy.model_dump()})
+    images, texts = held_out_pairs(run, known)
+    if spec.retrieval and len(images) > 1:
+        found = retrieval(folder, images, texts)
+        for name, share in found.recalls.items():
+            rows.append({"figure": name.replace("_", " "), "chance": found.chance[name], **share.model_dump()})
     return rows
 
 

@@ -1,0 +1,168 @@
+"""Curation of one round: score what is missing, reduce, plant and ask the canaries, select, write training shards.
+
+Filters measure and the selection judges; this file only brings them together. `previous` in a filter's settings
+stands for the model that the scorer (a round's facts) names for that filter's role.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cluster.session import ray_session
+from filters.base import Filter, Reducer
+from filters.canaries import FACTS, facts_path, make_canaries
+from filters.canary_report import Corpus, recall_at_false_drops, report
+from filters.engine import PlannedFilter, missing, plan, score_shards
+from filters.lookup import load_filter, load_reducer
+from filters.reduce import run_reducers
+from filters.selection import rule_columns, select
+from filters.texts import column_names
+from pairs.errors import PairmillError
+from pairs.recipe import Recipe, TextsSpec
+from pairs.schemas import PAIRS
+from pairs.shard import ShardRef
+from pairs.strict import nearest
+from pipelines.models import model_folder
+from pipelines.run import Run
+from pipelines.training_shards import publish_training_shards
+
+Facts = dict[str, Any]
+Shards = Mapping[str, Sequence[ShardRef]]
+PREVIOUS = "previous"
+ROLES = {"clip": "clip", "blip_caption": "captioner", "blip_match": "matcher"}
+FALSE_DROPS = 0.05  # at which two scorers are compared
+
+
+def check(recipe: Recipe) -> None:
+    """Names every filter, setting or column that doesn't exist, before anything runs."""
+    made: list[str] = [f"pairs.{name}" for name in PAIRS.names]
+    loaded: list[Filter | Reducer] = [load_filter(name, s) for name, s in recipe.filters.items()]
+    loaded += [load_reducer(name, s) for name, s in recipe.reducers.items()]
+    for name, one in _named(recipe, loaded):
+        made += [f"{name}.{column}" for column in one.columns]
+    wanted = [("keep", column) for column in rule_columns(recipe.keep)]
+    wanted += [("texts", column) for column in column_names(recipe.texts)]
+    wanted += [(name, need) for name, one in _named(recipe, loaded) for need in one.needs if "." in need]
+    for where, column in wanted:
+        if column not in made:
+            raise PairmillError(
+                expected=f"a column that a filter or reducer of the recipe makes, at {where}",
+                found=f"{column!r}, which none makes",
+                remedy=nearest(column, made),
+            )
+    for name, settings in recipe.filters.items():
+        if PREVIOUS in settings.values() and name in ROLES and not _trains(recipe, ROLES[name]):
+            raise PairmillError(
+                expected=f"a model for filters.{name} in round 1",
+                found=f"{PREVIOUS!r}, and no first_filter that trains a {ROLES[name]}",
+                remedy="add first_filter to the recipe, or name published weights or a folder",
+            )
+
+
+def _named(recipe: Recipe, loaded: Sequence[Filter | Reducer]) -> list[tuple[str, Filter | Reducer]]:
+    return list(zip([*recipe.filters, *recipe.reducers], loaded, strict=True))
+
+
+def _trains(recipe: Recipe, role: str) -> bool:
+    return (recipe.first_filter.clip if role == "clip" else recipe.first_filter.blip) is not None
+
+
+def planned_filters(run: Run, scorer: Facts, only: Sequence[str] | None = None) -> list[PlannedFilter]:
+    """The recipe's filters with the scorer's models in place of `previous`."""
+
+    def settled(name: str, settings: Mapping[str, Any]) -> Filter:
+        models = scorer["models"]
+        folder = str(model_folder(run.workspace, models[ROLES[name]])) if PREVIOUS in settings.values() else ""
+        return load_filter(name, {key: folder if value == PREVIOUS else value for key, value in settings.items()})
+
+    chosen = {name: s for name, s in run.recipe.filters.items() if only is None or name in only}
+    return plan({name: settled(name, settings) for name, settings in chosen.items()})
+
+
+def select_trusted(run: Run, shards: Shards) -> str:
+    """A selection of the trusted pairs alone, with their own texts; returns its folder."""
+    chosen = select(run.workspace.store, "trusted", [], TextsSpec(keep="first"), shards, {}, run.recipe.trusted)
+    publish_training_shards(run.workspace, chosen.folder, shards, run.recipe.trusted)
+    return chosen.folder
+
+
+def curate(run: Run, number: int, scorer: Facts, shards: Shards) -> Facts:
+    """One round's curation; returns its selection, counts, and what the canaries tell."""
+    recipe, store = run.recipe, run.workspace.store
+    canaries = make_canaries(store, shards, recipe.trusted, recipe.canaries, recipe.seed)
+    planned = planned_filters(run, scorer)
+    everything = [ref for refs in shards.values() for ref in refs] + list(canaries)
+    scored = score(run, planned, everything, f"score round {number}")
+    scores = {one.name: one.folder for one in planned}
+    reducers = {name: load_reducer(name, settings) for name, settings in recipe.reducers.items()}
+    scores |= run_reducers(store, reducers, shards, scores, recipe.trusted)
+    recalibrate = run.recalibrate
+    chosen = select(
+        store, recipe.name, recipe.keep, recipe.texts, shards, scores, recipe.trusted, recalibrate=recalibrate
+    )
+    published = publish_training_shards(run.workspace, chosen.folder, shards, recipe.trusted)
+    real = Corpus(shards, recipe.trusted, scores, reducers, chosen.folder)
+    told = report(store, canaries, real, recipe.keep, recipe.texts, chosen.manifest["thresholds"])
+    recalls = {name: facts["rules"][-1]["recall"]["value"] for name, facts in told["defects"].items()}
+    return {
+        "selection": chosen.folder,
+        "kept": chosen.kept,
+        "scores": scores,
+        "canaries": told,
+        "canary_shards": [ref.folder for ref in canaries],
+        "canary_recall": recalls,
+        "training_pairs": published.total,
+        "reused": not scored and not chosen.written and not published.wrote,
+    }
+
+
+def score(run: Run, planned: Sequence[PlannedFilter], refs: Sequence[ShardRef], told: str) -> int:
+    """Makes the missing score tables; returns of how many shards. Ray starts here, and only if something is missing."""
+    store = run.workspace.store
+    left = missing(store, planned, refs)
+    if not left:
+        return 0
+    show = run.console.progress(told)
+    if run.engine == "ray":
+        run.hold("ray", ray_session(run.recipe.workers))
+    score_shards(
+        store,
+        planned,
+        refs,
+        engine=run.engine,  # type: ignore[arg-type]
+        workers=run.recipe.workers,
+        progress=lambda done, total: show(done, total, "shards"),
+        dead=run.workspace.tombstones(),
+    )
+    return len(left)
+
+
+def compare_scorers(run: Run, number: int, scorer: Facts, model: str) -> Facts:
+    """Whether the round's model may score the next round: its canary recall at equal false drops against the one
+    in force, on the half that reports. Without a CLIP filter that follows the rounds, or canaries, nothing moves."""
+    follows = PREVIOUS in run.recipe.filters.get("clip", {}).values()
+    curated = run.read(f"round-{number}/curation.json")
+    refs = [ShardRef(folder, 0) for folder in curated["canary_shards"] if "/swapped_text-" in folder]
+    if not follows or not refs:
+        why = "no filter follows the rounds" if not follows else "there are no canaries to compare scorers on"
+        return {"promoted": False, "reused": True, "told": f"The scorer stays: {why}."}
+    recalls, made = {}, 0
+    for name, facts in {"in force": scorer, "new": scorer | {"models": scorer["models"] | {"clip": model}}}.items():
+        planned = planned_filters(run, facts, only=["clip"])
+        made += score(run, planned, refs, f"compare round {number}")
+        recalls[name] = _canary_recall(run, planned[0].folder, refs[0])
+    new, old = recalls["new"]["value"], recalls["in force"]["value"]
+    promoted = new >= old
+    told = f"Canary recall at {FALSE_DROPS:.0%} false drops: {new:.1%} by this round's model, {old:.1%} by its scorer; "
+    told += "this round's model scores from now on." if promoted else "the scorer stays."
+    return {"promoted": promoted, "reused": not made, "told": told, "recalls": recalls}
+
+
+def _canary_recall(run: Run, folder: str, ref: ShardRef) -> Facts:
+    facts = run.workspace.store.read_table(facts_path(ref)).cast(FACTS)
+    cosine = run.workspace.store.read_table(ref.beside(folder), ["cosine"])["cosine"]
+    values = np.array(cosine.to_pylist(), float)
+    reports = np.array(facts["half"].to_pylist()) == "report"
+    twin = np.array(facts["twin"].to_pylist(), bool)
+    return recall_at_false_drops(values[reports & ~twin], values[reports & twin], FALSE_DROPS)
