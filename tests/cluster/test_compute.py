@@ -1,0 +1,95 @@
+"""Shards are mapped alike inline and on Ray: results, errors, threads, and whose session it is."""
+
+import os
+
+import pytest
+import torch
+
+from cluster.compute import map_shards, one_thread
+from cluster.session import ray_session
+from pairs.errors import PairmillError
+
+
+def square(number: int) -> tuple[int, int, int]:
+    import cv2
+
+    return number * number, torch.get_num_threads(), cv2.getNumThreads()
+
+
+def refuse(number: int) -> int:
+    if number == 2:
+        raise PairmillError(expected="another number", found="2", remedy="nothing")
+    return number
+
+
+class Odd(Exception):
+    """Doesn't pickle: its two arguments are lost on the way."""
+
+    def __init__(self, a: int, b: int) -> None:
+        super().__init__("odd")
+
+
+def fail_oddly(number: int) -> int:
+    raise Odd(1, number)
+
+
+def where(number: int) -> int:
+    return os.getpid()
+
+
+def test_inline_yields_each_result_as_it_is_done() -> None:
+    seen: list[int] = []
+
+    def note(number: int) -> int:
+        seen.append(number)
+        return number
+
+    results = map_shards(note, [1, 2, 3], engine="inline", workers=2)
+    assert next(results) == 1
+    assert seen == [1]
+    assert list(results) == [2, 3]
+
+
+def test_inline_computes_with_one_thread_and_gives_the_others_back() -> None:
+    before = torch.get_num_threads()
+    assert list(map_shards(square, [3], engine="inline", workers=2)) == [(9, 1, 1)]
+    assert torch.get_num_threads() == before
+    with one_thread():
+        assert torch.get_num_threads() == 1
+
+
+def test_setup_runs_once_before_the_first_item() -> None:
+    calls: list[str] = []
+    list(
+        map_shards(lambda n: calls.append("item"), [1, 2], engine="inline", workers=1, setup=lambda: calls.append("up"))
+    )
+    assert calls == ["up", "item", "item"]
+
+
+def test_nothing_to_do_starts_nothing() -> None:
+    assert list(map_shards(square, [], engine="ray", workers=2)) == []
+
+
+def test_an_error_surfaces_inline() -> None:
+    with pytest.raises(PairmillError, match="another number"):
+        list(map_shards(refuse, [1, 2, 3], engine="inline", workers=1))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_ray_gives_the_same_and_ends_what_it_started() -> None:
+    import ray
+
+    with ray_session(2):
+        found = list(map_shards(square, range(12), engine="ray", workers=2))
+        assert sorted(found) == [(n * n, 1, 1) for n in range(12)]
+        assert set(map_shards(where, range(4), engine="ray", workers=2)).isdisjoint({os.getpid()})
+        with pytest.raises(PairmillError, match="another number"):
+            list(map_shards(refuse, [1, 2, 3], engine="ray", workers=1))
+        with pytest.raises(RuntimeError, match="Odd: odd"):
+            list(map_shards(fail_oddly, [1], engine="ray", workers=1))
+        with ray_session(2):
+            assert ray.is_initialized()
+        assert ray.is_initialized()
+    assert not ray.is_initialized()
+    assert "RAY_AUTH_TOKEN" not in os.environ
