@@ -27,25 +27,21 @@ log = logging.getLogger("pairmill.training")
 
 @dataclass(frozen=True)
 class Layout:
-    """Where segments lie among T tokens. `runs` are (first token, segments, length) of equal neighbours, on the host."""
+    """Where segments lie among T tokens. `runs` are (segments, length) of equal neighbours, on the host."""
 
     cu_seqlens: Tensor  # int32, (S + 1,), from 0 to T
     max_length: int
     causal: bool
-    runs: tuple[tuple[int, int, int], ...]
+    runs: tuple[tuple[int, int], ...]
 
     @staticmethod
     def of(lengths: Sequence[int], causal: bool = False) -> "Layout":
         """The layout of segments of these `lengths`, each at least 1, one after another."""
         assert lengths and min(lengths) >= 1, "a segment holds at least one token: some kernels crash on none"
-        # Lengths [2, 2, 5] are the runs [(0, 2, 2), (4, 1, 5)].
-        runs, start = [], 0
-        for length, group in itertools.groupby(lengths):
-            count = len(list(group))
-            runs.append((start, count, length))
-            start += count * length
+        # Lengths [2, 2, 5] are the runs [(2, 2), (1, 5)].
+        runs = tuple((len(list(group)), length) for length, group in itertools.groupby(lengths))
         ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-        return Layout(ends, max(lengths), causal, tuple(runs))
+        return Layout(ends, max(lengths), causal, runs)
 
     def to(self, device: torch.device) -> "Layout":
         return Layout(self.cu_seqlens.to(device, non_blocking=True), self.max_length, self.causal, self.runs)
@@ -111,9 +107,11 @@ def _sdpa(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, layout: Layout) -> Tensor
         q_TNH, k_TNH, v_TNH = q_TNH.float(), k_TNH.float(), v_TNH.float()
     outs = []
     with torch.autocast(q_TNH.device.type, enabled=torch.is_autocast_enabled(q_TNH.device.type) and not on_cpu):
-        for start, count, length in layout.runs:
-            parts = (x[start : start + count * length] for x in (q_TNH, k_TNH, v_TNH))
-            q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in parts)
+        sizes = [count * length for count, length in layout.runs]
+        # One split rather than a slice per run: its backward is one concatenation, not a sum of padded slices.
+        parts = zip(*(x.split(sizes) for x in (q_TNH, k_TNH, v_TNH)), strict=True)
+        for (count, length), qkv in zip(layout.runs, parts, strict=True):
+            q, k, v = (x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv)
             out_SNLH = F.scaled_dot_product_attention(q, k, v, is_causal=layout.causal)
             outs.append(out_SNLH.transpose(1, 2).flatten(0, 1))
     return outs[0] if len(outs) == 1 else torch.cat(outs)

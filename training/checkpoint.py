@@ -1,7 +1,8 @@
 """Checkpoints: a folder that appears whole, is verified by hash when it is read, and is passed over when damaged.
 
-`step-00000100/` holds `model.safetensors`, `optimizer.pt` (tensors and numbers only) and `state.json`, which records the
-others' sha256 and is sealed by its own. The folder is written under a temporary name, fsynced and renamed. The last two stay.
+`step-00000100/` holds `model.safetensors`, `optimizer.pt` (tensors and numbers only) and `state.json`, which
+records the others' sha256 and is sealed by its own. The folder is written under a temporary name, fsynced and
+renamed. The last two stay.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Between a recipe's ModelSpec, the packed model, and a folder that open_clip loads (`local-dir:FOLDER`).
 
-The folder holds `open_clip_config.json`, `open_clip_model.safetensors` and `model_card.json` (facts: settings, plan, steps).
-It is published whole. `load` reads such a folder back into the packed model, whoever wrote it.
+The folder holds `open_clip_config.json`, `open_clip_model.safetensors` and `model_card.json` (facts: settings,
+plan, steps). It is published whole. `load` reads such a folder back into the packed model, whoever wrote it.
 """
 
 import json

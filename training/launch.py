@@ -53,8 +53,8 @@ def progress(steps: int, title: str = "pretrain") -> Iterator[Callable[[Line], N
     """A progress bar for a terminal, as an `on_line`."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[now]}"))
-    with Progress(*columns) as bar:
+    now_column = TextColumn("{task.fields[now]}")
+    with Progress(TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), now_column) as bar:
         task = bar.add_task(title, total=steps, now="")
 
         def show(line: Line) -> None:

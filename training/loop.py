@@ -121,7 +121,10 @@ def make_optimizer(model: PackedClip, spec: PretrainSpec) -> torch.optim.Optimiz
     groups: dict[bool, list[Tensor]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         groups[parameter.ndim >= 2 and not any(part in name for part in bare)].append(parameter)
-    settings = [{"params": groups[True], "weight_decay": spec.weight_decay}, {"params": groups[False], "weight_decay": 0.0}]
+    settings = [
+        {"params": groups[True], "weight_decay": spec.weight_decay},
+        {"params": groups[False], "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(settings, lr=spec.learning_rate, betas=(0.9, spec.beta2), eps=1e-6, fused=True)
 
 

@@ -1,8 +1,8 @@
 """Packed batches: images as patches at their own aspect and texts as tokens, one stream each, no padding.
 
-Segments are sorted by length inside a stream, so that equal lengths are neighbours (see `attention`);
-`pool` finds each example's pooled token again, in the examples' own order. A stream may be rounded up to a multiple of `multiple`
-tokens, so that shapes recur for compiled kernels: the tail is one segment of its own that nothing reads.
+Segments are sorted by length inside a stream, so that equal lengths are neighbours (see `attention`); `pool`
+finds each example's pooled token again, in the examples' own order. A stream may be rounded up to a multiple of
+`multiple` tokens, so that shapes recur for compiled kernels: the tail is a segment of its own that nothing reads.
 Fill = useful / computed tokens. Cost: index arithmetic on the host. NaViT: arXiv 2307.06304.
 """
 
@@ -35,7 +35,7 @@ class PackedImages:
 
 @dataclass(frozen=True)
 class PackedTexts:
-    """`tokens` and their `positions` (T,), positions from 0 in each text; `pool` (examples,) rows of the last tokens."""
+    """`tokens` and their `positions` (T,), from 0 in each text; `pool` (examples,) rows of the last tokens."""
 
     tokens: Tensor
     positions: Tensor

@@ -1,4 +1,4 @@
-"""The plan: which pairs each step takes, from the tables alone. Every rank knows every batch before anything is decoded.
+"""The plan: which pairs each step takes, from the tables alone: every rank knows every batch beforehand.
 
 Step s takes pairs [s·B, (s+1)·B) of an endless order, epoch after epoch. An epoch shuffles blocks of
 neighbouring rows and mixes the rows of `WINDOW` blocks: one range request per block, and rows from many blocks
@@ -28,7 +28,7 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Block:
-    """Neighbouring rows of one shard's tar: pairs [first, first + count) of the plan, at bytes [start, start + size)."""
+    """Neighbouring rows of a shard: `count` pairs of the plan from `first`, `size` bytes of its tar from `start`."""
 
     shard: ShardRef
     first: int

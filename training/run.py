@@ -1,7 +1,7 @@
-"""One rank of a training run: `python -m training.run CONFIG.json`, alone or under torchrun, Slurm or `training.launch`.
+"""One rank of a training run: `python -m training.run CONFIG.json`, alone, by `training.launch` or under torchrun.
 
-Ranks come from torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK); ranks meet at PAIRMILL_RENDEZVOUS, or where torchrun
-says. Rank 0 writes metrics, checkpoints and the model, and one JSON line for each step to standard output.
+Ranks come from torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK); they meet at PAIRMILL_RENDEZVOUS, or where
+torchrun says. Rank 0 writes metrics, checkpoints and the model, and a JSON line for each step to standard output.
 """
 
 import ctypes
@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 
 from pairs.errors import PairmillError
-from pairs.fingerprint import fingerprint
 from pairs.recipe import PretrainSpec
 from pairs.store import Store
 from training import checkpoint, export
@@ -34,7 +33,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def main(path: str) -> int:
-    """Runs this rank; 0 when the work is done, 2 after a user's error (told as a JSON line by whichever rank met it)."""
+    """Runs this rank; 0 when the work is done, 2 after a user's error, which is printed as a JSON line."""
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", stream=sys.stderr)
     _die_with_parent()
@@ -116,7 +115,7 @@ def precision(spec: PretrainSpec, device: torch.device) -> torch.dtype:
 
 
 class Metrics:
-    """`metrics.jsonl` and standard output, one JSON object per step. A resumed run first cuts off what it will do again."""
+    """`metrics.jsonl` and standard output, a JSON object per step. A resumed run cuts off what it will do again."""
 
     def __init__(self, path: Path, start: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +137,12 @@ class Metrics:
 
 
 def _resume(
-    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, str], rank: int, ranks: int
+    folder: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    identity: dict[str, str],
+    rank: int,
+    ranks: int,
 ) -> int:
     """The step to go on from. Rank 0 picks the checkpoint, the others read the one it picked."""
     found = checkpoint.latest(folder) if rank == 0 else None

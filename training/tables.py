@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -98,7 +99,7 @@ def _table(store: Store, pin: Pin) -> pa.Table:
     return table.select(COLUMNS)
 
 
-def _usable(table: pa.Table, alive: list[bool], left_out: Counter[str]) -> list[dict[str, object]]:
+def _usable(table: pa.Table, alive: list[bool], left_out: Counter[str]) -> list[dict[str, Any]]:
     """The rows that can be trained on, with `choices`, their texts."""
     kept = []
     for row, lives in zip(table.to_pylist(), alive, strict=True):
@@ -113,7 +114,7 @@ def _usable(table: pa.Table, alive: list[bool], left_out: Counter[str]) -> list[
     return kept
 
 
-def _blocks(shard: ShardRef, rows: list[dict[str, object]], first: int) -> list[Block]:
+def _blocks(shard: ShardRef, rows: list[dict[str, Any]], first: int) -> list[Block]:
     blocks = []
     for at in range(0, len(rows), BLOCK):
         part = rows[at : at + BLOCK]

@@ -7,7 +7,6 @@ same weights, without an all-reduce and an AdamW over millions of zeros.
 
 import functools
 import importlib.util
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -76,5 +75,3 @@ def _open_clip_tokenizer() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-

@@ -59,7 +59,8 @@ def _resizing(side: int, grid: Grid) -> Tensor:
     if grid == (side, side):
         return torch.eye(cells)
     basis = torch.eye(cells).reshape(cells, 1, side, side)
-    return F.interpolate(basis, size=grid, mode="bicubic", antialias=True, align_corners=False).flatten(1).T.contiguous()
+    resized = F.interpolate(basis, size=grid, mode="bicubic", antialias=True, align_corners=False)
+    return resized.flatten(1).T.contiguous()
 
 
 def _pixels(images: PackedImages) -> Tensor:
