@@ -18,6 +18,9 @@ from pairs.errors import PairmillError
 from pairs.shard import ShardRef, list_shards
 from pairs.verify import verify
 from pairs.workspace import Workspace
+from training.config import TrainConfig
+from training.plan import steps_of
+from training.tables import make_plan
 
 _out = Rich(highlight=False)
 
@@ -78,22 +81,7 @@ def tell_contents(workspace: Workspace, as_json: bool) -> None:
     tree = Tree(escape(workspace.store.root))
     for kind, holds in facts.items():
         branch = tree.add(f"[bold]{kind}[/bold]")
-        entries = (
-            holds.items()
-            if isinstance(holds, dict)
-            else [(x, "") for x in holds]
-            if isinstance(holds, list)
-            else [(holds, "")]
-        )
-        for name, what in entries:
-            told = (
-                ", ".join(f"{k} {v}" for k, v in what.items())
-                if isinstance(what, dict)
-                else f"{what} tables"
-                if what != ""
-                else ""
-            )
-            branch.add(escape(f"{name}  {told}".rstrip()))
+        _grow(branch, holds if isinstance(holds, dict | list) else [holds])
     _out.print(tree)
 
 
@@ -166,7 +154,7 @@ def trace(workspace: Workspace, uid: str) -> dict[str, Any]:
     for kind in ("scores", "selections"):
         tables = {name: ref.beside(f"{kind}/{name}") for name in store.folders(kind)}
         facts[kind] = {name: _row(workspace, path, row) for name, path in tables.items() if store.has(path)}
-    facts["training"] = _training(workspace, full, ref)
+    facts["training"] = _training(workspace, full)
     return facts
 
 
@@ -191,16 +179,17 @@ def _by_key(workspace: Workspace, prefix: str, key: str) -> list[dict[str, Any]]
     return rows
 
 
-def _training(workspace: Workspace, uid: str, ref: ShardRef) -> list[dict[str, Any]]:
-    """The training shards that hold the pair, and the steps of each finished training that consumed it."""
-    from training.launch import consumed_steps
-
+def _training(workspace: Workspace, uid: str) -> list[dict[str, Any]]:
+    """Each finished training that consumed the pair, with the steps (from 0) whose batch held it."""
     rows = []
     for path in workspace.store.files("models/index", ".json"):
         record = json.loads(workspace.store.read(path))
-        if "train_config" in record:
-            steps = consumed_steps(record["train_config"], workspace.store.root, uid)
-            rows.append({"training": record["fingerprint"], "model": record["models"], "steps": steps})
+        if "train_config" not in record:
+            continue
+        config = TrainConfig(store=workspace.store.root, out_dir="", **record["train_config"])
+        plan, _ = make_plan(workspace.store, config.shards, config.spec)
+        if steps := list(steps_of(plan, uid, config.spec.steps)):
+            rows.append({"training": record["folder"], "model": record["models"]["clip"], "steps": steps})
     return rows
 
 

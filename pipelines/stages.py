@@ -157,7 +157,7 @@ def pretrain(run: Run, number: int, picked: Facts) -> Facts:
     """Trains the round's model on the selection's training shards."""
     with run.stage(f"round-{number}/pretrain") as facts:
         record = training_jobs.pretrain(run, f"round-{number}", picked["selection"], run.recipe.pretrain)
-        facts |= {"reused": record["reused"], "model": record["models"]["clip"]}
+        facts |= {"reused": record["reused"], "training": record["fingerprint"]}
         result = record["result"]
         facts["note"] = f"{result['steps']} steps, {result['pairs']} pairs, model {record['models']['clip'][:12]}"
         return record

@@ -11,12 +11,13 @@ from typing import Any
 from pairs import __version__
 from pairs.errors import PairmillError
 from pairs.fingerprint import content_hash, fingerprint
-from pairs.identity import held_out, sha256_hex
+from pairs.identity import held_out
 from pairs.recipe import BlipSpec, EvaluateSpec, PretrainSpec
 from pairs.shard import ShardRef, list_shards
 from pairs.store import table_metadata
 from pipelines.models import model_folder, publish_models, trained
 from pipelines.run import Run
+from training.blip_launch import BlipJob, train_blip_job
 from training.config import Pin, TrainConfig
 from training.launch import train
 
@@ -63,27 +64,29 @@ def pretrain(run: Run, name: str, selection: str, spec: PretrainSpec) -> Facts:
     return record | {"reused": False}
 
 
-def trusted_shards(run: Run, known: dict[str, list[ShardRef]]) -> tuple[list[ShardRef], str]:
-    """All shards of the trusted sources, and a hash of their content."""
+def trusted_pins(run: Run, known: dict[str, list[ShardRef]]) -> list[Pin]:
+    """All pair shards of the trusted sources, pinned by their tars' hashes."""
     refs = sorted(ref for refs in known.values() for ref in refs)
-    tars = [table_metadata(run.workspace.store.read_table(ref.table, ["uid"]))["tar_sha256"] for ref in refs]
-    return refs, sha256_hex("".join(tars).encode())
+    metas = (table_metadata(run.workspace.store.read_table(ref.table, ["uid"])) for ref in refs)
+    return [Pin(folder=r.folder, index=r.index, tar_sha256=m["tar_sha256"]) for r, m in zip(refs, metas, strict=True)]
 
 
 def train_blip(run: Run, name: str, known: dict[str, list[ShardRef]], spec: BlipSpec) -> Facts:
     """Trains a captioner and a match filter on the trusted pairs; returns their record."""
-    from training.blip_launch import BlipConfig, train_blip_process
-
-    refs, content = trusted_shards(run, known)
-    mark = fingerprint({"blip": spec.model_dump(), "pairs": content, "version": 1})
-    if record := trained(run.workspace, mark):
+    store, out = run.workspace.store.root, run.scratch / name
+    job = BlipJob(store=store, shards=trusted_pins(run, known), spec=spec, out_dir=str(out))
+    if record := trained(run.workspace, job.fingerprint):
         return record | {"reused": True}
-    raise NotImplementedError((refs, BlipConfig, train_blip_process, name))
+    show = run.console.progress(f"train {name}")
+    result = train_blip_job(job, lambda line: show(int(line["step"]) + 1, int(line["steps"]), line.get("stage", "")))
+    facts = {"result": result.model_dump(), "folder": f"{run.folder}/{name}"}
+    folders = {"captioner": Path(result.captioner), "matcher": Path(result.matcher)}
+    return publish_models(run.workspace, job.fingerprint, folders, facts) | {"reused": False}
 
 
 def evaluate(run: Run, told: str, sha: str, spec: EvaluateSpec, known: dict[str, list[ShardRef]]) -> Facts:
     """Rows of figures of one model; `told` is what the report calls it."""
-    _, content = trusted_shards(run, known)
+    content = [pin.tar_sha256 for pin in trusted_pins(run, known)]
     classes = content_hash(Path(spec.zero_shot.path)) if spec.zero_shot else None
     mark = fingerprint(
         {"evaluate": spec.model_dump(), "classes": classes, "model": sha, "pairs": content, "version": 1}

@@ -1,0 +1,106 @@
+"""Samples for a report: which pairs are shown for a rule, and their thumbnails as data in the page.
+
+Chosen by hash of the uid; forgotten pairs are never shown. A thumbnail costs one range request.
+"""
+
+import base64
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+
+from filters.columns import Frame
+from pairs.identity import unit_hash
+from pairs.recipe import TextsSpec
+from pairs.store import Store
+
+Facts = dict[str, Any]
+SHOWN = 8
+CAPTIONS = 24
+THUMB_PX = 118
+TEXT_CHARS = 120
+
+
+class Sampler:
+    """Looks up pairs of a frame; `tables` are the selection's, shard by shard."""
+
+    def __init__(self, store: Store, frame: Frame, tables: Sequence[pa.Table]) -> None:
+        self.store, self.frame = store, frame
+        selection = pa.concat_tables(tables)
+        self.uids = frame.table["uid"].to_pylist()
+        self.kept = np.array(selection["kept"].to_pylist(), bool)
+        self.first = selection["dropped_by"].to_pylist()
+        self.texts = selection["texts"].to_pylist()
+        self._places: dict[int, Facts] = {}
+
+    def of_rule(self, name: str, values: np.ndarray | None, limit: float | None) -> Facts:
+        """Samples of what the rule was the first to drop, of what was kept, and of what is nearest to its limit."""
+        dropped = [row for row, first in enumerate(self.first) if first == name]
+        kept = [row for row in np.flatnonzero(self.kept & ~self.frame.trusted)]
+        near: list[int] = []
+        if values is not None and limit is not None:
+            distance = np.where(self.frame.alive & ~self.frame.trusted, np.abs(values - limit), np.nan)
+            near = [int(row) for row in np.argsort(distance, kind="stable")[:SHOWN] if np.isfinite(distance[row])]
+        groups = {"dropped": self._chosen(dropped), "kept": self._chosen(kept), "nearest": near}
+        return {key: [self._card(row, values) for row in rows] for key, rows in groups.items()}
+
+    def _chosen(self, rows: Sequence[Any], count: int = SHOWN) -> list[int]:
+        living = [int(row) for row in rows if self.frame.alive[row]]
+        return sorted(living, key=lambda row: unit_hash("report", self.uids[row]))[:count]
+
+    def _card(self, row: int, values: np.ndarray | None) -> Facts:
+        value = None if values is None or not np.isfinite(values[row]) else round(float(values[row]), 4)
+        text = (self.frame.table["pairs.text"][row].as_py() or "")[:TEXT_CHARS]
+        return {"uid": self.uids[row], "image": self.thumbnail(row), "text": text, "value": value}
+
+    def thumbnail(self, row: int) -> str | None:
+        """The pair's image as a data URI, or None where it doesn't decode."""
+        place = int(np.searchsorted(self.frame.starts, row, "right")) - 1
+        ref = self.frame.shards[place][1]
+        if place not in self._places:
+            table = self.store.read_table(ref.table, ["image_offset", "image_size"])
+            self._places[place] = {name: table[name].to_pylist() for name in table.column_names}
+        at = row - int(self.frame.starts[place])
+        offset, size = self._places[place]["image_offset"][at], self._places[place]["image_size"][at]
+        if offset is None:
+            return None
+        pixels = cv2.imdecode(np.frombuffer(self.store.read(ref.tar, offset, size), np.uint8), cv2.IMREAD_COLOR)
+        if pixels is None:
+            return None
+        scale = min(1.0, THUMB_PX / max(pixels.shape[:2]))
+        small = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        data = cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 80])[1].tobytes()
+        return "data:image/jpeg;base64," + base64.b64encode(data).decode()
+
+    def captions(self, spec: TextsSpec) -> Facts:
+        """Web and synthetic texts side by side, with what became of each; nothing where no captions were made."""
+        if spec.match is None or "blip_caption.texts" not in self.frame.table.column_names:
+            return {"captions": [], "caption_counts": None}
+        web = self.frame.table["pairs.texts"].to_pylist()
+        synthetic = self.frame.table["blip_caption.texts"].to_pylist()
+        scores = self.frame.table[spec.match].to_pylist()
+        counts: Counter[str] = Counter()
+        entries: dict[int, list[Facts]] = {}
+        for row in np.flatnonzero(self.frame.alive & ~self.frame.trusted):
+            texts = [(t["text"], t["kind"]) for t in web[row] or []] + [(t, "synthetic") for t in synthetic[row] or []]
+            probabilities = scores[row] or [None] * len(texts)
+            entries[int(row)] = [
+                {"text": text, "kind": kind, "probability": p, "kept": p is not None and p >= spec.min}
+                for (text, kind), p in zip(texts, probabilities, strict=True)
+            ]
+            for entry in entries[int(row)]:
+                side = "synthetic" if entry["kind"] == "synthetic" else "web"
+                counts.update([side, *([f"{side}_kept"] if entry["kept"] else [])])
+        shown = self._chosen(list(entries), CAPTIONS)
+        cards = [{"image": self.thumbnail(row), "texts": [_short(e) for e in entries[row]]} for row in shown]
+        return {
+            "captions": [card for card in cards if card["image"]],
+            "caption_counts": {key: counts[key] for key in ("web", "web_kept", "synthetic", "synthetic_kept")},
+        }
+
+
+def _short(entry: Facts) -> Facts:
+    return entry | {"text": (entry["text"] or "")[:TEXT_CHARS]}
