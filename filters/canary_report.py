@@ -30,6 +30,7 @@ from pairs.store import Store
 
 Z = 1.959964  # 95 %
 SELECTION_AS_A_WHOLE = "selection"
+NUMBERS = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_float32, pa.types.is_float64)
 
 
 @dataclass(frozen=True)
@@ -143,12 +144,12 @@ def _rows(table: pa.Table, *names: str) -> list[tuple[Any, ...]]:
 
 
 def _numeric(store: Store, ref: ShardRef, scores: Mapping[str, str]) -> list[str]:
-    """The score columns that hold one number (of a list its first) per pair; embeddings are no scores."""
+    """The score columns with one number (of a list its first) per pair; half floats are embeddings, no scores."""
     found = []
     for name, folder in scores.items():
         for column in store.read_table(ref.beside(folder)).schema:
             kind = column.type.value_type if pa.types.is_list(column.type) else column.type
-            if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
+            if any(test(kind) for test in NUMBERS):
                 found.append(f"{name}.{column.name}")
     return found
 

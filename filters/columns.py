@@ -77,7 +77,7 @@ def as_bool(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
 def read_columns(store: Store, ref: ShardRef, names: Sequence[str], scores: Mapping[str, str]) -> pa.Table:
     """`uid, url_key, status` and the columns `names` of one shard."""
     own = [name.partition(".")[2] for name in names if name.startswith(f"{OWN}.")]
-    _check([f"{OWN}.{field}" for field in own], [f"{OWN}.{field}" for field in PAIRS.names])
+    check_columns([f"{OWN}.{field}" for field in own], [])
     pair = store.read_table(ref.table, list(dict.fromkeys(["uid", "url_key", "status", *own])))
     table = pair.select(["uid", "url_key", "status"])
     made = {f"{OWN}.{field}": pair[field] for field in own}
@@ -98,8 +98,13 @@ def _scores(
     path = ref.beside(scores[filter_name])
     if not store.has(path):
         raise PairmillError(expected=f"scores at {path}", found="no such table", remedy="run `pairmill curate` first")
-    table = store.read_table(path)
-    _check(wanted, [f"{filter_name}.{column}" for column in table.column_names if column != "uid"])
+    columns = [name.partition(".")[2] for name in wanted]
+    try:
+        table = store.read_table(path, ["uid", *columns])
+    except PairmillError:
+        made = store.read_table(path).column_names
+        check_columns(wanted, [f"{filter_name}.{column}" for column in made if column != "uid"])
+        raise
     if table.num_rows != len(uid) or pc.any(pc.not_equal(table["uid"], uid)).as_py():  # a forgotten pair's null is none
         raise PairmillError(
             expected=f"the uids of {ref.table} in {path}, in the same order",
@@ -109,7 +114,10 @@ def _scores(
     return {name: table[name.partition(".")[2]] for name in wanted}
 
 
-def _check(names: Iterable[str], choices: list[str]) -> None:
+def check_columns(names: Iterable[str], made: Iterable[str]) -> None:
+    """Each of `names` is among the columns `made` (`<filter>.<column>`) or a field of the pair table; the user is told
+    the nearest one otherwise."""
+    choices = [*made, *(f"{OWN}.{field}" for field in PAIRS.names)]
     for name in names:
         if name not in choices:
             raise _unknown(name, choices)
@@ -118,6 +126,6 @@ def _check(names: Iterable[str], choices: list[str]) -> None:
 def _unknown(name: str, choices: list[str]) -> PairmillError:
     return PairmillError(
         expected=f"a column that a filter or reducer of the recipe makes, where {name!r} stands",
-        found=f"none of that name among {len(choices)}",
-        remedy=nearest(name, [*choices, "pairs.width", "pairs.height"]),
+        found="none of that name",
+        remedy=nearest(name, choices),
     )

@@ -6,6 +6,7 @@ rows that count, so it is the same whatever other rules do. Vectorised: about 10
 """
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ from filters.columns import as_bool
 from pairs.errors import PairmillError
 from pairs.recipe import Rule
 
-Column = pa.Array | pa.ChunkedArray
+Column: TypeAlias = pa.Array | pa.ChunkedArray
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def _starts(flat: pa.Array) -> np.ndarray:
     return np.cumsum(lengths) - lengths
 
 
-def numbers(column: Column, over: str = "first") -> np.ndarray:
+def numbers(column: Column, over: Literal["any", "all", "first"] = "first") -> np.ndarray:
     """One float64 per row, NaN where null: of a list its first value, its greatest (any) or its least (all)."""
     rule = Rule.model_construct(column="", over=over)
     return _extreme(rule, column)

@@ -91,7 +91,7 @@ def select(
     for ref, table in tables.items():
         if ref not in old:
             store.write_table(ref.beside(folder), table)
-    funnel = _funnel(store, keep, frame, list(tables.values()))
+    funnel = _funnel(store, keep, shards, frame, list(tables.values()))
     manifest = identity | _facts(folder, pins, now, frame, funnel) | {"inputs": inputs}
     store.write(f"{folder}/funnel.json", json.dumps(funnel, indent=1))
     store.write(f"{folder}/manifest.json", json.dumps(manifest, indent=1, sort_keys=True))
@@ -246,7 +246,9 @@ def _as_table(names: Sequence[str], frame: Frame, masks: Mapping[str, np.ndarray
     return pa.table(dict(zip(SELECTION.names, columns, strict=True))).cast(SELECTION).combine_chunks()
 
 
-def _funnel(store: Store, keep: Sequence[Rule], frame: Frame, tables: Sequence[pa.Table]) -> dict[str, Any]:
+def _funnel(
+    store: Store, keep: Sequence[Rule], shards: Shards, frame: Frame, tables: Sequence[pa.Table]
+) -> dict[str, Any]:
     """The funnel per source and in total. A pair that was forgotten after it was judged counts as forgotten."""
     table = pa.concat_tables([SELECTION.empty_table(), *tables]).combine_chunks()
     gone = pa.array(~frame.alive)
@@ -254,9 +256,9 @@ def _funnel(store: Store, keep: Sequence[Rule], frame: Frame, tables: Sequence[p
     table = table.set_column(2, "dropped_by", first)
     empty = {r.name: nulls(frame.table[r.column or r.one_per]) & frame.alive for r in keep}
     sources = {}
-    for source in dict.fromkeys(name for name, _ in frame.shards):
+    for source, refs in shards.items():
         rows = frame.source == source
-        increments = [path.split("/")[2] for path in store.files(f"candidates/{source}", "part-00000.parquet")]
+        increments = sorted({ref.increment for ref in refs})
         counts = fetch_counts(store, source, increments, int(rows.sum()))
         sources[source] = counts | rule_counts(steps(keep), table, empty, frame.trusted, rows)
     return {"sources": sources, "total": total(sources)}

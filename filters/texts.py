@@ -1,7 +1,7 @@
 """Which texts a pair keeps: CapFilt's choice among the web's texts and the synthetic ones.
 
 The lists named by `from` are joined in that order, and `match` holds one probability per text of the joined list.
-A text survives at `min` or more; `keep` then takes all survivors, the first, the best one, or the best of each kind (both).
+A text survives at `min` or more; `keep` then takes all survivors, the first, the best, or the best of each kind (both).
 A trusted pair always keeps its own first text. All texts of a shard are handled as one flat array.
 Li et al.: BLIP (2022), https://arxiv.org/abs/2201.12086
 """

@@ -185,7 +185,7 @@ def test_the_funnel_begins_at_the_candidates(workspace: Workspace) -> None:
 
 def test_a_misspelt_column_names_the_nearest(workspace: Workspace) -> None:
     ref = add(workspace, "web", "0000", range(2), clip([0.9, 0.1]))
-    for column, hint in (("clip.cosin", "clip.cosine"), ("pairs.widht", "pairs.width"), ("clop.cosine", "clip")):
+    for column, hint in (("clip.cosin", "clip.cosine"), ("pairs.widths", "pairs.width"), ("clop.cosine", "clip")):
         with pytest.raises(PairmillError, match=hint):
             run(workspace, [Rule(column=column, min=1)], [ref])
     assert not workspace.store.files("selections")

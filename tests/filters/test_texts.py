@@ -40,7 +40,7 @@ def obvious(row: Row, keep: str) -> list[str]:
         return [max(some, key=lambda text: text[1])] if some else []
 
     kinds = [[text for text in left if text[0][0] == kind] for kind in "ws"]
-    chosen = {"all": left, "best": best(left), "both": best(kinds[0]) + best(kinds[1])}[keep]
+    chosen = {"all": left, "first": left[:1], "best": best(left), "both": best(kinds[0]) + best(kinds[1])}[keep]
     return [name for name, _ in chosen]
 
 
@@ -50,7 +50,7 @@ chance = st.one_of(st.none(), st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]))
 @given(st.lists(st.tuples(st.lists(chance, max_size=3), st.lists(chance, max_size=2), st.booleans()), max_size=8))
 def test_the_choice_is_that_of_the_obvious_loop(rows: list[Row]) -> None:
     trusted = np.array([row[2] for row in rows], bool)
-    for keep in ("all", "best", "both"):
+    for keep in ("all", "first", "best", "both"):
         found = choose_texts(spec(keep), table(rows), trusted)
         assert [[t["text"] for t in texts] for texts in found.to_pylist()] == [obvious(row, keep) for row in rows]
 
