@@ -113,7 +113,7 @@ def _caught(
     kept = choose_texts(texts, table, np.zeros(table.num_rows, bool)).to_pylist()
     caught[TEXTS] = np.array([all(swapped and t["kind"] == SYNTHETIC for t in row) for row in kept], bool)
     caught[SELECTION_AS_A_WHOLE] = np.logical_or.reduce(list(caught.values()))
-    return caught, {name: numbers(table[name]) for name in found}
+    return caught, {name: numbers(table[name], name) for name in found}
 
 
 def _ask_reducers(

@@ -52,7 +52,8 @@ def load_frame(
     dead = Workspace(store).tombstones()
     parts = [read_columns(store, ref, wanted, scores) for _, ref in order]
     counts = [part.num_rows for part in parts]
-    nothing = pa.table({name: pa.array([], pa.string()) for name in ("uid", "url_key", "status", *wanted)})
+    empty = dict.fromkeys(("uid", "url_key", "status"), pa.array([], pa.string())) | dict.fromkeys(wanted, pa.nulls(0))
+    nothing = pa.table(empty)
     table = pa.concat_tables([part.cast(parts[0].schema) for part in parts]) if parts else nothing
     source = np.repeat(np.array([name for name, _ in order], object), counts)
     trusts = np.isin(source.astype(str), list(trusted))

@@ -6,7 +6,7 @@ rows that count, so it is the same whatever other rules do. Vectorised: about 10
 """
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -110,10 +110,9 @@ def _starts(flat: pa.Array) -> np.ndarray:
     return np.cumsum(lengths) - lengths
 
 
-def numbers(column: Column, over: Literal["any", "all", "first"] = "first") -> np.ndarray:
-    """One float64 per row, NaN where null: of a list its first value, its greatest (any) or its least (all)."""
-    rule = Rule.model_construct(column="", over=over)
-    return _extreme(rule, column)
+def numbers(column: Column, name: str) -> np.ndarray:
+    """One float64 per row, NaN where null: of a list its first value. `name` goes into the error message."""
+    return _extreme(Rule.model_construct(column=name, over="first"), column)
 
 
 def _extreme(rule: Rule, column: Column) -> np.ndarray:

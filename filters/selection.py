@@ -228,7 +228,7 @@ def _others(rule: Rule, frame: Frame, survives: np.ndarray, incumbent: np.ndarra
     dropped = competing & closed[codes]
     rows = np.flatnonzero(competing & ~dropped)
     rows = rows[np.bincount(codes[rows], minlength=len(closed))[codes[rows]] > 1]
-    value = numbers(frame.table[rule.best]) if rule.best else np.zeros(len(codes))
+    value = numbers(frame.table[rule.best], rule.best) if rule.best else np.zeros(len(codes))
     uids = np.argsort(np.argsort(frame.table["uid"].take(pa.array(rows)).to_numpy().astype(str)))
     order = rows[np.lexsort((uids, -np.nan_to_num(value[rows], nan=-np.inf), codes[rows]))]
     dropped[order[1:][np.diff(codes[order]) == 0]] = True

@@ -227,3 +227,18 @@ def test_the_manifest_is_plain_json(workspace: Workspace) -> None:
     result = run(workspace, KEEP, [ref])
     assert json.loads(workspace.store.read(f"{result.folder}/manifest.json")) == result.manifest
     assert result.manifest["counts"] == {"candidates": None, "pairs": 2, "trusted": 0, "kept": 1}
+
+
+def test_a_source_without_pairs_is_an_empty_selection(workspace: Workspace) -> None:
+    keep = [*KEEP, Rule(column="clip.cosine", top_fraction=0.5), Rule(one_per="near.group", best="clip.cosine")]
+    result = run(workspace, keep, [])
+    assert (result.kept, result.written, result.manifest["thresholds"]) == (0, 0, {})
+    ref = add(workspace, "web", "0000", range(2), clip([0.9, 0.1]) | near(["a", "b"]))
+    later = run(workspace, keep, [ref])
+    assert later.manifest["thresholds"][keep[2].name]["value"] == pytest.approx(0.9)
+
+
+def test_the_best_of_words_is_refused(workspace: Workspace) -> None:
+    ref = add(workspace, "web", "0000", range(2), near(["a", "a"]))
+    with pytest.raises(PairmillError, match=r"near\.group"):
+        run(workspace, [Rule(one_per="near.group", best="near.group")], [ref])
