@@ -56,7 +56,7 @@ class Source:
         """At most `max_bytes` + 1 bytes of a plain file inside the folder; raises Outside, or OSError."""
         root = Path(self.path).resolve()
         path = root / relative_path
-        if path.resolve() != path:
+        if not path.is_relative_to(root) or path.resolve() != path:
             raise Outside(relative_path)
         with open(path, "rb", opener=_open_plain) as file:
             return file.read(max_bytes + 1)

@@ -1,0 +1,98 @@
+"""Increments: merged, sorted, cut once; nothing comes twice but what failed for a passing cause."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from pairs.errors import PairmillError
+from pairs.identity import url_key
+from pairs.recipe import FetchSpec, SourceSpec
+from pairs.schemas import CANDIDATES, LEDGER
+from pairs.workspace import Workspace
+from pipelines.candidates import MAX_TRIES, CutCounts, cut_increment, part
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace.open(tmp_path / "work", create=True)
+
+
+def cut(workspace: Workspace, rows: list[dict[str, str]], tmp_path: Path) -> CutCounts:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"url": "url", "text": "text", "page": "page"}
+    spec = SourceSpec.model_validate({"kind": "urls", "path": str(path), "columns": columns})
+    return cut_increment(workspace, "table", spec, FetchSpec(), lambda done, total, note: None)
+
+
+def row(url: str, text: str = "a text", page: str = "http://p.test/") -> dict[str, str]:
+    return {"url": url, "text": text, "page": page}
+
+
+def test_rows_of_one_image_are_merged_in_an_order_of_their_own(workspace: Workspace, tmp_path: Path) -> None:
+    rows = [
+        row("http://a.test/x.png?b=1&a=2", "second", "http://p.test/2"),
+        row("http://A.test:80/x.png?a=2&b=1#top", "first", "http://p.test/1"),
+        row("http://a.test/x.png?a=2&b=1", "  first ", "http://p.test/3"),
+        row("http://a.test/y.png"),
+    ]
+    counts = cut(workspace, rows, tmp_path)
+    assert counts == CutCounts("0000", found=4, new=2, dropped={"merged": 2})
+    first = workspace.store.read(part("table", "0000"))
+    table = workspace.store.read_table(part("table", "0000"))
+    assert table.schema.equals(CANDIDATES, check_metadata=False)
+    assert table["url_key"].to_pylist() == sorted(url_key(r["url"]) for r in rows[2:])
+    merged = next(r for r in table.to_pylist() if "x.png" in r["url"])
+    assert [t["text"] for t in merged["texts"]] == ["first", "second"]
+    assert merged["page"] == "http://p.test/1" and merged["url"] == "http://a.test/x.png?a=2&b=1"
+
+    other = Workspace.open(tmp_path / "other", create=True)
+    cut(other, rows[::-1], tmp_path)
+    assert other.store.read(part("table", "0000")) == first
+
+
+def test_what_is_dropped_is_counted_by_reason(workspace: Workspace, tmp_path: Path) -> None:
+    bad = ["data:image/png;base64,AA", "file:///etc/passwd", "ftp://a.test/x", "", "http://", "http://[::1/x"]
+    long = row("http://a.test/long", "x" * 10_001)
+    counts = cut(workspace, [*map(row, bad), row("http://a.test/short"), long], tmp_path)
+    assert counts.dropped == {"bad_url": 2, "data_url": 1, "scheme": 3}
+    assert counts.found == counts.new + sum(counts.dropped.values())
+    assert counts.texts_cut == 1
+
+
+def test_a_second_cut_takes_only_what_is_new(workspace: Workspace, tmp_path: Path) -> None:
+    rows = [row(f"http://a.test/{n}.png") for n in range(4)]
+    cut(workspace, rows, tmp_path)
+    again = cut(workspace, rows, tmp_path)
+    assert again.increment is None and again.new == 0 and again.dropped == {"earlier": 4}
+    assert workspace.increments("table") == ["0000"]
+    workspace.bury("url_key", [url_key("http://a.test/5.png")], "asked for")
+    more = cut(workspace, [*rows, row("http://a.test/4.png"), row("http://a.test/5.png")], tmp_path)
+    assert (more.increment, more.new, more.dropped) == ("0001", 1, {"earlier": 4, "forgotten": 1})
+
+
+def write_ledger(workspace: Workspace, increment: str, statuses: dict[str, str]) -> None:
+    rows = [{"url_key": url_key(url), "status": status} for url, status in statuses.items()]
+    workspace.store.write_table(f"ledger/table/{increment}/00000.parquet", pa.Table.from_pylist(rows, schema=LEDGER))
+
+
+def test_passing_failures_come_again_until_they_succeed_or_wear_out(workspace: Workspace, tmp_path: Path) -> None:
+    urls = [f"http://a.test/{name}" for name in ("ok", "gone", "busy")]
+    rows = [row(url) for url in urls]
+    cut(workspace, rows, tmp_path)
+    write_ledger(workspace, "0000", dict(zip(urls, ("ok", "permanent", "transient"), strict=True)))
+    for n in range(1, MAX_TRIES):
+        counts = cut(workspace, rows, tmp_path)
+        assert (counts.increment, counts.new, counts.dropped) == (f"{n:04d}", 1, {"earlier": 2})
+        write_ledger(workspace, counts.increment, {urls[2]: "transient"})
+    assert cut(workspace, rows, tmp_path).dropped == {"earlier": 2, "gave_up": 1}
+    write_ledger(workspace, f"{MAX_TRIES - 1:04d}", {urls[2]: "ok"})
+    assert cut(workspace, rows, tmp_path).dropped == {"earlier": 3}
+
+
+def test_an_empty_source_writes_nothing(workspace: Workspace, tmp_path: Path) -> None:
+    with pytest.raises(PairmillError, match="none"):
+        cut(workspace, [], tmp_path)
+    assert workspace.store.files("candidates") == []

@@ -1,0 +1,277 @@
+"""Sources: what they yield from folders, tables and pages, what they refuse, and a crawl that is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from scrapy.http import HtmlResponse
+
+from pairs.errors import PairmillError
+from pairs.identity import local_key
+from pairs.recipe import FetchSpec, SourceSpec
+from pairs.workspace import Workspace
+from pipelines.candidates import CutCounts, cut_increment, part
+from pipelines.processes import ROOT
+from pipelines.sources import load_source
+from pipelines.sources.folder import Outside, Source
+from pipelines.sources.site_page import read_page
+from tests.pipelines.small_web import ALLOW, SmallWeb, picture, redirect, small_web, with_headers
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace.open(tmp_path / "work", create=True)
+
+
+def quiet(done: int, total: int, note: str) -> None:
+    pass
+
+
+def spec(**settings: Any) -> SourceSpec:
+    return SourceSpec.model_validate(settings)
+
+
+def rows_of(workspace: Workspace, **settings: Any) -> list[dict[str, Any]]:
+    cut_increment(workspace, "src", spec(**settings), FetchSpec(), quiet)
+    return workspace.store.read_table(part("src", "0000")).to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "sites", "seeds": []}, "did you mean 'site'"),
+        ({"kind": "site_spider"}, "use one of: folder, site, urls|did you mean 'site'"),
+        ({"kind": "site", "seed": ["http://a.test/"]}, "did you mean 'seeds'"),
+        ({"kind": "urls", "path": 3}, "valid string"),
+    ],
+)
+def test_bad_settings_are_advice(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(PairmillError, match=message):
+        load_source("src", spec(**settings))
+
+
+def test_folder(workspace: Workspace, tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    (root / "sub").mkdir(parents=True)
+    (root / "sub" / "a.PNG").write_bytes(picture())
+    (root / "sub" / "a.txt").write_text("one caption\n\n  another \n")
+    (root / "b.jpg").write_bytes(picture(kind="JPEG"))
+    (root / "notes.md").write_text("no image")
+    (tmp_path / "secret.png").write_bytes(picture())
+    (root / "link.png").symlink_to(tmp_path / "secret.png")
+    (root / "away").symlink_to(tmp_path)
+    rows = rows_of(workspace, kind="folder", path=str(root))
+    found = {row["url"]: [t["text"] for t in row["texts"]] for row in rows}
+    assert found == {"src:sub/a.PNG": ["one caption", "another"], "src:b.jpg": []}
+    assert {row["url_key"] for row in rows} == {local_key("src", "sub/a.PNG"), local_key("src", "b.jpg")}
+
+
+@pytest.mark.parametrize(
+    "path", ["../secret.png", "/etc/passwd", "link.png", "away/secret.png", "pipe.png", "sub/../x.png"]
+)
+def test_folder_reads_nothing_outside_itself(path: str, tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    (root / "sub").mkdir(parents=True)
+    (root / "x.png").write_bytes(b"inside")
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    (root / "link.png").symlink_to(tmp_path / "secret.png")
+    (root / "away").symlink_to(tmp_path)
+    os.mkfifo(root / "pipe.png")
+    assert Source(str(root)).read("x.png", 3) == b"insi"
+    with pytest.raises(Outside):
+        Source(str(root)).read(path, 100)
+
+
+TABLE = {"URL": ["http://a.test/1.png", "http://a.test/2.png"], "TEXT": ["one", None], "LICENSE": ["cc0", None]}
+COLUMNS = {"url": "URL", "text": "TEXT", "license": "LICENSE"}
+
+
+def write_tables(folder: Path) -> None:
+    pq.write_table(pa.table(TABLE), folder / "t.parquet")
+    (folder / "t.csv").write_text("URL,TEXT,LICENSE\nhttp://a.test/1.png,one,cc0\nhttp://a.test/2.png,,\n")
+    lines = [dict(zip(TABLE, values, strict=True)) for values in zip(*TABLE.values(), strict=True)]
+    (folder / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.csv", "t.jsonl", "t.p*"])
+def test_urls_reads_every_kind_of_table(name: str, workspace: Workspace, tmp_path: Path) -> None:
+    write_tables(tmp_path)
+    rows = rows_of(workspace, kind="urls", path=str(tmp_path / name), columns=COLUMNS)
+    found = {row["url"]: ([t["text"] for t in row["texts"]], row["license"] or None) for row in rows}
+    assert found == {"http://a.test/1.png": (["one"], "cc0"), "http://a.test/2.png": ([], None)}
+
+
+def test_urls_reads_any_fsspec_address(workspace: Workspace) -> None:
+    with fsspec.open("memory://lists/t.jsonl", "w") as file:
+        file.write('{"url": "http://a.test/1.png", "text": "one"}\n')
+    assert len(rows_of(workspace, kind="urls", path="memory://lists/t.jsonl")) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"path": "t.parquet", "columns": {"url": "url"}}, "a column 'url'"),
+        ({"path": "t.parquet", "columns": {"urls": "URL"}}, "did you mean 'url'"),
+        ({"path": "none.parquet"}, "no file"),
+        ({"path": "bad.jsonl"}, "line 2"),
+        ({"path": "bad.parquet"}, "whole .parquet"),
+        ({"path": "t.txt"}, "rename or convert"),
+    ],
+)
+def test_urls_says_what_is_wrong(settings: dict[str, Any], message: str, workspace: Workspace, tmp_path: Path) -> None:
+    write_tables(tmp_path)
+    (tmp_path / "bad.jsonl").write_text('{"url": "http://a.test/"}\n{"url":')
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
+    (tmp_path / "t.txt").write_text("")
+    settings = settings | {"path": str(tmp_path / settings["path"])}
+    with pytest.raises(PairmillError, match=message):
+        rows_of(workspace, kind="urls", **settings)
+    assert workspace.store.files("candidates") == []
+
+
+PAGE = """<html lang="en"><head><title>The page</title><base href="/media/">
+<meta name="Robots" content="noarchive"><meta name="otherbot" content="noai"></head><body>
+<img src="a.png" alt="An apple" title="tip"><img alt="no source">
+<div lang="DE"><figure><img src="http://b.test/b.png" alt="Birne">
+<figcaption>Eine <b>Birne</b></figcaption></figure></div>
+<img src="data:image/png;base64,AAAA" alt="inline">
+<a href="next.html#x">n</a><a rel="nofollow" href="hidden.html">h</a>
+<a href="mailto:a@b.c">m</a><a href="http://[bad">b</a>
+</body></html>"""
+
+
+def page(body: str, headers: dict[str, str] | None = None) -> dict[str, Any]:
+    return read_page(HtmlResponse("http://a.test/x/y.html", headers=headers, body=body.encode()), "pairmill/1 (+x)")
+
+
+def test_extraction() -> None:
+    found = page(PAGE)
+    apple, pear, inline = found["images"]
+    assert apple["url"] == "http://a.test/media/a.png" and pear["url"] == "http://b.test/b.png"
+    assert [(t["text"], t["kind"], t["language"]) for t in apple["texts"]] == [
+        ("An apple", "alt", "en"),
+        ("tip", "img_title", "en"),
+        ("The page", "title", "en"),
+    ]
+    assert [" ".join(t["text"].split()) for t in pear["texts"]] == ["Birne", "Eine Birne", "The page"]
+    assert [t["language"] for t in pear["texts"]] == ["de", "de", "en"] and pear["found"] == "figure"
+    assert inline["url"] == "data:"
+    assert found["links"] == ["http://a.test/media/next.html"] and found["opt_out"] is None
+
+
+@pytest.mark.parametrize(
+    ("meta", "headers", "opt", "links"),
+    [
+        ("noai", {}, "noai", 1),
+        ("noimageai, nofollow", {}, "noimageai", 0),
+        ("none", {}, "none", 0),
+        ("all", {"X-Robots-Tag": "noindex"}, "noindex", 1),
+        ("all", {"X-Robots-Tag": "otherbot: noindex"}, None, 1),
+    ],
+)
+def test_opt_out_of_a_page(meta: str, headers: dict[str, str], opt: str | None, links: int) -> None:
+    body = f'<meta name="robots" content="{meta}"><img src="a.png"><a href="b.html">b</a>'
+    found = page(body, headers)
+    assert (found["opt_out"], len(found["links"]), len(found["images"])) == (opt, links, 1)
+
+
+def link(target: str) -> str:
+    return f'<a href="{target}">on</a>'
+
+
+def small_site(pages: int = 12) -> dict[str, Any]:
+    links = "".join(link(f"/page{n}.html") for n in range(pages))
+    routes: dict[str, Any] = {
+        "/": f'<title>t</title><img src="0.png" alt="zero">{links}{link("/private/p.html")}{link("/moved")}',
+        "/robots.txt": with_headers(b"User-agent: *\nDisallow: /private/", {}),
+        "/private/p.html": "<img src=secret.png>",
+        "/moved": redirect("/target.html"),
+        "/target.html": '<img src="target.png" alt="target">' + link("http://elsewhere.test/") + link("/gone.html"),
+    }
+    for n in range(pages):
+        routes[f"/page{n}.html"] = f'<img src="{n}.png" alt="number {n}"><img src="0.png" alt="again">{link("/")}'
+    routes["/page0.html"] = '<meta name=robots content=noai><img src="opted.png" alt="no">'
+    return routes
+
+
+def crawl(workspace: Workspace, site: SmallWeb, **more: Any) -> CutCounts:
+    settings = {"kind": "site", "seeds": [site.url("/")], "allow": ALLOW, "delay_s": 0, **more}
+    return cut_increment(workspace, "src", spec(**settings), FetchSpec(deadline_s=5, attempts=1), quiet)
+
+
+def test_a_site_is_crawled_politely(workspace: Workspace) -> None:
+    with small_web(small_site()) as site:
+        counts = crawl(workspace, site)
+        asked = sorted(site.asked)
+    assert counts.pages == {"http_404": 1, "ok": 14, "redirected": 1, "robots": 1}
+    assert counts.opt_out == 1 and counts.new == 14
+    assert len(asked) == len(set(asked)) and "/private/p.html" not in asked
+    rows = {row["url"].rpartition("/")[2]: row for row in workspace.store.read_table(part("src", "0000")).to_pylist()}
+    assert rows["opted.png"]["opt_out"] == "noai" and rows["1.png"]["opt_out"] is None
+    assert [t["text"] for t in rows["0.png"]["texts"]] == ["zero", "again", "t"]
+    assert not workspace.store.files("crawl")
+
+
+def test_a_limited_crawl_takes_the_first_pages_by_level_and_name(workspace: Workspace) -> None:
+    with small_web(small_site()) as site:
+        counts = crawl(workspace, site, max_pages=4)
+        assert sorted(set(site.asked)) == ["/", "/moved", "/page0.html", "/page1.html", "/robots.txt"]
+    assert sum(counts.pages.values()) == 4
+
+
+def test_an_unreachable_site_is_an_error_and_leaves_nothing(workspace: Workspace) -> None:
+    with small_web({}) as site:
+        pass
+    with pytest.raises(PairmillError, match="1 × robots_connect"):
+        crawl(workspace, site)
+    with small_web(small_site()) as site, pytest.raises(PairmillError, match="1 × address"):
+        crawl(workspace, site, allow=[])
+    assert workspace.store.files("candidates") == workspace.store.files("crawl") == []
+
+
+KILLED = """
+import sys
+from pairs.recipe import FetchSpec, SourceSpec
+from pairs.workspace import Workspace
+from pipelines.candidates import cut_increment
+workspace = Workspace.open(sys.argv[1])
+spec = SourceSpec(kind="site", seeds=[sys.argv[2]], allow=["127.0.0.0/8"], delay_s=0.0, per_host=1)
+cut_increment(workspace, "src", spec, FetchSpec(deadline_s=5, attempts=1), lambda *a: None)
+"""
+
+
+def test_a_killed_crawl_goes_on_where_it_was(workspace: Workspace, tmp_path: Path) -> None:
+    with small_web(small_site(40)) as site:
+        whole = Workspace.open(tmp_path / "whole", create=True)
+        crawl(whole, site, per_host=1)
+        expected = whole.store.read(part("src", "0000"))
+        site.asked.clear()
+        command = [sys.executable, "-c", KILLED, str(workspace.store.root), site.url("/")]
+        child = subprocess.Popen(command, cwd=ROOT)
+        pages = Path(workspace.store.root) / "crawl/src/0000/pages.jsonl"
+        until = time.monotonic() + 40
+        while not (pages.exists() and pages.read_bytes().count(b"\n") > 10):
+            assert time.monotonic() < until and child.poll() is None
+            time.sleep(0.01)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        time.sleep(0.3)  # the crawler dies with its parent
+        recorded = pages.read_bytes()
+        assert recorded.count(b"\n") < 42 and workspace.store.files("candidates") == []
+        with pages.open("ab") as file:
+            file.write(b'{"url": "torn')
+        first = list(site.asked)
+        crawl(workspace, site, per_host=1)
+        again = site.asked[len(first) :]
+    done = {json.loads(line)["url"] for line in recorded.splitlines()[1:]}
+    assert not {site.url(path) for path in again} & done
+    assert workspace.store.read(part("src", "0000")) == expected
