@@ -151,7 +151,6 @@ def picture(i: int) -> bytes:
     return out.getvalue()
 
 
-@pytest.mark.slow
 def test_webdataset_and_datasets_read_it_without_pairmill(tmp_path: Path) -> None:
     code = """if True:
         import datasets, webdataset

@@ -251,3 +251,12 @@ def test_a_table_cut_short_by_damage_is_refused(memory_store: Store, monkeypatch
     monkeypatch.setattr("pairs.store.pq.read_table", lambda *_, **__: TABLE[:1])
     with pytest.raises(PairmillError, match="1 rows where its footer says 2"):
         memory_store.read_table("t.parquet")
+
+
+def test_an_open_reader_keeps_the_whole_old_file(tmp_path: Path) -> None:
+    """The new file is renamed into place, never written over the old one."""
+    store = Store(tmp_path)
+    store.write("x", b"old" * 1000)
+    with (tmp_path / "x").open("rb") as reader:
+        store.write("x", b"new")
+        assert reader.read() == b"old" * 1000

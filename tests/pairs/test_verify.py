@@ -1,6 +1,7 @@
 """A sound workspace is ok; each kind of damage is named with the path of what is damaged."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,17 @@ CANDIDATES = "candidates/web/0000/part-00000.parquet"
 LEDGER_PART = "ledger/web/0000/00001.parquet"
 
 
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("verify") / "workspace"
+    fill(Workspace.open(folder, create=True))
+    return folder
+
+
 @pytest.fixture
-def sound(workspace: Workspace) -> Workspace:
-    return fill(workspace)
+def sound(original: Path, tmp_path: Path) -> Workspace:
+    """A copy of its own for each test to damage."""
+    return Workspace.open(shutil.copytree(original, tmp_path / "workspace"))
 
 
 def flip(store: Store, path: str, place: int) -> None:
