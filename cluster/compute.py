@@ -74,12 +74,13 @@ class _Actor:
         self, function: Callable[[Any], Any], items: Sequence[Any], setup: Callable[[], object] | None
     ) -> None:
         self.function, self.items = function, items
-        contextlib.ExitStack().enter_context(one_thread())
-        if setup:
-            setup()
+        with one_thread():
+            if setup:
+                setup()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
-        return {"result": [_call(self.function, self.items[int(position)]) for position in batch["item"]]}
+        with one_thread():
+            return {"result": [_call(self.function, self.items[int(position)]) for position in batch["item"]]}
 
 
 def _call(function: Callable[[Any], Any], item: Any) -> bytes:

@@ -1,8 +1,9 @@
 """A Ray session: joined where `RAY_ADDRESS` names one, else started on this machine and ended with the block.
 
 A local session binds to loopback as far as Ray allows, shows no dashboard, sends no usage statistics, and
-asks every client for a token that is made here and lives only in this process's environment. Only what
-was started here is shut down; other Ray sessions of the machine are never touched. Starting costs 3 to 10 s.
+asks every client for a token that is made here and lives only in this process's environment (Ray reads it when it is
+first imported, so import Ray nowhere else). Only what was started here is shut down; other Ray sessions of the
+machine are never touched. Starting costs 3 to 10 s.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import secrets
 import sys
 from collections.abc import Iterator
 
+TOKEN = secrets.token_hex(32)  # one for all sessions of this process: Ray reads it once
 OBJECT_STORE_BYTES = 200 * 2**20  # only references and statistics travel through it
 
 
@@ -25,7 +27,7 @@ def _environment() -> dict[str, str]:
     }
     if "RAY_ADDRESS" in os.environ or "RAY_AUTH_MODE" in os.environ:
         return local
-    return local | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    return local | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
 
 
 @contextlib.contextmanager

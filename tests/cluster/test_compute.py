@@ -1,19 +1,20 @@
 """Shards are mapped alike inline and on Ray: results, errors, threads, and whose session it is."""
 
 import os
+import pickle
 
 import pytest
 import torch
 
-from cluster.compute import map_shards, one_thread
+from cluster.compute import _call, map_shards, one_thread
 from cluster.session import ray_session
 from pairs.errors import PairmillError
 
 
-def square(number: int) -> tuple[int, int, int]:
+def square(number: int) -> tuple[int, int, int, int]:
     import cv2
 
-    return number * number, torch.get_num_threads(), cv2.getNumThreads()
+    return number * number, torch.get_num_threads(), cv2.getNumThreads(), os.getpid()
 
 
 def refuse(number: int) -> int:
@@ -33,10 +34,6 @@ def fail_oddly(number: int) -> int:
     raise Odd(1, number)
 
 
-def where(number: int) -> int:
-    return os.getpid()
-
-
 def test_inline_yields_each_result_as_it_is_done() -> None:
     seen: list[int] = []
 
@@ -52,7 +49,7 @@ def test_inline_yields_each_result_as_it_is_done() -> None:
 
 def test_inline_computes_with_one_thread_and_gives_the_others_back() -> None:
     before = torch.get_num_threads()
-    assert list(map_shards(square, [3], engine="inline", workers=2)) == [(9, 1, 1)]
+    assert list(map_shards(square, [3], engine="inline", workers=2)) == [(9, 1, 1, os.getpid())]
     assert torch.get_num_threads() == before
     with one_thread():
         assert torch.get_num_threads() == 1
@@ -75,19 +72,24 @@ def test_an_error_surfaces_inline() -> None:
         list(map_shards(refuse, [1, 2, 3], engine="inline", workers=1))
 
 
+def test_an_error_that_cannot_travel_is_told_in_words() -> None:
+    result, error, trace = pickle.loads(_call(fail_oddly, 1))
+    assert result is None
+    assert isinstance(error, RuntimeError) and str(error) == "Odd: odd"
+    assert "fail_oddly" in trace
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_ray_gives_the_same_and_ends_what_it_started() -> None:
-    import ray
-
     with ray_session(2):
+        import ray
+
         found = list(map_shards(square, range(12), engine="ray", workers=2))
-        assert sorted(found) == [(n * n, 1, 1) for n in range(12)]
-        assert set(map_shards(where, range(4), engine="ray", workers=2)).isdisjoint({os.getpid()})
+        assert sorted(row[:3] for row in found) == [(n * n, 1, 1) for n in range(12)]
+        assert os.getpid() not in {row[3] for row in found}
         with pytest.raises(PairmillError, match="another number"):
             list(map_shards(refuse, [1, 2, 3], engine="ray", workers=1))
-        with pytest.raises(RuntimeError, match="Odd: odd"):
-            list(map_shards(fail_oddly, [1], engine="ray", workers=1))
         with ray_session(2):
             assert ray.is_initialized()
         assert ray.is_initialized()
