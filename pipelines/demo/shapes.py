@@ -2,7 +2,7 @@
 
 A shape is a list of layers, painted in order; a layer is a shade and a polygon in the unit square [-1, 1] x [-1, 1]
 (x to the right, y downwards). Polygons, because one call of cv2.fillPoly then draws any of them anti-aliased at
-any place, size and angle. The silhouettes differ so much that a model of a million weights tells them apart.
+any place, size and angle. Silhouettes and details both differ from kind to kind.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,25 @@ from collections.abc import Sequence
 import numpy as np
 
 Points = np.ndarray  # (n, 2) float64, unit square
-Layer = tuple[str, Points]  # shade: "main" (the object's colour), "dark" or "light" (details)
+Layer = tuple[str, Points]  # "main", the object's own colour, or the name of a detail's
+
+# Details have colours that no caption names, the same for every object of a kind: with a local mark beside the
+# silhouette, a tiny model learns the kinds from hundreds of pictures instead of tens of thousands.
+DETAILS: dict[str, tuple[int, int, int]] = {  # RGB
+    "maroon": (105, 20, 35),
+    "cream": (250, 240, 195),
+    "brown": (105, 65, 30),
+    "teal": (0, 125, 120),
+    "white": (252, 252, 252),
+    "navy": (25, 35, 95),
+    "cyan": (120, 215, 235),
+    "coal": (60, 62, 66),
+    "olive": (115, 125, 40),
+    "tan": (195, 150, 95),
+    "lime": (195, 240, 70),
+    "lavender": (190, 170, 240),
+    "steel": (135, 145, 160),
+}
 
 
 def _poly(*xy: tuple[float, float]) -> Points:
@@ -51,61 +69,62 @@ def _scallops() -> Points:
 
 SHAPES: dict[str, Sequence[Layer]] = {
     "house": [
-        ("main", _box(-0.78, -0.15, 0.78, 1.0)),
-        ("dark", _poly((-1.0, -0.1), (0.0, -1.0), (1.0, -0.1))),
-        ("light", _box(-0.5, 0.15, -0.1, 0.55)),
-        ("light", _box(0.2, 0.25, 0.55, 1.0)),
+        ("main", _box(-0.8, -0.1, 0.8, 1.0)),
+        ("maroon", _poly((-1.0, -0.05), (0.0, -1.0), (1.0, -0.05))),
+        ("cream", _box(-0.55, 0.2, -0.1, 0.6)),
+        ("maroon", _box(0.2, 0.3, 0.58, 1.0)),
     ],
     "tree": [
-        ("dark", _box(-0.14, 0.2, 0.14, 1.0)),
+        ("brown", _box(-0.22, 0.2, 0.22, 1.0)),
         ("main", _poly((0.0, -1.0), (0.5, -0.4), (-0.5, -0.4))),
         ("main", _poly((0.0, -0.75), (0.68, 0.05), (-0.68, 0.05))),
-        ("main", _poly((0.0, -0.4), (0.85, 0.55), (-0.85, 0.55))),
+        ("main", _poly((0.0, -0.4), (0.85, 0.5), (-0.85, 0.5))),
     ],
     "fish": [
-        ("main", _poly((0.3, 0.0), (1.0, -0.55), (0.82, 0.0), (1.0, 0.55))),
-        ("dark", _poly((-0.3, -0.35), (0.2, -0.75), (0.3, -0.3))),
-        ("main", _arc(-0.25, 0.0, 0.75, 0.46)),
-        ("light", _arc(-0.62, -0.12, 0.11, 0.11)),
-        ("dark", _poly((-0.2, 0.05), (0.15, -0.1), (0.15, 0.25))),
+        ("teal", _poly((0.3, 0.0), (1.0, -0.6), (0.82, 0.0), (1.0, 0.6))),
+        ("teal", _poly((-0.4, -0.3), (0.1, -0.85), (0.3, -0.25))),
+        ("main", _arc(-0.25, 0.0, 0.75, 0.5)),
+        ("white", _arc(-0.62, -0.12, 0.14, 0.14)),
+        ("teal", _poly((-0.25, 0.08), (0.2, -0.12), (0.2, 0.32))),
     ],
     "boat": [
-        ("dark", _box(-0.06, -1.0, 0.04, 0.4)),
-        ("main", _poly((0.1, -0.95), (0.85, 0.25), (0.1, 0.25))),
-        ("light", _poly((-0.12, -0.7), (-0.12, 0.25), (-0.65, 0.25))),
-        ("main", _poly((-1.0, 0.4), (1.0, 0.4), (0.65, 0.9), (-0.65, 0.9))),
+        ("navy", _box(-0.08, -1.0, 0.06, 0.4)),
+        ("navy", _poly((0.1, -0.95), (0.9, 0.2), (0.1, 0.2))),
+        ("white", _poly((-0.12, -0.75), (-0.12, 0.2), (-0.75, 0.2))),
+        ("main", _poly((-1.0, 0.3), (1.0, 0.3), (0.65, 1.0), (-0.65, 1.0))),
     ],
     "car": [
-        ("main", _poly((-0.6, 0.0), (-0.35, -0.5), (0.35, -0.5), (0.65, 0.0))),
-        ("main", _poly((-1.0, 0.0), (0.85, -0.05), (1.0, 0.12), (1.0, 0.4), (-1.0, 0.4))),
-        ("light", _poly((-0.43, -0.04), (-0.26, -0.38), (-0.04, -0.38), (-0.04, -0.04))),
-        ("light", _poly((0.07, -0.04), (0.07, -0.38), (0.28, -0.38), (0.46, -0.04))),
-        ("dark", _arc(-0.52, 0.42, 0.25, 0.25)),
-        ("dark", _arc(0.52, 0.42, 0.25, 0.25)),
-        ("light", _arc(-0.52, 0.42, 0.1, 0.1)),
-        ("light", _arc(0.52, 0.42, 0.1, 0.1)),
+        ("main", _poly((-0.65, 0.0), (-0.38, -0.6), (0.38, -0.6), (0.7, 0.0))),
+        ("main", _poly((-1.0, -0.02), (0.85, -0.07), (1.0, 0.12), (1.0, 0.45), (-1.0, 0.45))),
+        ("cyan", _poly((-0.47, -0.04), (-0.28, -0.48), (-0.04, -0.48), (-0.04, -0.04))),
+        ("cyan", _poly((0.07, -0.04), (0.07, -0.48), (0.3, -0.48), (0.5, -0.04))),
+        ("coal", _arc(-0.52, 0.45, 0.29, 0.29)),
+        ("coal", _arc(0.52, 0.45, 0.29, 0.29)),
     ],
     "flower": [
-        ("dark", _box(-0.06, -0.3, 0.06, 1.0)),
-        ("dark", _poly((0.0, 0.85), (0.2, 0.45), (0.6, 0.35), (0.4, 0.7))),
+        ("olive", _box(-0.09, -0.3, 0.09, 1.0)),
+        ("olive", _poly((0.0, 0.9), (0.2, 0.4), (0.7, 0.3), (0.45, 0.75))),
+        ("olive", _poly((0.0, 0.9), (-0.2, 0.4), (-0.7, 0.3), (-0.45, 0.75))),
         *_petals(6, -0.35),
-        ("light", _arc(0.0, -0.35, 0.22, 0.22)),
+        ("cream", _arc(0.0, -0.35, 0.24, 0.24)),
     ],
     "cup": [
-        ("main", _ring(0.5, 0.0, 0.46, 0.26, -90, 90)),
+        ("main", _ring(0.5, 0.0, 0.48, 0.26, -90, 90)),
         ("main", _poly((-0.85, -0.65), (0.65, -0.65), (0.42, 0.8), (-0.62, 0.8))),
-        ("light", _arc(-0.1, -0.62, 0.72, 0.14)),
+        ("brown", _arc(-0.1, -0.62, 0.75, 0.22)),
+        ("white", _poly((-0.78, -0.15), (0.56, -0.15), (0.49, 0.25), (-0.72, 0.25))),
     ],
-    "star": [("main", _star(5, 0.42))],
+    "star": [("main", _star(5, 0.55)), ("lime", 0.55 * _star(5, 0.55))],
     "umbrella": [
-        ("dark", _box(-0.05, 0.0, 0.05, 0.8)),
-        ("dark", _ring(0.17, 0.8, 0.22, 0.12, 0, 180)),
+        ("tan", _box(-0.07, 0.0, 0.07, 0.8)),
+        ("tan", _ring(0.17, 0.8, 0.24, 0.1, 0, 180)),
         ("main", _scallops()),
+        ("lavender", _poly((0.0, -0.9), (0.33, 0.0), (-0.33, 0.0))),
     ],
     "key": [
-        ("main", _ring(-0.6, 0.0, 0.4, 0.19)),
-        ("main", _box(-0.24, -0.1, 1.0, 0.1)),
-        ("main", _box(0.45, 0.05, 0.6, 0.38)),
-        ("main", _box(0.8, 0.05, 0.95, 0.45)),
+        ("main", _ring(-0.58, 0.0, 0.42, 0.17)),
+        ("steel", _box(-0.2, -0.13, 1.0, 0.13)),
+        ("steel", _box(0.4, 0.05, 0.6, 0.45)),
+        ("steel", _box(0.78, 0.05, 0.98, 0.5)),
     ],
 }

@@ -70,7 +70,13 @@ def make_web(
     `noise` is the share of swapped texts among the ordinary pairs, 0 to 0.8; `clean` leaves out every other defect
     too. Raises PairmillError if `directory` holds anything else or the numbers leave no room.
     """
-    arguments = {"version": GENERATOR_VERSION, "seed": seed, "noise": noise, "scenes": scenes, "trusted": trusted}
+    arguments: dict[str, object] = {
+        "version": GENERATOR_VERSION,
+        "seed": seed,
+        "noise": noise,
+        "scenes": scenes,
+        "trusted": trusted,
+    }
     arguments |= {"port": port, "clean": clean, "per_class": per_class}
     _check(noise, clean)
     if directory.exists() and any(directory.iterdir()):
