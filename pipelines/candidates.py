@@ -67,7 +67,7 @@ def cut_increment(
     table = pa.Table.from_pylist(sorted(kept, key=lambda row: row["url_key"]), schema=CANDIDATES)
     if kept:
         workspace.store.write_table(part(name, increment), table)
-    workspace.store.delete(f"crawl/{name}/{increment}", recursive=True)  # its pages have done their work
+    workspace.store.delete(f"crawl/{name}", recursive=True)  # its pages have done their work
     opted = sum(row["opt_out"] is not None for row in kept)
     cut = context.dropped.pop("text_cut", 0)
     dropped, pages = _plain(context.dropped), _plain(context.pages)

@@ -9,7 +9,6 @@ import asyncio
 import socket
 import ssl
 import time
-from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from pipelines.fetch.guard import EgressRefused, Network, guarded_connector, ref
 
 CHUNK_BYTES = 1 << 16
 CONNECT_S = 10.0
+HELD_BYTES = 256 << 20
 DEAD_AFTER = 8  # connections in a row that a host which never answered may refuse, before it is left alone
 BACK_OFF_S, BACK_OFF_MAX_S = 0.5, 8.0
 RETRY_STATUS = frozenset({408, 425, 429})
@@ -94,10 +94,23 @@ class Client:
     per_host: int
     slots: asyncio.Semaphore
     hosts: dict[str, Host] = field(default_factory=dict)
-    tally: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    requests: int = 0
+    held_bytes: int = 0  # of bodies that wait for a decoder
+    _room: asyncio.Event = field(default_factory=asyncio.Event)
 
     def host(self, url: URL) -> Host:
         return self.hosts.setdefault(url.host or "", Host(asyncio.Semaphore(self.per_host)))
+
+    def hold(self, size_bytes: int) -> None:
+        """Counts a body that waits for a decoder, or with a negative size one that no longer does."""
+        self.held_bytes += size_bytes
+        self._room.set()
+
+    async def room(self) -> None:
+        """Waits until the bodies in memory are few enough for another."""
+        while self.held_bytes > HELD_BYTES:
+            self._room.clear()
+            await self._room.wait()
 
     async def fetch(self, url: str, limits: Limits, permit: Permit, judge: Judge, accept: str = "*/*") -> Answer:
         """The body behind `url` after redirects, or why there is none. `permit` is asked before each hop
@@ -146,6 +159,7 @@ class Client:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(host.turn)
             await stack.enter_async_context(self.slots)
+            await self.room()
             if not host.answered and host.unreachable >= DEAD_AFTER:
                 return Failure("transient", "host_unreachable")
             began = time.monotonic()
@@ -162,7 +176,7 @@ class Client:
 
     async def _request(self, url: URL, limits: Limits, judge: Judge, accept: str) -> Response | Failure:
         headers = {"User-Agent": self.agent, "Accept": accept}
-        self.tally["requests"] += 1
+        self.requests += 1
         async with self.session.get(url, headers=headers, allow_redirects=False) as answer:
             if answer.status in REDIRECTS:
                 return Response(str(url), answer.status, answer.headers, b"")

@@ -12,6 +12,7 @@ import json
 import os
 import struct
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,10 @@ from pipelines.processes import die_with_parent, limit_memory
 
 VERSION = 1  # raise it when the bytes of an equal image change
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-TURNED = frozenset({5, 6, 7, 8})  # EXIF orientations that swap width and height
+TURNS = {  # what makes each EXIF orientation upright, in Pillow's words
+    **{2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE"},
+    **{6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"},
+}
 BYTES_PER_PIXEL = 24  # of all copies that are alive at once, with room
 BASE_BYTES = 512 << 20
 FRAME = struct.Struct("<II")
@@ -88,7 +92,7 @@ def decode(data: bytes, spec: DecodeSpec, resize: Callable[..., tuple[Any, ...]]
         with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
             _check_size(opened.size, spec)
             name, exif = opened.format or "", opened.getexif()
-            upright, rgb = _normalise(opened, int(exif.get(0x0112, 1)))
+            upright, rgb = _normalise(opened, exif.get(0x0112))
     except UnidentifiedImageError:
         raise Refusal(_kind_of(data)) from None
     except (
@@ -117,9 +121,9 @@ def _check_size(size: tuple[int, int], spec: DecodeSpec) -> None:
         raise Refusal("too_small")
 
 
-def _normalise(opened: Any, orientation: int) -> tuple[tuple[int, int], bytes]:
+def _normalise(opened: Any, orientation: object) -> tuple[tuple[int, int], bytes]:
     """The upright size, and the first frame as a binary PPM, the plainest form that the Resizer reads."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     image = opened
     image.load()
@@ -129,14 +133,9 @@ def _normalise(opened: Any, orientation: int) -> tuple[tuple[int, int], bytes]:
         layered = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered)
     image = image if image.mode == "RGB" else image.convert("RGB")
-    if orientation in range(2, 9):
-        image = _turn(ImageOps, image, orientation)
+    if orientation in TURNS:
+        image = image.transpose(Image.Transpose[TURNS[orientation]])
     return image.size, b"P6 %d %d 255\n" % image.size + image.tobytes()
-
-
-def _turn(ops: Any, image: Any, orientation: int) -> Any:
-    image.getexif()[0x0112] = orientation
-    return ops.exif_transpose(image)
 
 
 def _kind_of(data: bytes) -> str:
@@ -160,6 +159,7 @@ def _exif_text(exif: Any) -> str | None:
 def serve() -> None:
     """The life of a decoder process: frames of (JSON length, data length, JSON, data) in and out."""
     die_with_parent()
+    warnings.simplefilter("ignore")  # Pillow's, on every damaged file
     settings, _ = _receive()
     spec = DecodeSpec(**settings)
     resize = load_resizer(spec)

@@ -80,7 +80,7 @@ def fetch_increment(
     folder = f"pairs/{name}-{mark}/{increment}"
     rows = workspace.store.read_table(part(name, increment)).to_pylist()
     blocks = [rows[start : start + fetch_spec.shard_pairs] for start in range(0, len(rows), fetch_spec.shard_pairs)]
-    _clear_ledger(workspace, name, increment, mark)
+    _turn_ledger(workspace, name, increment, mark)
     done = {ref.index for ref in list_shards(workspace.store, folder)}
     left = [index for index in range(len(blocks)) if index not in done]
     requests = 0
@@ -91,11 +91,18 @@ def fetch_increment(
     return _count(workspace, name, increment, len(left), len(done), requests)
 
 
-def _clear_ledger(workspace: Workspace, name: str, increment: str, mark: str) -> None:
-    """Removes the parts that a fetch with other settings wrote: an increment has one ledger row per candidate."""
-    for path in workspace.store.files(f"ledger/{name}/{increment}", ".parquet"):
-        if table_metadata(workspace.store.read_table(path, ["url_key"])).get("fetch") != mark:
-            workspace.store.delete(path)
+def _turn_ledger(workspace: Workspace, name: str, increment: str, mark: str) -> None:
+    """An increment has one ledger row per candidate: puts aside the parts that a fetch with other settings wrote, and
+    takes up again those of a fetch with these."""
+    store, folder = workspace.store, f"{name}/{increment}"
+    for path in store.files(f"ledger/{folder}", ".parquet"):
+        owner = table_metadata(store.read_table(path, ["url_key"])).get("fetch", "unknown")
+        if owner != mark:
+            store.write(f"ledger-aside/{folder}/{owner}/{path.rpartition('/')[2]}", store.read(path))
+            store.delete(path)
+    for path in store.files(f"ledger-aside/{folder}/{mark}", ".parquet"):
+        store.write(f"ledger/{folder}/{path.rpartition('/')[2]}", store.read(path))
+        store.delete(path)
 
 
 def _count(workspace: Workspace, name: str, increment: str, made: int, reused: int, requests: int) -> FetchCounts:
@@ -152,7 +159,7 @@ async def _fetch_all(job: Job, blocks: list[tuple[int, list[Row]]]) -> int:
     async with client.session, pool.decoders(pixels, cores) as decode_one:
         tools = Tools(client, Robots(client), decode_one, read, job.workspace.tombstones())
         await _schedule(job, tools, blocks)
-    return client.tally["requests"]
+    return client.requests
 
 
 async def _schedule(job: Job, tools: Tools, blocks: list[tuple[int, list[Row]]]) -> None:
@@ -220,7 +227,10 @@ async def _make_shard(job: Job, tools: Tools, index: int, rows: list[Row], ahead
 async def _one(job: Job, tools: Tools, row: Row, spool: IO[bytes], ahead: Ahead) -> Outcome:
     started, clock = datetime.now(UTC), time.monotonic()
     answer = await _body(job, tools, row)
+    size = len(answer.result.body) if isinstance(answer.result, Response) else 0
+    tools.client.hold(size)
     outcome = await _keep(job, tools, row, answer, spool)
+    tools.client.hold(-size)
     outcome.ledger.update(started_at=started, elapsed_s=time.monotonic() - clock)
     job.finished += 1
     job.ok += outcome.pair is not None
@@ -236,6 +246,7 @@ async def _body(job: Job, tools: Tools, row: Row) -> Answer:
     if row["url_key"] in tools.dead["url_key"]:
         return Answer(Failure("refused", "forgotten"), 0)
     if tools.read:
+        await tools.client.room()
         return Answer(_read_local(tools.read, row["url"].partition(":")[2], job.fetch.max_bytes), 1)
     limits = Limits(job.fetch.deadline_s, job.fetch.max_bytes, attempts=job.fetch.attempts)
 

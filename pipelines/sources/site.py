@@ -92,9 +92,11 @@ class Source:
         with (folder / "log.txt").open("wb") as log:
             child = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
-            while _still_runs(child):
-                done = pages.read_bytes().count(b"\n") - 1
-                context.progress(done, self.max_pages, f"{done} pages")
+            with pages.open("rb") as file:
+                lines = 0
+                while _still_runs(child):
+                    lines += file.read().count(b"\n")
+                    context.progress(lines - 1, self.max_pages, f"{lines - 1} pages")
         finally:
             if child.poll() is None:
                 child.kill()

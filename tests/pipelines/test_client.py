@@ -154,7 +154,7 @@ async def test_a_host_that_never_answers_is_left_alone() -> None:
     answers = [await get(client, dead) for _ in range(10)]
     await client.session.close()
     assert [answer.result.reason for answer in answers] == ["connect"] * 8 + ["host_unreachable"] * 2
-    assert client.tally["requests"] == 8
+    assert client.requests == 8
 
 
 @pytest.mark.parametrize(

@@ -301,6 +301,8 @@ def test_resume_makes_only_what_is_missing_with_equal_bytes(workspace: Workspace
     with small_web(routes) as _:
         fetch(workspace, smaller)
     assert len(ledger_of(workspace)) == 12  # other settings, other shards, one ledger row per candidate still
+    back = fetch(workspace, spec)
+    assert (back.shards, back.candidates, back.ok) == (0, 12, 12)
 
 
 def test_tombstones_hold_before_and_after_the_bytes_are_there(workspace: Workspace) -> None:
