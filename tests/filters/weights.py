@@ -4,6 +4,7 @@ The contract test takes the settings of any other filter as its defaults. A filt
 The numbers come from numpy, whose generator gives the same bits on every machine: golden scores hang on them.
 """
 
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -46,4 +47,36 @@ def clip_folder(folder: Path) -> dict[str, Any]:
     return {"weights": str(folder)}
 
 
-WEIGHTS: dict[str, Callable[[Path], dict[str, Any]]] = {"clip": clip_folder}
+def blip_folder(folder: Path, architecture: str) -> dict[str, Any]:
+    """A BLIP of two narrow layers with one piece per letter, as `save_pretrained` leaves it."""
+    import transformers
+
+    from pairs.recipe import BlipSpec, TowerSpec
+    from training.blip import blip_config
+
+    tower = TowerSpec(layers=1, width=32, heads=2)
+    spec = BlipSpec(image_px=32, patch_px=8, vision=tower, text=tower, embed_dim=16, vocabulary=64)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]", *letters, *(f"##{c}" for c in letters)]
+    tokenizer = transformers.BertTokenizerFast(
+        vocab={piece: i for i, piece in enumerate(pieces)},
+        model_max_length=spec.max_tokens,
+        bos_token="[DEC]",
+        additional_special_tokens=["[ENC]"],
+    )
+    model = getattr(transformers, architecture)(blip_config(spec, tokenizer))
+    filled(model)
+    if architecture == "BlipForConditionalGeneration":  # random weights would hardly ever end a caption
+        with torch.no_grad():
+            model.text_decoder.cls.predictions.bias[tokenizer.sep_token_id] += 4
+    model.save_pretrained(folder)
+    images = transformers.BlipImageProcessor(size={"height": spec.image_px, "width": spec.image_px})
+    transformers.BlipProcessor(images, tokenizer).save_pretrained(folder)
+    return {"weights": str(folder)}
+
+
+WEIGHTS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "clip": clip_folder,
+    "blip_caption": functools.partial(blip_folder, architecture="BlipForConditionalGeneration"),
+    "blip_match": functools.partial(blip_folder, architecture="BlipForImageTextRetrieval"),
+}
