@@ -1,7 +1,7 @@
 """Shape of the first text: how long it is, what it is made of, and whether it is an address or a file's name.
 
 Alt texts on the web are often file names, camera counters or addresses. What a text repeats over a whole corpus
-(boilerplate) can't be seen in one row; that is a reducer's work. About 20 µs a pair.
+(boilerplate) can't be seen in one row; that is a reducer's work. About 10 µs a pair.
 DataComp's "basic" set asks for more than 2 words and more than 5 characters (arXiv 2304.14108).
 """
 
