@@ -12,6 +12,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from pipelines.fetch.client import (
+    HELD_BYTES,
     Answer,
     Client,
     Failure,
@@ -145,6 +146,16 @@ async def test_a_host_takes_no_more_connections_than_its_turns() -> None:
         await client.session.close()
     assert now["most"] == 2
     assert all(isinstance(answer.result, Response) for answer in answers)
+
+
+async def test_no_request_is_sent_while_too_many_bodies_wait(client: Client) -> None:
+    with small_web({"/": with_headers(b"x", {})}) as site:
+        client.hold(HELD_BYTES + 1)
+        waiting = asyncio.create_task(get(client, site.url("/")))
+        await asyncio.sleep(0.1)
+        assert not site.asked and not waiting.done()
+        client.hold(-2)
+        assert isinstance((await waiting).result, Response)
 
 
 async def test_a_host_that_never_answers_is_left_alone() -> None:

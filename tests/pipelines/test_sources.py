@@ -16,7 +16,7 @@ import pytest
 from scrapy.http import HtmlResponse
 
 from pairs.errors import PairmillError
-from pairs.identity import local_key
+from pairs.identity import local_key, url_key
 from pairs.recipe import FetchSpec, SourceSpec
 from pairs.workspace import Workspace
 from pipelines.candidates import CutCounts, cut_increment, part
@@ -221,6 +221,16 @@ def test_a_site_is_crawled_politely(workspace: Workspace) -> None:
     assert not workspace.store.files("crawl")
 
 
+def test_an_opt_out_seen_later_buries_what_was_taken(workspace: Workspace) -> None:
+    routes = {"/": '<img src="a.png" alt="a">', "/robots.txt": with_headers(b"", {}, 404)}
+    with small_web(routes) as site:
+        assert crawl(workspace, site).new == 1
+        site.routes["/"] = '<meta name="robots" content="noai"><img src="a.png" alt="a"><img src="b.png" alt="b">'
+        later = crawl(workspace, site)
+        assert (later.increment, later.new, later.opt_out, later.buried) == ("0001", 1, 1, 1)
+        assert workspace.tombstones()["url_key"] == {url_key(site.url("/a.png"))}
+
+
 def test_a_limited_crawl_takes_the_first_pages_by_level_and_name(workspace: Workspace) -> None:
     with small_web(small_site()) as site:
         counts = crawl(workspace, site, max_pages=4)
@@ -249,6 +259,7 @@ cut_increment(workspace, "src", spec, FetchSpec(deadline_s=5, attempts=1), lambd
 """
 
 
+@pytest.mark.slow
 def test_a_killed_crawl_goes_on_where_it_was(workspace: Workspace, tmp_path: Path) -> None:
     with small_web(small_site(40)) as site:
         whole = Workspace.open(tmp_path / "whole", create=True)
