@@ -72,7 +72,7 @@ def train_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device)
 
     m = spec.model
     cost = Cost((m.vision.layers, m.vision.width), (m.text.layers, m.text.width))
-    loader = Loader(plan, store, rank, ranks, cost, m.patch_px, spec.crop, spec.row_tokens)
+    loader = Loader(plan, store, rank, ranks, cost, m.patch_px, spec.jitter, spec.row_tokens)
     totals = train_steps(
         model, optimizer, plan, loader, spec, start, device, dtype, metrics.add if metrics else _nothing, save
     )

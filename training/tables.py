@@ -56,7 +56,7 @@ def make_plan(store: Store, pins: Sequence[Pin], spec: PretrainSpec) -> tuple[Pl
         "version": [VERSION, BLOCK, WINDOW],
         "shards": [pin.model_dump() for pin in pins],
         "uids": fingerprint({"uids": uids}),
-        "settings": [spec.batch_pairs, spec.max_patches, m.patch_px, m.context, spec.crop, spec.seed],
+        "settings": [spec.batch_pairs, spec.max_patches, m.patch_px, m.context, spec.jitter, spec.seed],
     }
     plan = Plan(
         uids=uids,

@@ -25,7 +25,14 @@ MODEL = ModelSpec(
     context=16,
 )
 SPEC = PretrainSpec(
-    model=MODEL, batch_pairs=16, steps=8, max_patches=16, warmup_steps=2, checkpoint_every=3, workers=1, precision="fp32"
+    model=MODEL,
+    batch_pairs=16,
+    steps=8,
+    max_patches=16,
+    warmup_steps=2,
+    checkpoint_every=3,
+    workers=1,
+    precision="fp32",
 )
 
 
@@ -66,9 +73,7 @@ def shards(store: Store, count: int = 60, each: int = 24) -> list[Pin]:
 
 
 def pin(store: Store, ref: ShardRef) -> Pin:
-    return Pin(
-        folder=ref.folder, index=ref.index, tar_sha256=table_metadata(store.read_table(ref.table))["tar_sha256"]
-    )
+    return Pin(folder=ref.folder, index=ref.index, tar_sha256=table_metadata(store.read_table(ref.table))["tar_sha256"])
 
 
 def config(root: Path, out: str, **changes: Any) -> TrainConfig:

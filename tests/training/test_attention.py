@@ -87,7 +87,9 @@ def test_half_precision_stays_near_the_oracle_under_autocast() -> None:
 def test_varlen_equals_the_oracle(causal: bool) -> None:
     layout = Layout.of([1, 7, 7, 33, 64], causal).to(torch.device("cuda"))
     q, k, v = (torch.randn(112, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    torch.testing.assert_close(attend(q, k, v, layout, "varlen"), BACKENDS["reference"](q, k, v, layout).bfloat16(), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(
+        attend(q, k, v, layout, "varlen"), BACKENDS["reference"](q, k, v, layout).bfloat16(), rtol=2e-2, atol=2e-2
+    )
 
 
 def test_varlen_says_why_it_cannot_run() -> None:

@@ -4,10 +4,10 @@ import itertools
 
 import torch
 
+from tests.training.small import MODEL
 from training.export import build
 from training.models.clip import _resizing
 from training.packing import pack_images, pack_texts
-from tests.training.small import MODEL
 
 torch.set_num_threads(1)
 GRIDS = [(4, 4), (2, 6), (6, 2), (1, 1), (3, 5), (2, 6)]
@@ -18,7 +18,12 @@ def _patches(seed: int = 0) -> list[torch.Tensor]:
     return [torch.randint(0, 256, (h * w, 192), generator=generator, dtype=torch.uint8) for h, w in GRIDS]
 
 
-TEXTS = [torch.tensor([5, 9, 2, 7]), torch.tensor([5, 7]), torch.tensor([5, *range(10, 20), 7]), torch.tensor([5, 3, 4, 7])]
+TEXTS = [
+    torch.tensor([5, 9, 2, 7]),
+    torch.tensor([5, 7]),
+    torch.tensor([5, *range(10, 20), 7]),
+    torch.tensor([5, 3, 4, 7]),
+]
 
 
 def test_a_packed_batch_gives_what_each_example_gives_alone() -> None:

@@ -11,10 +11,10 @@ from pairs.errors import PairmillError
 from pairs.shard import ShardRef
 from pairs.store import Store
 from pairs.workspace import Workspace
+from tests.training.small import SPEC, pair, shards
 from training.plan import Cost, Plan, grid_of, steps_of
 from training.tables import make_plan
 from training.tokens import Tokeniser, encode
-from tests.training.small import SPEC, pair, shards
 
 COST = Cost((2, 32), (2, 32))
 
@@ -116,4 +116,8 @@ def test_tokens_are_cut_counted_and_numbered_by_what_the_model_sees() -> None:
     assert numbers[0] == numbers[1] != numbers[2] and tokeniser.truncated == 1
     tokens = tokeniser.tokens()
     assert len(tokens.ids[numbers[3]]) == 8
-    assert tokens.used[tokens.ids[numbers[0]]].tolist() == encode("a red box", 8)[0].tolist() == [49406, 320, 736, 2063, 49407]
+    assert (
+        tokens.used[tokens.ids[numbers[0]]].tolist()
+        == encode("a red box", 8)[0].tolist()
+        == [49406, 320, 736, 2063, 49407]
+    )
