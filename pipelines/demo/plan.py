@@ -79,6 +79,9 @@ def plan(seed: int, noise: float, scenes: int, clean: bool) -> list[Slot]:
     slots = [_slot(seed, i, drawn[i], defects[i]) for i in range(scenes)]
     ordinary = [i for i in range(scenes) if defects[i] in (None, "swapped")]
     slots = [_swap(seed, slot, ordinary, drawn) if slot.defect == "swapped" else slot for slot in slots]
+    # Of the forbidden images one half stands on forbidden pages, the other is shown by pages that are not.
+    for slot in [slot for slot in slots if slot.defect == "robots_forbidden"][::2]:
+        slots[slot.index] = replace(slot, page_folder="")
     for original, kind in copies.items():
         copy = _slot(seed, len(slots), drawn[original], kind, away_from=slots[original].page_host)
         extension = slots[original].extension if kind == "exact_duplicate" else copy.extension
@@ -92,8 +95,7 @@ def _slot(seed: int, index: int, scene: Scene, defect: str | None, away_from: st
     extension = "png" if defect in PNG_ONLY else ("jpg", "png", "webp")[int(rng.choice(3, p=[0.7, 0.15, 0.15]))]
     home = texts.pick(rng, [host for host in HOSTS if host != away_from])
     page_host = SLOW_HOST if defect == "slow" else home
-    # Of the forbidden images one half stands on forbidden pages, the other is shown by pages that are not.
-    folder = "" if defect == "robots_forbidden" and index % 2 else PAGE_FOLDERS.get(defect or "", "")
+    folder = PAGE_FOLDERS.get(defect or "", "")
     path = f"{'/private' if defect == 'robots_forbidden' else '/img'}/{random_name(seed, index)}.{extension}"
     host = DRIP_HOST if defect == "drip" else page_host
     shown, truth = _shown(seed, index, scene, defect), texts.careful(rng, scene).text

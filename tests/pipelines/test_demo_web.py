@@ -28,7 +28,7 @@ from pipelines.demo.scenes import COLOURS, KINDS, SIZES, relation_of, render, sa
 from pipelines.demo.server import running_server
 from pipelines.demo.web import WebFacts, make_web
 
-NOISE, SCENES = 0.3, 240
+NOISE, SCENES = 0.3, 160
 
 
 def free_port() -> int:
