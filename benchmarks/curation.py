@@ -1,9 +1,9 @@
-"""Does curation help, at equal compute? Zero-shot accuracy on clean held-out scenes of a CLIP pretrained on raw pairs, on
-filtered ones, and on CapFilt's, several seeds each; and the same on a web without defects, where it must not help.
+"""Does curation help, at equal compute? Zero-shot accuracy on clean held-out scenes of a CLIP pretrained on raw pairs,
+on filtered ones, and on CapFilt's, several seeds each; and the same on a web without defects, where it must not help.
 
     python benchmarks/curation.py FOLDER [--seeds 211 212 213] [--noise 0.3] [--clean] [--recipe recipes/demo.yaml]
 
-All arms of a seed share one workspace: the same pairs, the same first filter, the same scores, the same steps and batch;
+All arms of a seed share one workspace: the same pairs, the same first filter, the same scores, steps and batch;
 trusted pairs are in every arm. `raw` keeps every pair with its first text, `filter` applies the rules and the text match
 to the web's texts, `capfilt` adds synthetic captions. One round each.
 """

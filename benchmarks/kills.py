@@ -3,8 +3,8 @@ lost, repeated or different?
 
     python benchmarks/kills.py FOLDER [--kills 12] [--seed 1]
 
-Draws a small demo web in FOLDER, runs the recipe once without a kill, then in another workspace with kills spread
-over crawl, fetch, curate and pretrain (each at a random time after its stage has begun), and compares: pair shards, score
+Draws a small demo web in FOLDER, runs the recipe once without a kill, then in another workspace with kills spread over
+crawl, fetch, curate and pretrain (each at a random time after its stage has begun), and compares: pair shards, score
 tables, selections and training shards byte by byte; the uids of every training step; leftover processes.
 """
 

@@ -1,4 +1,4 @@
-"""Child processes that can't outlive their parent, however it ends.
+"""Child processes that can't outlive their parent, however it ends, nor outgrow their memory.
 
 On Linux the kernel is asked (prctl PR_SET_PDEATHSIG) to kill the child when its parent dies, SIGKILL included.
 """
@@ -6,6 +6,7 @@ On Linux the kernel is asked (prctl PR_SET_PDEATHSIG) to kill the child when its
 import contextlib
 import ctypes
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,15 +14,25 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
+ROOT = Path(__file__).resolve().parent.parent  # where `python -m pipelines…` finds itself
 PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent() -> None:
-    """Call in the child, first thing: the kernel then sends it SIGKILL when the parent thread's process ends."""
+def die_with_parent(parent: int | None = None) -> None:
+    """Call it first thing in the child: the kernel then kills it when the thread that started it ends (Linux). `parent`
+    is the id of the process that should be the parent; a child whose parent has gone already ends at once."""
+    before = parent or os.getppid()
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == 1:  # the parent died before the call
-            os._exit(1)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != before or before == 1:
+        os._exit(1)
+
+
+def limit_memory(more_bytes: int) -> None:
+    """Lets this process's address space grow by at most `more_bytes` from here."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + more_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 @contextlib.contextmanager

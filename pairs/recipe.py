@@ -138,7 +138,9 @@ class PretrainSpec(Spec):
     beta2: float = Field(0.98, gt=0, lt=1)
     clip_norm: float = Field(1.0, gt=0)
     max_patches: int = Field(64, ge=1)  # token budget of an image; its aspect stays
-    jitter: float = Field(0.1, ge=0, lt=0.5)  # random turn, stretch, zoom and shift; captions say left and right: no mirror
+    jitter: float = Field(
+        0.1, ge=0, lt=0.5
+    )  # random turn, stretch, zoom and shift; captions say left and right: no mirror
     row_tokens: int = Field(0, ge=0)  # a stream of tokens is rounded up to a multiple of this; 0: not at all
     attention: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
-from pipelines.processes import die_with_parent, limit_memory
+from pairs.process import die_with_parent, limit_memory
 
 VERSION = 1  # raise it when the bytes of an equal image change
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")

@@ -13,9 +13,9 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any
 
+from pairs.process import ROOT
 from pipelines.fetch.client import Failure
 from pipelines.fetch.decode import FRAME, Decoded, DecodeSpec
-from pipelines.processes import ROOT
 
 DECODE_S = 60.0
 

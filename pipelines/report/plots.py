@@ -1,6 +1,7 @@
 """Plots as SVG text (matplotlib, no display), small enough to stand inside the report."""
 
 import io
+import itertools
 from typing import Any
 
 import matplotlib
@@ -33,7 +34,7 @@ def histogram(facts: dict[str, Any]) -> str:
     """A score's histogram: all scored web pairs, trusted ones as a line, its threshold if it has one."""
     figure, axes = plt.subplots(figsize=(3.4, 1.7))
     edges, counts = facts["edges"], facts["counts"]
-    widths = [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    widths = [b - a for a, b in itertools.pairwise(edges)]
     axes.bar(edges[:-1], counts, width=widths, align="edge", color=SOFT, label="web")
     if any(facts.get("trusted_counts", [])):
         axes.stairs(facts["trusted_counts"], edges, color=INK, label="trusted")

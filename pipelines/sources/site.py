@@ -19,8 +19,8 @@ from yarl import URL
 
 from pairs.errors import PairmillError
 from pairs.fingerprint import fingerprint
+from pairs.process import ROOT
 from pipelines.fetch.guard import networks, refuse_url
-from pipelines.processes import ROOT
 from pipelines.sources import Context, Row
 
 VERSION = 1  # raise it when an equal page gives another record

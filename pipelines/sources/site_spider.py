@@ -21,10 +21,10 @@ from twisted.python.failure import Failure as TwistedFailure
 from yarl import URL
 
 from pairs.identity import canonical_url
+from pairs.process import die_with_parent
 from pipelines.fetch.client import REDIRECTS, Client, Failure, Headers, Limits, open_client
 from pipelines.fetch.guard import networks
 from pipelines.fetch.robots import Robots
-from pipelines.processes import die_with_parent
 from pipelines.sources.site import read_pages
 from pipelines.sources.site_page import read_page
 
