@@ -139,7 +139,7 @@ def _shown(recipe: Recipe) -> list[str]:
 def _values(frame: Frame, name: str) -> np.ndarray | None:
     """One number per row, NaN where null; None where the column holds no numbers."""
     try:
-        return numbers(frame.table[name])
+        return numbers(frame.table[name], name)
     except PairmillError:
         return None
 

@@ -33,7 +33,7 @@ from pipelines.fetch.client import Failure
 from pipelines.fetch.decode import Decoded, DecodeSpec, load_resizer
 from pipelines.fetch.pool import Decoder, decoders
 from pipelines.fetch.shards import FetchCounts, fetch_fingerprint, fetch_increment
-from pipelines.processes import ROOT
+from pairs.process import ROOT
 from tests.pipelines.small_web import ALLOW, SmallWeb, picture, redirect, small_web, with_headers
 
 SPEC = DecodeSpec(side_px=64, format="png", quality=92, max_pixels=4_000_000, min_side_px=8)

@@ -20,7 +20,7 @@ from pairs.identity import local_key, url_key
 from pairs.recipe import FetchSpec, SourceSpec
 from pairs.workspace import Workspace
 from pipelines.candidates import CutCounts, cut_increment, part
-from pipelines.processes import ROOT
+from pairs.process import ROOT
 from pipelines.sources import load_source
 from pipelines.sources.folder import Outside, Source
 from pipelines.sources.site_page import read_page
