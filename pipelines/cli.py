@@ -34,11 +34,13 @@ JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object on 
 
 
 def _run(until: str, recipe: Path, workspace: str | None, engine: str | None, new: bool, cal: bool, js: bool) -> None:
+    from pipelines import stages
     from pipelines.prefect_server import orchestration
 
     if engine not in (None, "ray", "inline"):
         raise PairmillError(expected="--engine ray or inline", found=engine, remedy="leave it out for the recipe's own")
-    spec = load_recipe(recipe)  # a mistake in the recipe is told before any server starts
+    spec = load_recipe(recipe)
+    stages.check(spec)  # a mistake in the recipe is told before anything is written or started
     root = workspace or f"workspace/{spec.name}"
     space = Workspace.open(root, create=True)
     home = (space.store.local or Path.home() / ".cache" / "pairmill") / "prefect"
@@ -125,9 +127,11 @@ def deploy(
     port: Annotated[int, typer.Option(help="Port of the local orchestration server and its UI.")] = 4200,
 ) -> None:
     """Serve a schedule in the foreground: each run adds only what is new, and never overlaps another."""
+    from pipelines import stages
     from pipelines.prefect_server import orchestration
 
     spec = load_recipe(recipe)
+    stages.check(spec)
     root = workspace or f"workspace/{spec.name}"
     space = Workspace.open(root, create=True)
     home = (space.store.local or Path.home() / ".cache" / "pairmill") / "prefect"

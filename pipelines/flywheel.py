@@ -53,7 +53,7 @@ def flywheel(
     options = {"workspace": workspace, "engine": engine, "new": new, "recalibrate": recalibrate}
     run = open_run(Path(recipe), console=Console(quiet), **options)  # type: ignore[arg-type]
     get_run_logger().info("workspace %s, %s", run.workspace.store.root, run.folder)
-    stages.check(run)
+    stages.check(run.recipe)
     with run.workspace.lock(), contextlib.closing(run):
         for stage in (crawl, fetch):
             stage(run)

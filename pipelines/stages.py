@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pairs.errors import PairmillError
-from pairs.recipe import EvaluateSpec
+from pairs.recipe import EvaluateSpec, Recipe
 from pairs.shard import ShardRef
 from pipelines import curation, training_jobs
 from pipelines.candidates import cut_increment
@@ -20,12 +20,18 @@ from pipelines.sources import load_source
 Facts = dict[str, Any]
 
 
-def check(run: Run) -> None:
-    """Tells every mistake in the recipe that can be told before anything runs."""
-    for name, spec in run.recipe.sources.items():
+def check(recipe: Recipe) -> None:
+    """Tells every mistake in the recipe that can be told before anything is written or started."""
+    for name, spec in recipe.sources.items():
         load_source(name, spec)
-    curation.check(run.recipe)
-    zero_shot = run.recipe.evaluate.zero_shot
+    curation.check(recipe)
+    if (recipe.first_filter.clip or recipe.first_filter.blip) and not recipe.trusted:
+        raise PairmillError(
+            expected="a source with `trusted: true` to train the first filter on",
+            found=f"none among {', '.join(recipe.sources)}",
+            remedy="mark a clean source as trusted, or name published weights and leave first_filter out",
+        )
+    zero_shot = recipe.evaluate.zero_shot
     if zero_shot and not Path(zero_shot.path).is_dir():
         raise PairmillError(
             expected=f"a folder of classes at {zero_shot.path}, for evaluate.zero_shot",
@@ -107,12 +113,6 @@ def first_filter(run: Run) -> Facts:
     if spec.clip is None and spec.blip is None:
         return {"name": "published weights", "models": {}}
     with run.stage("first-filter") as facts:
-        if not run.recipe.trusted:
-            raise PairmillError(
-                expected="a source with `trusted: true` to train the first filter on",
-                found=f"none among {', '.join(run.recipe.sources)}",
-                remedy="mark a clean source as trusted, or name published weights and leave first_filter out",
-            )
         known = {name: refs for name, refs in shards(run).items() if name in run.recipe.trusted}
         selection = curation.select_trusted(run, known)
         records = []
