@@ -53,7 +53,7 @@ def _gradients(rank: int, ranks: int, folder: str) -> None:
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_gradients_on_ranks_with_uneven_counts_equal_the_single_process(tmp_path: Path, ranks: int) -> None:
     _gradients(0, 1, str(tmp_path))
     mp.start_processes(_gradients, (ranks, str(tmp_path)), nprocs=ranks, start_method="spawn")
