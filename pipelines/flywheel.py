@@ -64,7 +64,7 @@ def flywheel(
             picked = curate(run, number, scorer)
             if until == "curate":
                 break
-            gates(run, picked)
+            gates(run, number, picked)
             trained = pretrain(run, number, picked)
             if until == "pretrain" and number == run.recipe.rounds:
                 break

@@ -83,9 +83,8 @@ class Run:
         except BaseException as error:
             told = " ".join(str(error).split()) or type(error).__name__
             trace = None if isinstance(error, PairmillError) else traceback.format_exc(limit=-3)
-            self._mark(
-                name, mark | {"state": "failed", "error": told, "trace": trace, "seconds": time.time() - started}
-            )
+            state = "failed" if isinstance(error, Exception) else "killed"  # by a signal: there is nothing to mend
+            self._mark(name, mark | {"state": state, "error": told, "trace": trace, "seconds": time.time() - started})
             raise
         seconds = time.time() - started
         if facts.get("reused"):
@@ -132,6 +131,15 @@ def _folder(space: Workspace, recipe: Recipe, new: bool) -> str:
     before = [run for run in space.store.folders("runs") if run.startswith(f"{name}-")]
     if not before:
         return f"runs/{name}-0001"
-    finished = space.store.has(f"runs/{before[-1]}/report.html")
-    number = int(before[-1].rsplit("-", 1)[1]) + (1 if new and finished else 0)
+    number = int(before[-1].rsplit("-", 1)[1]) + (1 if new and _ended(space, f"runs/{before[-1]}") else 0)
     return f"runs/{name}-{number:04d}"
+
+
+def _ended(space: Workspace, folder: str) -> bool:
+    """Whether a run is finished or failed; one that was killed isn't over. New work after a failed gate is a run of
+    its own: going on with the old one, pinned to its increments, would fail at the same gate for ever."""
+    if space.store.has(f"{folder}/report.html"):
+        return True
+    path = f"{folder}/stages.json"
+    stages = json.loads(space.store.read(path)) if space.store.has(path) else {}
+    return any(facts["state"] == "failed" for facts in stages.values())

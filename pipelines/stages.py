@@ -135,22 +135,23 @@ def curate(run: Run, number: int, scorer: Facts) -> Facts:
         return picked
 
 
-def gates(run: Run, picked: Facts) -> None:
+def gates(run: Run, number: int, picked: Facts) -> None:
     """Stops before pretraining where the selection isn't what the recipe asks for."""
     limits = run.recipe.gates
-    if picked["kept"] < limits.min_pairs:
-        raise PairmillError(
-            expected=f"at least {limits.min_pairs} kept pairs (gates.min_pairs)",
-            found=f"{picked['kept']} in {picked['selection']}",
-            remedy="loosen `keep` or the gate; the funnel (funnel.json there) names the rule that drops most",
-        )
-    low = {d: r for d, r in picked["canary_recall"].items() if r is not None and r < limits.min_canary_recall}
-    if low:
-        raise PairmillError(
-            expected=f"a canary recall of at least {limits.min_canary_recall:.0%} (gates.min_canary_recall)",
-            found=", ".join(f"{defect} {recall:.1%}" for defect, recall in low.items()),
-            remedy="train the filter longer, tighten the rule that should catch this defect, or lower the gate",
-        )
+    with run.stage(f"round-{number}/gates"):
+        if picked["kept"] < limits.min_pairs:
+            raise PairmillError(
+                expected=f"at least {limits.min_pairs} kept pairs (gates.min_pairs)",
+                found=f"{picked['kept']} in {picked['selection']}",
+                remedy="loosen `keep` or the gate; the funnel (funnel.json there) names the rule that drops most",
+            )
+        low = {d: r for d, r in picked["canary_recall"].items() if r is not None and r < limits.min_canary_recall}
+        if low:
+            raise PairmillError(
+                expected=f"a canary recall of at least {limits.min_canary_recall:.0%} (gates.min_canary_recall)",
+                found=", ".join(f"{defect} {recall:.1%}" for defect, recall in low.items()),
+                remedy="train the filter longer, tighten the rule that should catch this defect, or lower the gate",
+            )
 
 
 def pretrain(run: Run, number: int, picked: Facts) -> Facts:
