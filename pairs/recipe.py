@@ -130,9 +130,9 @@ class PretrainSpec(Spec):
     objective: Literal["clip"] = "clip"
     model: ModelSpec = ModelSpec()
     workers: int = Field(2, ge=1)
-    batch_pairs: int = Field(128, ge=2)
+    batch_pairs: int = Field(64, ge=2)
     steps: int = Field(500, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(2e-3, gt=0)
     warmup_steps: int = Field(50, ge=0)
     weight_decay: float = Field(0.1, ge=0)
     beta2: float = Field(0.98, gt=0, lt=1)
