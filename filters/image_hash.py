@@ -1,8 +1,9 @@
 """Hashes of the pixels, for finding the same picture again: exact, and perceptual.
 
 `phash` keeps the signs of the low frequencies of a 32×32 grey thumbnail against their median (the common pHash),
-`dhash` the signs of the differences of neighbours in a 9×8 one; `phash_256` is pHash with 16×16 frequencies of a 64×64
-thumbnail, for corpora where 64 bits collide. A resized or re-encoded copy differs in a few bits.
+`dhash` the signs of the differences of neighbours in a 9×8 one. `phash_256` (16×16 frequencies of a 64×64 thumbnail)
+and `dhash_256` (differences in a 17×16 one) tell apart what collides in 64 bits.
+A resized, lightly cropped or re-encoded copy differs in a few bits.
 A perceptual hash of a blank image says nothing: it is null where the thumbnail is one colour. About 0.5 ms an image.
 """
 
@@ -22,10 +23,12 @@ FLAT = 2.0  # grey levels between darkest and brightest pixel of a thumbnail tha
 
 @dataclass(frozen=True)
 class ImageHash(Filter):
-    """`phash`, `dhash`: 64 bits in 16 hex digits, `phash_256`: 64 hex digits; `sha256` of RGB pixels and sides."""
+    """`phash`, `dhash`: 64 bits in 16 hex digits; `phash_256`, `dhash_256`: 256 bits in 64; `sha256` of RGB pixels and
+    sides."""
 
+    version = 2
     needs = ("pixels",)
-    columns = {"phash": pa.string(), "dhash": pa.string(), "phash_256": pa.string(), "sha256": pa.string()}
+    columns = dict.fromkeys(("phash", "dhash", "phash_256", "dhash_256", "sha256"), pa.string())
 
     def score(self, batch: Batch) -> Mapping[str, list[Any]]:
         rows = [{} if image is None else hashes(image) for image in batch.pixels]
@@ -39,7 +42,8 @@ def hashes(image: np.ndarray) -> dict[str, str]:
     small = cv2.resize(grey, (64, 64), interpolation=cv2.INTER_AREA).astype(np.float32)
     if small.max() - small.min() <= FLAT:
         return {"sha256": exact}
-    return {"phash": phash(small, 8), "phash_256": phash(small, 16), "dhash": dhash(grey), "sha256": exact}
+    coarse, fine = {"phash": phash(small, 8), "dhash": dhash(grey, 8)}, {"phash_256": phash(small, 16)}
+    return coarse | fine | {"dhash_256": dhash(grey, 16), "sha256": exact}
 
 
 def phash(small: np.ndarray, side: int) -> str:
@@ -50,9 +54,9 @@ def phash(small: np.ndarray, side: int) -> str:
     return _hex(low > np.median(low))
 
 
-def dhash(grey: np.ndarray) -> str:
-    """Whether each pixel of a 9×8 thumbnail is darker than its right neighbour."""
-    small = cv2.resize(grey, (9, 8), interpolation=cv2.INTER_AREA).astype(np.int16)
+def dhash(grey: np.ndarray, side: int) -> str:
+    """Whether each pixel of a (`side` + 1)×`side` thumbnail is darker than its right neighbour; `grey` is HxW uint8."""
+    small = cv2.resize(grey, (side + 1, side), interpolation=cv2.INTER_AREA)
     return _hex(small[:, 1:] > small[:, :-1])
 
 

@@ -8,6 +8,8 @@ from PIL import Image
 from filters.image_hash import hashes
 from tests.filters.shards import draw, encode
 
+LONG = ("phash_256", "dhash_256", "sha256")
+
 
 def distance(a: str, b: str) -> int:
     return (int(a, 16) ^ int(b, 16)).bit_count()
@@ -28,12 +30,29 @@ def test_copies_stay_within_four_bits_and_strangers_far_away() -> None:
     assert min(distance(a, b) for i, a in enumerate(found) for b in found[:i]) > 10
 
 
-def test_dhash_and_the_long_hash_see_copies_too() -> None:
+def test_the_other_hashes_see_copies_too() -> None:
     image = draw(3, 192, 256)
     own, copy, other = hashes(image), hashes(copies(image)[1]), hashes(draw(4, 192, 256))
-    assert (len(own["phash"]), len(own["dhash"]), len(own["phash_256"])) == (16, 16, 64)
-    for name in ("dhash", "phash_256"):
+    assert {name: len(own[name]) for name in own} == {"phash": 16, "dhash": 16} | dict.fromkeys(LONG, 64)
+    for name in ("dhash", "phash_256", "dhash_256"):
         assert distance(own[name], copy[name]) * 4 < distance(own[name], other[name])
+
+
+def test_a_cropped_copy_is_near_in_both_difference_hashes_and_no_stranger_is() -> None:
+    images = [draw(seed, 192, 256) for seed in range(40)]
+    found = [hashes(image) for image in images]
+    for image, own in zip(images, found, strict=True):
+        cropped = hashes(cv2.resize(image[4:-4, 5:-5], (200, 150), interpolation=cv2.INTER_AREA))
+        assert distance(cropped["dhash"], own["dhash"]) <= 8 and distance(cropped["dhash_256"], own["dhash_256"]) <= 38
+    assert min(distance(a["dhash_256"], b["dhash_256"]) for i, a in enumerate(found) for b in found[:i]) > 38
+
+
+def test_difference_hashes_of_known_pictures() -> None:
+    """Row r of the long one is bits 16r to 16r + 15, from the left; a set bit says that it grows brighter."""
+    grows = np.broadcast_to(np.arange(17, dtype=np.uint8) * 10, (16, 17)).copy()
+    grows[1] = grows[1, ::-1]
+    grows[2, 5:] = 50
+    assert hashes(np.dstack([grows] * 3))["dhash_256"] == "ffff" + "0000" + "f800" + "ffff" * 13
 
 
 def test_the_sha256_sees_one_changed_pixel_and_not_the_encoding() -> None:
