@@ -138,9 +138,7 @@ class PretrainSpec(Spec):
     beta2: float = Field(0.98, gt=0, lt=1)
     clip_norm: float = Field(1.0, gt=0)
     max_patches: int = Field(64, ge=1)  # token budget of an image; its aspect stays
-    jitter: float = Field(
-        0.1, ge=0, lt=0.5
-    )  # random turn, stretch, zoom and shift; captions say left and right: no mirror
+    jitter: float = Field(0.15, ge=0, lt=0.5)  # turn, stretch, zoom and shift; no mirror: captions say left and right
     row_tokens: int = Field(0, ge=0)  # a stream of tokens is rounded up to a multiple of this; 0: not at all
     attention: str = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -153,19 +151,19 @@ class BlipSpec(Spec):
 
     image_px: int = 64
     patch_px: int = 8
-    vision: TowerSpec = TowerSpec(layers=3, width=128, heads=4)
-    text: TowerSpec = TowerSpec(layers=2, width=128, heads=4)
+    vision: TowerSpec = TowerSpec(layers=2, width=96, heads=4)
+    text: TowerSpec = TowerSpec(layers=2, width=96, heads=4)
     embed_dim: int = 64
     vocabulary: int = Field(2000, ge=64)
     max_tokens: int = Field(35, ge=8)
     prompt: str = "a picture of "  # the captioner writes what follows it
     word_steps: int = Field(600, ge=1)  # the beginning that captioner and filter share
-    caption_steps: int = Field(400, ge=1)
-    match_steps: int = Field(400, ge=1)
+    caption_steps: int = Field(250, ge=1)
+    match_steps: int = Field(300, ge=1)
     batch_pairs: int = Field(32, ge=2)
-    negatives: int = Field(3, ge=1)  # wrong texts for each image of a step
+    negatives: int = Field(1, ge=1)  # wrong texts for each image of a step
     temperature: float = Field(0.07, gt=0)
-    learning_rate: float = Field(2e-3, gt=0)
+    learning_rate: float = Field(4e-3, gt=0)
     weight_decay: float = Field(0.05, ge=0)
     precision: Literal["fp32", "bf16"] = "bf16"
     checkpoint_every: int = Field(200, ge=1)
