@@ -26,9 +26,11 @@ from pairs.identity import sha256_hex
 from pairs.recipe import BlipSpec
 from training import checkpoint
 from training.blip_data import TrustedPairs, load_pairs, make_tokenizer
-from training.blip_losses import Lesson, Losses, WordReader, caption_loss, match_loss, word_loss
+from training.blip_losses import Lesson, Losses, WordReader, caption_loss, match_loss, pieces_held, word_loss
+from training.blip_start import start_crossing, start_vision
 
 Progress = Callable[[dict[str, object]], None]
+SAMPLE = 2000  # pictures that the first weights are fitted to
 SEEDS = {"words": 0, "captioner": 1, "matcher": 2}  # of each stage's draws
 
 
@@ -69,13 +71,15 @@ def train_blip(pairs: Iterable[tuple[bytes, str]], spec: BlipSpec, out_dir: Path
     tokenizer = make_tokenizer([*data.texts, spec.prompt], spec.vocabulary, spec.max_tokens)
     images = BlipImageProcessor(size={"height": spec.image_px, "width": spec.image_px})
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (images.image_mean, images.image_std))
-    lesson = Lesson(data, tokenizer, spec, mean, std)
+    lesson = Lesson(data, tokenizer, spec, mean, std, pieces_held(data.texts, tokenizer))
     torch.manual_seed(spec.seed)
     captioner = BlipForConditionalGeneration(blip_config(spec, tokenizer))
     matcher = BlipForImageTextRetrieval(blip_config(spec, tokenizer))
     run = Run(lesson, out_dir / "checkpoints", _identity(data, spec), progress)
+    start_vision(captioner.vision_model, (data.pixels[:SAMPLE] / 255 - mean) / std)
+    start_crossing(captioner.text_decoder.bert)
     words = captioner.text_decoder.get_input_embeddings()
-    run.fit("words", WordReader(captioner.vision_model, words, lesson.words()), word_loss, spec.word_steps)
+    run.fit("words", WordReader(captioner.vision_model, words, lesson.words), word_loss, spec.word_steps, 1.0)
     matcher.vision_model.load_state_dict(captioner.vision_model.state_dict())
     matcher.text_encoder.load_state_dict(captioner.text_decoder.bert.state_dict())
     for folder, model, loss, steps in (
@@ -83,7 +87,7 @@ def train_blip(pairs: Iterable[tuple[bytes, str]], spec: BlipSpec, out_dir: Path
         (models.matcher, matcher, match_loss, spec.match_steps),
     ):
         if not folder.exists():
-            run.fit(folder.name, model, loss, steps)
+            run.fit(folder.name, model, loss, steps, 0.4)
             with checkpoint.publishing(folder) as temporary:
                 model.eval().save_pretrained(temporary)
                 BlipProcessor(images, tokenizer).save_pretrained(temporary)
@@ -105,8 +109,9 @@ class Run:
     identity: str
     progress: Progress
 
-    def fit(self, stage: str, model: nn.Module, loss: Losses, steps: int) -> None:
-        """Trains to the end, from the stage's last checkpoint. What a step sees hangs on seed, stage and step alone."""
+    def fit(self, stage: str, model: nn.Module, loss: Losses, steps: int, rate: float) -> None:
+        """Trains to the end, from the stage's last checkpoint. What a step sees hangs on seed, stage and step alone.
+        `rate` is the stage's share of the learning rate."""
         spec, parameters = self.lesson.spec, dict(model.named_parameters())
         # state_dict names tied weights twice, which safetensors refuses
         weights = nn.ParameterDict({name.replace(".", "/"): value for name, value in parameters.items()})
@@ -121,7 +126,7 @@ class Run:
         model.train()
         for step in range(start, steps):
             began = time.perf_counter()
-            parts = self._step(stage, model, loss, optimizer, step, steps)
+            parts = self._step(stage, model, loss, optimizer, step, rate * spec.learning_rate * _pace(step, steps))
             if (step + 1) % spec.checkpoint_every == 0 or step + 1 == steps:
                 facts = {"step": step + 1, "identity": self.identity}
                 checkpoint.save(self.folder / stage, weights, optimizer, facts)
@@ -129,11 +134,11 @@ class Run:
             self.progress({"stage": stage, "step": step, "steps": steps} | parts | took)
 
     def _step(
-        self, stage: str, model: nn.Module, loss: Losses, optimizer: torch.optim.Optimizer, step: int, steps: int
+        self, stage: str, model: nn.Module, loss: Losses, optimizer: torch.optim.Optimizer, step: int, rate: float
     ) -> dict[str, float]:
         spec, key = self.lesson.spec, [self.lesson.spec.seed, SEEDS[stage]]
         for group in optimizer.param_groups:
-            group["lr"] = spec.learning_rate * _pace(step, steps)
+            group["lr"] = rate
         index = _rows(len(self.lesson.pairs), spec.batch_pairs, step, key)
         with torch.autocast("cpu", torch.bfloat16, enabled=spec.precision == "bf16"):
             parts = loss(model, self.lesson, index, np.random.default_rng([*key, 1, step]))

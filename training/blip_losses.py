@@ -30,16 +30,18 @@ class Lesson:
     spec: BlipSpec
     mean: torch.Tensor
     std: torch.Tensor
+    words: torch.Tensor  # (N, vocabulary) float32: which pieces each text holds
 
     def pictures(self, index: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
         return (jitter(self.pairs.pixels[torch.from_numpy(index)], rng) - self.mean) / self.std
 
-    def words(self) -> torch.Tensor:
-        """(N, vocabulary) float32: which pieces each text holds."""
-        found = torch.zeros(len(self.pairs), len(self.tokenizer))
-        for row, ids in enumerate(self.tokenizer(self.pairs.texts, add_special_tokens=False)["input_ids"]):
-            found[row, ids] = 1.0
-        return found
+
+def pieces_held(texts: list[str], tokenizer: BertTokenizerFast) -> torch.Tensor:
+    """(N, vocabulary) float32: 1 where the text holds the piece."""
+    held = torch.zeros(len(texts), len(tokenizer))
+    for row, ids in enumerate(tokenizer(texts, add_special_tokens=False)["input_ids"]):
+        held[row, ids] = 1.0
+    return held
 
 
 Losses = Callable[[nn.Module, Lesson, np.ndarray, np.random.Generator], Parts]
@@ -98,16 +100,20 @@ def match_loss(model: nn.Module, lesson: Lesson, index: np.ndarray, rng: np.rand
     wrong = hard_negatives(logits.detach(), same, spec.negatives, rng)
     owner, chosen = own.repeat(1 + wrong.shape[1]), torch.cat([own, wrong.T.reshape(-1)])
     score = match_scores(model, states[owner], ids[chosen], mask[chosen]).float()
+    said = lesson.words[torch.from_numpy(index)[owner]].gather(1, ids[chosen]).long()
+    told = lesson.words.any(0)[ids[chosen]] & (mask[chosen] > 0)
     return {
         "itc": (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2,
-        "itm": F.cross_entropy(score, (torch.arange(len(owner)) < len(own)).long()),
+        "itm": F.cross_entropy(score[:, 0], (torch.arange(len(owner)) < len(own)).long()),
+        "words": F.cross_entropy(score[told], said[told]),
     }
 
 
 def match_scores(model: nn.Module, states: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Logits (N, 2) of the match head as BlipForImageTextRetrieval computes them, for encoded images (N, patches, width)."""
+    """Logits (N, tokens, 2) of the match head, for encoded images (N, patches, width). Those of the first token are what
+    BlipForImageTextRetrieval returns."""
     fused = model.text_encoder(ids, attention_mask=mask, encoder_hidden_states=states).last_hidden_state
-    return model.itm_head(fused[:, 0])  # type: ignore[no-any-return]
+    return model.itm_head(fused)  # type: ignore[no-any-return]
 
 
 def hard_negatives(logits: torch.Tensor, same: torch.Tensor, count: int, rng: np.random.Generator) -> torch.Tensor:

@@ -1,0 +1,94 @@
+"""blip_match: transformers' own figures, in the order of the texts, whatever else is in the batch."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import BlipForImageTextRetrieval, BlipProcessor
+
+from filters.base import Batch
+from filters.blip_match import BlipMatch
+from filters.lookup import load_filter
+from pairs.errors import PairmillError
+from tests.filters.weights import WEIGHTS
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.set_num_threads(1)
+    return str(WEIGHTS["blip_match"](tmp_path_factory.mktemp("match"))["weights"])
+
+
+def image(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 255, (40, 56, 3), np.uint8)
+
+
+def batch(rows: list[tuple[list[str] | None, list[str] | None]], pixels: list[Any] | None = None) -> Batch:
+    texts = [None if web is None else [{"text": t, "kind": "alt", "language": None} for t in web] for web, _ in rows]
+    columns = {"texts": texts, "blip_caption.texts": [made for _, made in rows]}
+    return Batch([f"{i:032x}" for i in range(len(rows))], columns, pixels or [image(i) for i in range(len(rows))])
+
+
+ROWS: list[tuple[list[str] | None, list[str] | None]] = [
+    (["a red box", "the long text of another page"], ["box"]),
+    (["boat"], None),
+    (["", "star"], [""]),
+    (None, ["a green house by a lake"]),
+]
+
+
+def test_figures_are_those_of_transformers(folder: str) -> None:
+    found = BlipMatch(weights=folder).score(batch(ROWS))
+    model = BlipForImageTextRetrieval.from_pretrained(folder).eval()
+    processor = BlipProcessor.from_pretrained(folder)
+    inputs = processor(images=image(0), text="the long text of another page", return_tensors="pt")
+    with torch.no_grad():
+        probability = model(**inputs).itm_score.softmax(1)[0, 1].item()
+        cosine = model(**inputs, use_itm_head=False).itm_score[0, 0].item()
+    assert found["probability"][0][1] == pytest.approx(probability, abs=1e-5)
+    assert found["cosine"][0][1] == pytest.approx(cosine, abs=1e-5)
+
+
+def test_lists_follow_the_texts_of_the_page_then_the_caption(folder: str) -> None:
+    found = BlipMatch(weights=folder).score(batch(ROWS))
+    assert [len(row) for row in found["probability"]] == [3, 1, 3, 1]
+    assert [[p is None for p in row] for row in found["cosine"]] == [[False] * 3, [False], [True, False, True], [False]]
+    only = BlipMatch(weights=folder, of=("blip_caption.texts",)).score(batch(ROWS))
+    assert only["probability"][0][0] == pytest.approx(found["probability"][0][2], abs=1e-6)
+
+
+def test_batch_mates_change_nothing(folder: str) -> None:
+    together, one = BlipMatch(weights=folder).score(batch(ROWS)), BlipMatch(weights=folder)
+    for i in range(len(ROWS)):
+        alone = one.score(batch([ROWS[i]], [image(i)]))
+        for name in ("probability", "cosine"):
+            assert alone[name][0] == pytest.approx(together[name][i], abs=1e-6)
+
+
+def test_a_text_of_ten_thousand_characters_is_cut_and_counted(folder: str) -> None:
+    found = BlipMatch(weights=folder).score(batch([(["a red box " * 1000, "a box"], None)]))
+    assert found["cut"] == [1] and None not in found["probability"][0]
+    short = BlipMatch(weights=folder).score(batch([(["a red box " * 999, "a box"], None)]))
+    assert found["probability"] == short["probability"]
+
+
+def test_an_image_that_does_not_decode_matches_nothing(folder: str) -> None:
+    found = BlipMatch(weights=folder).score(batch(ROWS[:2], [None, image(1)]))
+    assert found["probability"][0] == [None] * 3 and found["probability"][1][0] is not None
+
+
+def test_weights_that_are_none_stop_with_advice(folder: str, tmp_path: Path) -> None:
+    captioner = str(WEIGHTS["blip_caption"](tmp_path)["weights"])
+    for weights, told in (
+        (captioner, "BlipForImageTextRetrieval"),
+        (str(tmp_path / "none"), "config.json"),
+        ("previous", "first_filter"),
+        ("nobody/no-such-blip@main", "no-such-blip"),
+    ):
+        with pytest.raises(PairmillError, match=told):
+            load_filter("blip_match", {"weights": weights}).content_hashes()
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(PairmillError, match=r"tokenizer\.json"):
+        load_filter("blip_caption", {"weights": captioner}).content_hashes()
