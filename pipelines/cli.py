@@ -15,6 +15,7 @@ from rich.console import Console as Rich
 from pairs.errors import PairmillError
 from pairs.recipe import load_recipe
 from pairs.workspace import Workspace
+from pipelines.console import printable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -185,7 +186,7 @@ def main() -> None:
     try:
         app()
     except PairmillError as error:
-        _err.print(f"pairmill: {error}", markup=False, soft_wrap=True)
+        _err.print(printable(f"pairmill: {error}"), markup=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         _err.print("interrupted; the same command goes on where it stopped")

@@ -15,6 +15,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 EVERY_S = 10.0
 
 
+def printable(text: str) -> str:
+    """The text with what could command a terminal (escapes, turned directions) written out; line ends stay."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 class Console:
     """Prints to stderr, so that stdout stays free for `--json`."""
 
@@ -25,7 +30,7 @@ class Console:
         self._last = 0.0
 
     def say(self, text: str) -> None:
-        self.rich.print(text, markup=False)
+        self.rich.print(printable(text), markup=False)
 
     def begin(self, name: str) -> None:
         self._last = time.monotonic()

@@ -51,6 +51,13 @@ def check(recipe: Recipe) -> None:
                 found=f"{column!r}, which none makes",
                 remedy=nearest(column, made),
             )
+    matcher = next((one for name, one in _named(recipe, loaded) if f"{name}." in (recipe.texts.match or "")), None)
+    if (of := getattr(matcher, "of", None)) and list(of) != recipe.texts.sources:
+        raise PairmillError(
+            expected=f"texts.from to name what {recipe.texts.match} is measured of: {list(of)}",
+            found=str(recipe.texts.sources),
+            remedy="give both the same columns in the same order",
+        )
     for name, settings in recipe.filters.items():
         if PREVIOUS in settings.values() and name in ROLES and not _trains(recipe, ROLES[name]):
             raise PairmillError(

@@ -18,6 +18,7 @@ from pairs.errors import PairmillError
 from pairs.shard import ShardRef, list_shards
 from pairs.verify import verify
 from pairs.workspace import Workspace
+from pipelines.console import printable
 from training.config import TrainConfig
 from training.plan import steps_of
 from training.tables import make_plan
@@ -39,7 +40,7 @@ def tell_verdict(workspace: Workspace, as_json: bool) -> int:
             f"{len(verdict.unfinished)} tars without a table: a killed run left them, the next one replaces them"
         )
     for path, problem in verdict.problems:
-        _out.print(f"WRONG {path}: {problem}", markup=False)
+        _out.print(printable(f"WRONG {path}: {problem}"), markup=False)
     if verdict.ok:
         _out.print("all is as recorded")
     else:
@@ -130,20 +131,13 @@ def tell_status(workspace: Workspace, as_json: bool) -> None:
         for name, facts in run["stages"].items():
             what = facts.get("error") or facts.get("note") or ""
             seconds = f"{facts['seconds']:.1f}" if "seconds" in facts else ""
-            table.add_row(name, facts["state"], seconds, escape(str(what)))
+            table.add_row(name, facts["state"], seconds, _shown(str(what)))
         _out.print(table)
 
 
 def trace(workspace: Workspace, uid: str) -> dict[str, Any]:
     """Everything the workspace knows of the pair whose uid begins with `uid`."""
-    place = _find(workspace, uid)
-    if place is None:
-        raise PairmillError(
-            expected=f"a pair whose uid begins with {uid}",
-            found="none in any pair table of this workspace",
-            remedy="take the uid from a report, a table or a tar's member name",
-        )
-    ref, row, full = place
+    ref, row, full = _find(workspace, uid)
     store = workspace.store
     pair = _row(workspace, ref.table, row)
     facts: dict[str, Any] = {"uid": full, "shard": ref.tar, "row": row, "pair": pair}
@@ -158,13 +152,20 @@ def trace(workspace: Workspace, uid: str) -> dict[str, Any]:
     return facts
 
 
-def _find(workspace: Workspace, uid: str) -> tuple[ShardRef, int, str] | None:
+def _find(workspace: Workspace, uid: str) -> tuple[ShardRef, int, str]:
+    """Shard, row and whole uid of the one pair that is meant."""
+    places: dict[str, tuple[ShardRef, int, str]] = {}
     for ref in list_shards(workspace.store, "pairs"):
-        uids = workspace.store.read_table(ref.table, ["uid"])["uid"]
-        hits = pc.indices_nonzero(pc.starts_with(uids.combine_chunks(), pattern=uid)).to_pylist()
-        if hits:
-            return ref, hits[0], uids[hits[0]].as_py()
-    return None
+        uids = workspace.store.read_table(ref.table, ["uid"])["uid"].combine_chunks()
+        for row in pc.indices_nonzero(pc.starts_with(uids, pattern=uid)).to_pylist():
+            places[uids[row].as_py()] = (ref, row, uids[row].as_py())
+    if len(places) != 1:
+        raise PairmillError(
+            expected=f"one pair whose uid begins with {uid!r}",
+            found=f"{len(places)} in the pair tables of this workspace",
+            remedy="give more digits" if places else "take the uid from a report, a table or a tar's member name",
+        )
+    return next(iter(places.values()))
 
 
 def _row(workspace: Workspace, path: str, row: int) -> dict[str, Any]:
@@ -204,12 +205,16 @@ def tell_trace(workspace: Workspace, uid: str, as_json: bool) -> None:
     _out.print(tree)
 
 
+def _shown(text: str) -> str:
+    return escape(printable(text))
+
+
 def _grow(branch: Tree, value: Any) -> None:
     entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else []
     for name, item in entries:
         long_list = isinstance(item, list) and len(item) > 16 and not isinstance(item[0], dict)
         if isinstance(item, dict | list) and item and not long_list:
-            _grow(branch.add(escape(str(name))), item)
+            _grow(branch.add(_shown(str(name))), item)
         elif item is not None:
             told = f"[{len(item)} values]" if long_list else str(item)
-            branch.add(escape(f"{name}: {told[:300]}"))
+            branch.add(_shown(f"{name}: {told[:300]}"))

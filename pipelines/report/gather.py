@@ -12,6 +12,7 @@ import yaml
 from filters.columns import Frame, load_frame
 from filters.rules import numbers
 from filters.selection import rule_columns, steps
+from filters.texts import column_names
 from pairs.errors import PairmillError
 from pairs.recipe import Recipe
 from pairs.schemas import SELECTION
@@ -119,6 +120,7 @@ def _measured(run: Run, curated: Facts, manifest: Facts) -> Facts:
     shards = stages.shards(run)
     wanted = list(dict.fromkeys([*rule_columns(recipe.keep), *_shown(recipe), "pairs.text", "pairs.texts"]))
     wanted += [name for name in ("blip_caption.texts",) if "blip_caption" in recipe.filters]
+    wanted = list(dict.fromkeys([*wanted, *column_names(recipe.texts)]))
     frame = load_frame(store, shards, wanted, curated["scores"], recipe.trusted)
     tables = [store.read_table(ref.beside(curated["selection"])).cast(SELECTION) for _, ref in frame.shards]
     sampler = Sampler(store, frame, tables)

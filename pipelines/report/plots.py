@@ -15,6 +15,7 @@ plt.rcParams.update(
     {
         "svg.hashsalt": "pairmill",
         "svg.fonttype": "none",
+        "text.parse_math": False,  # a rule may hold a dollar sign
         "font.size": 8,
         "font.family": "sans-serif",
         "axes.spines.top": False,

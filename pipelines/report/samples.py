@@ -79,13 +79,14 @@ class Sampler:
         """Web and synthetic texts side by side, with what became of each; nothing where no captions were made."""
         if spec.match is None or "blip_caption.texts" not in self.frame.table.column_names:
             return {"captions": [], "caption_counts": None}
-        web = self.frame.table["pairs.texts"].to_pylist()
-        synthetic = self.frame.table["blip_caption.texts"].to_pylist()
+        makers = [
+            (name, self.frame.table[name if "." in name else f"pairs.{name}"].to_pylist()) for name in spec.sources
+        ]
         scores = self.frame.table[spec.match].to_pylist()
         counts: Counter[str] = Counter()
         entries: dict[int, list[Facts]] = {}
         for row in np.flatnonzero(self.frame.alive & ~self.frame.trusted):
-            texts = [(t["text"], t["kind"]) for t in web[row] or []] + [(t, "synthetic") for t in synthetic[row] or []]
+            texts = [_text(entry) for _, column in makers for entry in column[row] or []]
             probabilities = scores[row] or [None] * len(texts)
             entries[int(row)] = [
                 {"text": text, "kind": kind, "probability": p, "kept": p is not None and p >= spec.min}
@@ -100,6 +101,11 @@ class Sampler:
             "captions": [card for card in cards if card["image"]],
             "caption_counts": {key: counts[key] for key in ("web", "web_kept", "synthetic", "synthetic_kept")},
         }
+
+
+def _text(entry: Any) -> tuple[str, str]:
+    """Text and kind of an entry of a texts column: a struct, or the plain string that a captioner makes."""
+    return (entry["text"], entry["kind"]) if isinstance(entry, dict) else (entry, "synthetic")
 
 
 def _short(entry: Facts) -> Facts:
