@@ -6,16 +6,22 @@ one of a single word, and texts that try to get into a report as markup or into 
 
 import contextlib
 import csv
+import json
 import shutil
+import signal
+import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import pytest
 import yaml
 
 from pipelines import stages
+from pipelines.cli import main
 from pipelines.console import Console
 from pipelines.run import Run, open_run
 from tests.pipelines.small_web import ALLOW, SmallWeb, small_web
@@ -160,3 +166,32 @@ def files_below(workspace: Path, *kinds: str) -> dict[str, tuple[int, int]]:
     """(size, time of change in ns) of each file of these kinds, by relative path."""
     found = (path for kind in kinds for path in (workspace / kind).rglob("*") if path.is_file())
     return {str(p.relative_to(workspace)): (p.stat().st_size, p.stat().st_mtime_ns) for p in found}
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a command left: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> Told:
+    """The command line in this process, from `main` on."""
+    argv, handler = sys.argv, signal.getsignal(signal.SIGTERM)
+    sys.argv = ["pairmill", *arguments]
+    capsys.readouterr()
+    code = 0
+    try:
+        main()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    finally:
+        sys.argv = argv
+        signal.signal(signal.SIGTERM, handler)
+    return Told(code, *capsys.readouterr())
