@@ -23,6 +23,7 @@ app = typer.Typer(
     add_completion=False,
     help="From web pages to a pretrained vision-language model, and back into the next round's data filter.",
 )
+INTERRUPTED = 130
 _err = Rich(stderr=True, highlight=False)
 
 RecipeArg = Annotated[Path, typer.Argument(help="A recipe: one YAML file that states one run (see recipes/).")]
@@ -188,9 +189,10 @@ def main() -> None:
     except PairmillError as error:
         _err.print(printable(f"pairmill: {error}"), markup=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        _err.print("interrupted; the same command goes on where it stopped")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer makes it of a KeyboardInterrupt, and says nothing
+            _err.print("interrupted; the same command goes on where it stopped")
+        raise
 
 
 if __name__ == "__main__":
