@@ -25,6 +25,7 @@ from training.attention import chosen
 from training.config import TrainConfig, TrainResult
 from training.data import Loader
 from training.loop import Totals, make_optimizer, train_steps
+from training.models.clip import WordHead
 from training.plan import Cost
 from training.tables import make_plan
 
@@ -59,6 +60,8 @@ def train_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device)
     plan, left_out = make_plan(store, config.shards, spec)
     model = export.build(spec.model, spec.seed, spec.attention)
     model.with_vocabulary(model.token_embedding.weight[torch.from_numpy(plan.tokens.used)])
+    if spec.word_weight:
+        model.word_head = WordHead(spec.model.vision.width, torch.from_numpy(plan.tokens.shares()))
     model.to(device)
     optimizer = make_optimizer(model, spec)
     identity = {"plan": plan.fingerprint, "config": config.fingerprint}
@@ -89,7 +92,7 @@ def train_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device)
     result = _result(config, plan.fingerprint, facts, totals, start, len(plan), left_out, plan.tokens.truncated)
     result = result.model_copy(update={"seconds": time.perf_counter() - began})
     if rank == 0:
-        weights = model.state_dict()
+        weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("word_head")}
         rows = weights["token_embedding.weight"]
         weights["token_embedding.weight"] = export.whole_table(m, spec.seed, plan.tokens.used, rows)
         export.save(out / "model", m, weights, facts | {"result": result.model_dump()})
