@@ -57,9 +57,13 @@ class FetchCounts:
         return sum(count for name, count in self.failed.items() if name.startswith("refused/"))
 
     @property
+    def asked(self) -> int:
+        """Candidates that nobody refused: without any, `success` says nothing."""
+        return self.candidates - self.refused
+
+    @property
     def success(self) -> float:
-        asked = self.candidates - self.refused
-        return self.ok / asked if asked else 1.0
+        return self.ok / self.asked if self.asked else 1.0
 
 
 def fetch_fingerprint(spec: FetchSpec) -> str:
@@ -173,7 +177,9 @@ async def _schedule(job: Job, tools: Tools, blocks: list[tuple[int, list[Row]]])
                 await ahead.moved.wait()
                 _raise_first(running)
             ahead.left += len(rows)
-            running.add(asyncio.create_task(_make_shard(job, tools, index, rows, ahead)))
+            task = asyncio.create_task(_make_shard(job, tools, index, rows, ahead))
+            task.add_done_callback(lambda _: ahead.moved.set())  # one that failed rings too, or nobody would look
+            running.add(task)
         while running:
             ended, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
             _raise_first(ended)

@@ -263,7 +263,7 @@ def test_a_hostile_web_gives_one_ledger_row_each_and_clean_shards(workspace: Wor
     assert [row["url_key"] for row in rows] == sorted(row["url_key"] for row in rows)
     assert counts.candidates == len(expected) and counts.ok == 5 and counts.shards == 4
     assert Counter(expected.values()) - Counter({"ok": 5}) == Counter(counts.failed)
-    assert counts.refused == 5 and counts.success == pytest.approx(5 / (18 - 5))
+    assert counts.refused == 5 and counts.asked == 13 and counts.success == pytest.approx(5 / (18 - 5))
     check_shards(workspace, spec, rows, {url_key(site.url(path)): data for path, data in good.items()})
 
 
@@ -314,7 +314,8 @@ def test_tombstones_hold_before_and_after_the_bytes_are_there(workspace: Workspa
         workspace.bury("uid", [make_uid(url_key(urls[1]), sha256_hex(routes["/1.png"]))], "asked for")
         counts = fetch(workspace, FetchSpec(side_px=32))
         assert "/0.png" not in site.asked
-    assert counts.ok == 0 and counts.failed == {"refused/forgotten": 2} and counts.success == 1.0
+    assert counts.ok == 0 and counts.failed == {"refused/forgotten": 2}
+    assert counts.success == 1.0 and counts.asked == 0, "nothing was asked for, which a gate can tell from success"
 
 
 def test_a_slow_host_holds_back_its_own_rows_only(workspace: Workspace) -> None:
@@ -357,6 +358,22 @@ def test_a_full_disk_is_one_clear_message(workspace: Workspace, monkeypatch: pyt
     with pytest.raises(PairmillError, match="no space left"):
         fetch(workspace, FetchSpec(attempts=1))
     assert workspace.store.files("pairs") == []
+
+
+@pytest.mark.timeout(20)
+def test_a_shard_that_fails_ends_a_fetch_that_waits_for_room(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More candidates than may be under way, and every one of the first shard fails by a bug."""
+
+    async def broken(*args: Any) -> None:
+        raise AssertionError("a bug")
+
+    monkeypatch.setattr("pipelines.fetch.shards._one", broken)
+    monkeypatch.setattr("pipelines.fetch.shards.AHEAD", 4)
+    write_candidates(workspace, [f"http://127.0.0.1:1/{n}.png" for n in range(12)])
+    with pytest.raises(AssertionError, match="a bug"):
+        fetch(workspace, FetchSpec(shard_pairs=4))
 
 
 def test_a_folder_takes_the_same_path_without_a_request(workspace: Workspace, tmp_path: Path) -> None:
