@@ -155,7 +155,7 @@ def groups_of(reducer: NearDuplicates, rows: list[Any], existing: pa.Table | Non
 
 
 def test_equal_hashes_with_other_long_hashes_share_no_answer() -> None:
-    far, ones = 2**39 - 1, 2**256 - 1  # 39 bits
+    far, ones = 2**43 - 1, 2**256 - 1  # 39 bits
     rows = [(5, 0), (5, far), (5, 0), (5, ones), (4, far), (5, 1)]
     assert groups_of(NearDuplicates(), rows) == ["a", "b", "a", "d", "b", "a"]
     assert groups_of(NearDuplicates(confirm_distance=39), rows) == ["a", "a", "a", "d", "a", "a"]
@@ -207,7 +207,7 @@ def test_a_query_leaves_the_named_row_out_but_not_its_group() -> None:
     assert found["distance"].to_pylist() == [1, 1, 1, None]
     far = NearDuplicates(max_distance=0).query(corpus, queries, [None, None, None, None])
     assert far["group"].to_pylist() == [None] * 4
-    other = table(["q"] * 2, [(0b1, 2**39 - 1), (0b1, 2**38 - 1)])
+    other = table(["q"] * 2, [(0b1, 2**43 - 1), (0b1, 2**42 - 1)])
     assert NearDuplicates(max_distance=2).query(corpus, other, ["a", "a"])["group"].to_pylist() == [None, "a"]
 
 
