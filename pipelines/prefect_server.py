@@ -19,7 +19,7 @@ from pairs.process import child
 QUIET = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "50",  # the terminal is ours, the server keeps the log
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the terminal is ours, the server keeps the log
     "NO_ALBUMENTATIONS_UPDATE": "1",
 }
 START_S = 90.0
