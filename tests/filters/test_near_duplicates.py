@@ -155,10 +155,10 @@ def groups_of(reducer: NearDuplicates, rows: list[Any], existing: pa.Table | Non
 
 
 def test_equal_hashes_with_other_long_hashes_share_no_answer() -> None:
-    far, ones = 2**43 - 1, 2**256 - 1  # 39 bits
+    far, ones = 2**43 - 1, 2**256 - 1  # 43 bits
     rows = [(5, 0), (5, far), (5, 0), (5, ones), (4, far), (5, 1)]
     assert groups_of(NearDuplicates(), rows) == ["a", "b", "a", "d", "b", "a"]
-    assert groups_of(NearDuplicates(confirm_distance=39), rows) == ["a", "a", "a", "d", "a", "a"]
+    assert groups_of(NearDuplicates(confirm_distance=43), rows) == ["a", "a", "a", "d", "a", "a"]
     assert groups_of(NearDuplicates(confirm=None), rows) == ["a"] * 6
     assert groups_of(NearDuplicates(max_distance=0), rows) == ["a", "b", "a", "d", "e", "a"]
     assert groups_of(NearDuplicates(), rows[:2], table(["old"], [(5, far)], ["old"])) == ["a", "old"]
