@@ -17,7 +17,7 @@ from pairs.schemas import PAIRS
 from pairs.shard import ShardRef
 from pairs.store import Store
 from pairs.strict import nearest
-from pairs.workspace import Workspace
+from pairs.workspace import Workspace, alive
 
 OWN = "pairs"  # the prefix of the pair table's own fields
 
@@ -61,13 +61,8 @@ def load_frame(
     held = np.zeros(table.num_rows, bool)
     held[trusts] = [held_out(uids[row]) if uids[row] else False for row in np.flatnonzero(trusts)]
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    return Frame(order, starts, table.drop_columns(["url_key", "status"]), source, trusts, _alive(table, dead), held)
-
-
-def _alive(table: pa.Table, dead: Mapping[str, set[str]]) -> np.ndarray:
-    gone = [pc.is_in(table[kind], pa.array(sorted(ids), table[kind].type)) for kind, ids in dead.items() if ids]
-    alive = pc.fill_null(pc.equal(table["status"], "ok"), False) if table.num_rows else pa.array([], pa.bool_())
-    return np.logical_and.reduce([as_bool(alive), *(~as_bool(mask) for mask in gone)])
+    living = as_bool(alive(table, dead))
+    return Frame(order, starts, table.drop_columns(["url_key", "status"]), source, trusts, living, held)
 
 
 def as_bool(column: pa.Array | pa.ChunkedArray) -> np.ndarray:

@@ -24,6 +24,7 @@ from pairs.errors import PairmillError
 from pairs.shard import Shard, ShardRef, read_shard
 from pairs.store import Store
 from pairs.strict import nearest
+from pairs.workspace import alive
 
 Dead = Mapping[str, AbstractSet[str]]  # tombstoned ids by kind, as `Workspace.tombstones` gives them
 
@@ -140,10 +141,10 @@ def _score_shard(store: Store, planned: list[PlannedFilter], dead: Dead, item: t
     columns = _needed_columns(store, planned, filters, shard)
     made = {one.name: [pa.schema(list(one.filter.columns.items())).empty_table()] for one in filters}
     wanted = {need for one in filters for need in one.filter.needs}
-    alive = _alive(shard.table, dead)
+    living = alive(shard.table, dead).to_pylist()
     window = math.lcm(*(one.filter.batch_size for one in filters))
     for start in range(0, shard.table.num_rows, window):
-        rows = [i for i in range(start, min(start + window, shard.table.num_rows)) if alive[i]]
+        rows = [i for i in range(start, min(start + window, shard.table.num_rows)) if living[i]]
         pixels = _decode(shard, rows, stats) if wants_pixels else {}
         for one in filters:
             table = _score_window(one, shard, columns, pixels, rows, stats.filters[one.name])
@@ -154,14 +155,8 @@ def _score_shard(store: Store, planned: list[PlannedFilter], dead: Dead, item: t
                     whole[i] = value
     for one in filters:
         _refuse_if_all_failed(one, ref, stats.filters[one.name])
-        _write(store, one, shard, alive, pa.concat_tables(made[one.name]))
+        _write(store, one, shard, living, pa.concat_tables(made[one.name]))
     return stats
-
-
-def _alive(table: pa.Table, dead: Dead) -> list[bool]:
-    ids = [(table[kind].to_pylist(), dead.get(kind, frozenset())) for kind in ("uid", "url_key")]
-    forgotten = [status == "forgotten" for status in table["status"].to_pylist()]
-    return [not gone and all(values[i] not in names for values, names in ids) for i, gone in enumerate(forgotten)]
 
 
 def _needed_columns(
@@ -243,9 +238,9 @@ def _refuse_if_all_failed(one: PlannedFilter, ref: ShardRef, stats: FilterStats)
         )
 
 
-def _write(store: Store, one: PlannedFilter, shard: Shard, alive: Sequence[bool], made: pa.Table) -> None:
+def _write(store: Store, one: PlannedFilter, shard: Shard, living: Sequence[bool], made: pa.Table) -> None:
     places = iter(range(made.num_rows))
-    positions = pa.array([next(places) if there else None for there in alive], pa.int64())
+    positions = pa.array([next(places) if there else None for there in living], pa.int64())
     table = made.combine_chunks().take(positions).add_column(0, "uid", shard.table["uid"].combine_chunks())
     metadata = {"filter": one.name, "fingerprint": one.fingerprint, "rows": str(table.num_rows)}
     store.write_table(shard.ref.beside(one.folder), table, metadata)

@@ -6,20 +6,23 @@ of their own; one writer at a time is then the caller's promise, and the lock sa
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pairs import FORMAT_VERSION
 from pairs.errors import PairmillError
 from pairs.schemas import TOMBSTONES
 from pairs.shard import ShardRef, list_shards
-from pairs.store import TEMPORARY, Store
+from pairs.store import TEMPORARY, Store, advice
 
 MARK = "workspace.json"
 
@@ -37,6 +40,11 @@ class Workspace:
     def open(root: str | Path, create: bool = False) -> "Workspace":
         """Opens the workspace at `root` (a path or an fsspec URL)."""
         store = Store(root)
+        with advice(store.root):
+            return Workspace._open(store, root, create)
+
+    @staticmethod
+    def _open(store: Store, root: str | Path, create: bool) -> "Workspace":
         if not store.has(MARK):
             if not create:
                 raise PairmillError(
@@ -58,6 +66,8 @@ class Workspace:
                 found=f"format {version} at {root}" if version else f"{MARK} with {mark[:80]!r} at {root}",
                 remedy="use the pairmill release that made it, or choose another --workspace",
             )
+        if create and store.local and not os.access(store.local, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "no permission to write here", str(store.local))
         return Workspace(store)
 
     @contextlib.contextmanager
@@ -67,7 +77,9 @@ class Workspace:
             yield
             return
         path = self.store.local / ".lock"
-        with path.open("a+") as file:
+        with advice(str(path)):
+            file = path.open("a+")
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -117,12 +129,17 @@ class Workspace:
 
     def alive(self, table: pa.Table) -> list[bool]:
         """For each row of a table with `uid`, `url_key` and `status`: whether readers may use it."""
-        dead = self.tombstones()
-        columns = (table[name].to_pylist() for name in ("uid", "url_key", "status"))
-        return [
-            status == "ok" and uid not in dead["uid"] and key not in dead["url_key"]
-            for uid, key, status in zip(*columns, strict=True)
-        ]
+        return list(alive(table, self.tombstones()).to_pylist())
+
+
+def alive(table: pa.Table, dead: Mapping[str, AbstractSet[str]]) -> pa.ChunkedArray:
+    """For each row of a table with `uid`, `url_key` and `status`: true where readers may use it; no nulls. `dead` are
+    tombstones by kind."""
+    living = pc.fill_null(pc.equal(table["status"].cast(pa.string()), "ok"), False)
+    for kind, ids in dead.items():
+        column = table[kind].cast(pa.string())
+        living = pc.and_(living, pc.invert(pc.is_in(column, pa.array(sorted(ids), pa.string()))))
+    return living
 
 
 def _occupied(store: Store) -> bool:

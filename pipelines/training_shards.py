@@ -8,11 +8,13 @@ needed: the loader shuffles. A group of which nothing is kept is a shard of no r
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import pyarrow.compute as pc
+
 from pairs.errors import PairmillError
 from pairs.schemas import SELECTION, TRAINING
 from pairs.shard import ShardRef, read_shard, write_shard
-from pairs.store import Store, table_metadata
-from pairs.workspace import Workspace
+from pairs.store import Store
+from pairs.workspace import Workspace, alive
 
 COPIED: tuple[str, ...] = ("uid", "url_key", "status", "url", "page", "license", "source_uid", "sha256", "image_ext")
 COPIED += ("width", "height", "original_width", "original_height")
@@ -20,7 +22,8 @@ COPIED += ("width", "height", "original_width", "original_height")
 
 @dataclass(frozen=True)
 class TrainingCounts:
-    """`pairs` by training shard's table, and how many shards this call `wrote`."""
+    """Living `pairs` by training shard's table (what is forgotten later isn't trained on), and how many shards this
+    call `wrote`."""
 
     folder: str
     pairs: dict[str, int]
@@ -41,12 +44,13 @@ def publish_training_shards(
     """Writes the training shards of a selection (its folder) that are missing, below `shards/<its name>`."""
     store = workspace.store
     folder = f"shards/{selection.rsplit('/', 1)[1]}"
-    there = set(store.files(folder, ".parquet"))
+    there, dead = set(store.files(folder, ".parquet")), workspace.tombstones()
     counts, wrote = {}, 0
     for source, refs in shards.items():
         for target, members in training_groups(folder, refs, group_size).items():
             if target.table in there:
-                counts[target.table] = int(table_metadata(store.read_table(target.table, ["uid"]))["rows"])
+                table = store.read_table(target.table, ["uid", "url_key", "status"])
+                counts[target.table] = pc.sum(alive(table, dead)).as_py() or 0
                 continue
             rows = (row for ref in members for row in _kept(workspace, selection, ref, source, source in trusted))
             counts[target.table] = write_shard(store, target, rows, TRAINING)
@@ -54,7 +58,7 @@ def publish_training_shards(
     return TrainingCounts(folder, counts, wrote)
 
 
-def training_groups(folder: str, refs: Sequence[ShardRef], group_size: int) -> dict[ShardRef, list[ShardRef]]:
+def training_groups(folder: str, refs: Sequence[ShardRef], group_size: int = 1) -> dict[ShardRef, list[ShardRef]]:
     """Which pair shards go into which training shard: by increment, `group_size` consecutive indices each."""
     groups: dict[ShardRef, list[ShardRef]] = {}
     for ref in sorted(refs):
@@ -71,9 +75,9 @@ def _kept(
     if not any(verdicts["kept"]):
         return
     shard = read_shard(workspace.store, ref)
-    alive = workspace.alive(shard.table)
+    living = workspace.alive(shard.table)
     facts = {"source": source, "increment": ref.increment, "trusted": trusted}
-    rows = zip(shard.table.select(list(COPIED)).to_pylist(), alive, *verdicts.values(), shard.images(), strict=True)
+    rows = zip(shard.table.select(list(COPIED)).to_pylist(), living, *verdicts.values(), shard.images(), strict=True)
     for row, lives, uid, kept, texts, image in rows:
         if kept and lives and image is not None:
             assert uid == row["uid"], f"{selection} and {ref.table} differ at {uid}"
