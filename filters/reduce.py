@@ -19,9 +19,14 @@ from pairs.store import Store
 Shards = Mapping[str, Sequence[ShardRef]]  # by source
 
 
-def reducer_folder(name: str, reducer: Reducer, scores: Mapping[str, str]) -> str:
-    """`scores/<reducer>-<fingerprint>`; the fingerprint covers the needed columns' own."""
+def reducer_folder(
+    name: str, reducer: Reducer, scores: Mapping[str, str], shards: Shards, trusted: Collection[str]
+) -> str:
+    """`scores/<reducer>-<fingerprint>`; the fingerprint covers the needed columns' own, the sources with their fetch
+    fingerprints and which of them are trusted: answers depend on who else is asked, not on which recipe ran before."""
     needed = {need: scores[need].rsplit("-", 1)[1] for need in needed_filters(reducer) if need in scores}
+    needed |= {f"source {name}": " ".join(sorted({ref.group for ref in refs})) for name, refs in shards.items()}
+    needed |= {"trusted sources": " ".join(sorted(set(trusted) & set(shards)))}
     return f"scores/{name}-{fingerprint_of(name, reducer, needed)}"
 
 
@@ -32,7 +37,7 @@ def run_reducers(
     folders: dict[str, str] = {}
     for name, reducer in reducers.items():
         known = {**scores, **folders}
-        folders[name] = reducer_folder(name, reducer, known)
+        folders[name] = reducer_folder(name, reducer, known, shards, trusted)
         _run(store, name, reducer, shards, known | {name: folders[name]}, trusted)
     return folders
 
