@@ -32,10 +32,20 @@ SpaceOpt = Annotated[str | None, typer.Option("--workspace", help="Where results
 EngineOpt = Annotated[str | None, typer.Option("--engine", help="ray, or inline: this process alone, same results.")]
 NewOpt = Annotated[bool, typer.Option("--new", help="Look for what is new in the sources: the next increment.")]
 CalOpt = Annotated[bool, typer.Option("--recalibrate", help="Find thresholds anew instead of reusing pinned ones.")]
+AdvOpt = Annotated[bool, typer.Option("--advance", help="With --new: train the scorer anew, don't keep the last.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, nothing else.")]
 
 
-def _run(until: str, recipe: Path, workspace: str | None, engine: str | None, new: bool, cal: bool, js: bool) -> None:
+def _run(
+    until: str,
+    recipe: Path,
+    workspace: str | None,
+    engine: str | None,
+    new: bool,
+    cal: bool,
+    js: bool,
+    advance: bool = False,
+) -> None:
     from pipelines import stages
     from pipelines.prefect_server import orchestration
 
@@ -46,10 +56,12 @@ def _run(until: str, recipe: Path, workspace: str | None, engine: str | None, ne
     root = workspace or f"workspace/{spec.name}"
     space = Workspace.open(root, create=True)
     home = (space.store.local or Path.home() / ".cache" / "pairmill") / "prefect"
+    with space.lock():  # a second writer is told at once, before a server starts on the first one's database
+        pass
     with orchestration(home):
         from pipelines.flywheel import flywheel
 
-        result = flywheel(str(recipe), root, engine, until, new, cal, js)
+        result = flywheel(str(recipe), root, engine, until, new, cal, js, advance)
     _tell(result, js)
 
 
@@ -70,9 +82,10 @@ def _command(until: str, summary: str) -> None:
         engine: EngineOpt = None,
         new: NewOpt = False,
         recalibrate: CalOpt = False,
+        advance: AdvOpt = False,
         json: JsonOpt = False,
     ) -> None:
-        _run(until, recipe, workspace, engine, new, recalibrate, json)
+        _run(until, recipe, workspace, engine, new, recalibrate, json, advance)
 
     app.command(name="run" if until == "all" else until, help=summary)(command)
 
@@ -81,8 +94,8 @@ _command("all", "Run a recipe: all its rounds, to the report. Whatever is done a
 _command("crawl", "Run a recipe up to its candidates (URLs with their texts).")
 _command("fetch", "Run a recipe up to its pairs (images, in shards).")
 _command("curate", "Run a recipe up to its first selection, with a report on it.")
-_command("pretrain", "Run a recipe up to its trained models; whatever upstream is missing comes first.")
-_command("evaluate", "Run a recipe up to the evaluation of its models.")
+_command("pretrain", "Run a recipe up to its trained and evaluated models; whatever upstream is missing comes first.")
+_command("evaluate", "Run a recipe up to the evaluation of its models, and choose the next scorer.")
 _command("report", "Run a recipe to its report, reusing what is done.")
 
 

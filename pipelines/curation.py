@@ -115,6 +115,7 @@ def curate(run: Run, number: int, scorer: Facts, shards: Shards) -> Facts:
     return {
         "selection": chosen.folder,
         "kept": chosen.kept,
+        "kept_untrusted": sum(f["kept"] for s, f in chosen.funnel["sources"].items() if s not in recipe.trusted),
         "scores": scores,
         "canaries": told,
         "canary_shards": [ref.folder for ref in canaries],
@@ -160,6 +161,9 @@ def compare_scorers(run: Run, number: int, scorer: Facts, model: str) -> Facts:
         made += score(run, planned, refs, f"compare round {number}")
         recalls[name] = _canary_recall(run, planned[0].folder, refs[0])
     new, old = recalls["new"]["value"], recalls["in force"]["value"]
+    if new is None or old is None:
+        told = "The scorer stays: no canary is in the half that reports, so there is nothing to compare."
+        return {"promoted": False, "reused": not made, "told": told}
     promoted = new >= old
     told = f"Canary recall at {FALSE_DROPS:.0%} false drops: {new:.1%} by this round's model, {old:.1%} by its scorer; "
     told += "this round's model scores from now on." if promoted else "the scorer stays."

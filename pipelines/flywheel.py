@@ -48,9 +48,11 @@ def flywheel(
     new: bool = False,
     recalibrate: bool = False,
     quiet: bool = False,
+    advance: bool = False,
 ) -> dict[str, Any]:
-    """Runs `recipe` up to the stage `until`; `new` looks for what the sources have that earlier runs didn't see."""
-    options = {"workspace": workspace, "engine": engine, "new": new, "recalibrate": recalibrate}
+    """Runs `recipe` up to the stage `until`; `new` looks for what the sources have that earlier runs didn't see, and
+    scores it with the scorer in force unless `advance` asks for a new one."""
+    options = {"workspace": workspace, "engine": engine, "new": new, "recalibrate": recalibrate, "advance": advance}
     run = open_run(Path(recipe), console=Console(quiet), **options)  # type: ignore[arg-type]
     get_run_logger().info("workspace %s, %s", run.workspace.store.root, run.folder)
     stages.check(run.recipe)
@@ -60,14 +62,15 @@ def flywheel(
             if until == stage.name:
                 return stages.summary(run)
         scorer = first_filter(run)
-        for number in range(1, run.recipe.rounds + 1):
+        last = stages.rounds(run)
+        for number in range(1, last + 1):
             picked = curate(run, number, scorer)
             if until == "curate":
                 break
             gates(run, number, picked)
             trained = pretrain(run, number, picked)
-            if until == "pretrain" and number == run.recipe.rounds:
-                break
             evaluate(run, number, trained)
+            if until == "pretrain" and number == last:
+                break
             scorer = promote(run, number, scorer, trained)
         return report(run)

@@ -4,7 +4,6 @@ Each function gathers plain facts first (that is what `--json` prints) and lays 
 """
 
 import json
-import os
 from typing import Any
 
 import psutil
@@ -24,6 +23,7 @@ from training.plan import steps_of
 from training.tables import make_plan
 
 _out = Rich(highlight=False)
+SAME_START_S = 1.0  # a start time is told in ticks of the clock
 
 
 def tell_verdict(workspace: Workspace, as_json: bool) -> int:
@@ -93,15 +93,20 @@ def status(workspace: Workspace) -> list[dict[str, Any]]:
         path = f"runs/{name}/stages.json"
         stages = json.loads(workspace.store.read(path)) if workspace.store.has(path) else {}
         for facts in stages.values():
-            if facts["state"] == "running" and not _alive(facts.get("process")):
+            if facts["state"] == "running" and not _alive(facts):
                 facts["state"] = "killed"
         order = sorted(stages.items(), key=lambda item: item[1]["started"])
         runs.append({"run": name, "stages": dict(order), "next": _advice(name, dict(order))})
     return runs
 
 
-def _alive(process: int | None) -> bool:
-    return process is not None and (process == os.getpid() or psutil.pid_exists(process))
+def _alive(facts: dict[str, Any]) -> bool:
+    """Whether the process that recorded the stage still runs: its id, and since when, or the id is another's by now."""
+    try:
+        started = psutil.Process(facts["process"]).create_time()
+    except (KeyError, psutil.Error):
+        return False
+    return bool(abs(started - facts.get("process_started", started)) < SAME_START_S)
 
 
 def _advice(run: str, stages: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pairs.errors import PairmillError
@@ -40,7 +40,7 @@ def orchestration(home: Path, port: int | None = None) -> Iterator[str]:
         yield url
         return
     home.mkdir(parents=True, exist_ok=True)
-    port = port or free_port()
+    port = _unused(port) if port else free_port()
     url = f"http://127.0.0.1:{port}/api"
     ours = {
         "PREFECT_HOME": str(home.resolve()),
@@ -62,19 +62,32 @@ def orchestration(home: Path, port: int | None = None) -> Iterator[str]:
                 os.environ.pop(name, None)
 
 
+def _unused(port: int) -> int:
+    """The port, if nobody answers there: another server's answers would pass for ours."""
+    with socket.socket() as probe:
+        probe.settimeout(2)
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            raise PairmillError(
+                expected=f"port {port} to be free on 127.0.0.1",
+                found="another server that answers there",
+                remedy="choose another --port, or end that server",
+            )
+    return port
+
+
 def _flush() -> None:
     """Sends the log lines that still wait, before their server ends."""
     if handlers := sys.modules.get("prefect.logging.handlers"):
         handlers.APILogWorker.drain_all(timeout=5)
 
 
-def _wait(url: str, ended: object, log: Path) -> None:
+def _wait(url: str, ended: Callable[[], int | None], log: Path) -> None:
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
-            if answer.status == 200:
+            if answer.status == 200 and ended() is None:  # an answer without a process of ours is someone else's
                 return
-        if callable(ended) and ended() is not None:
+        if ended() is not None:
             break
         time.sleep(0.1)
     tail = log.read_text(errors="replace")[-400:] if log.exists() else ""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from pairs.errors import PairmillError
@@ -35,6 +36,7 @@ class Run:
     console: Console
     new: bool = False  # look for what is new: crawl again and cut the next increment
     recalibrate: bool = False
+    advance: bool = False  # with `new`: train the scorer anew instead of keeping the one in force
     reused: list[str] = field(default_factory=list)
     _held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _holds: set[str] = field(default_factory=set)
@@ -75,7 +77,7 @@ class Run:
         `facts["reused"] = True` says that there was nothing to do."""
         facts: dict[str, Any] = {}
         started = time.time()
-        mark = {"state": "running", "started": started, "process": os.getpid()}
+        mark = {"state": "running", "started": started, **this_process()}
         self._mark(name, mark)
         self.console.begin(name)
         try:
@@ -104,6 +106,11 @@ class Run:
         self.write("stages.json", stages | {name: state})
 
 
+def this_process() -> dict[str, Any]:
+    """What `status` knows a process again by: an id alone may be another's by then."""
+    return {"process": os.getpid(), "process_started": psutil.Process().create_time()}
+
+
 def open_run(
     recipe_path: Path,
     *,
@@ -111,12 +118,13 @@ def open_run(
     engine: str | None = None,
     new: bool = False,
     recalibrate: bool = False,
+    advance: bool = False,
     console: Console | None = None,
 ) -> Run:
     """The run of the recipe at `recipe_path`: its latest, or the next one where `new` work is asked for."""
     recipe = load_recipe(recipe_path)
     space = Workspace.open(workspace or f"workspace/{recipe.name}", create=True)
-    run = Run(recipe, space, engine or recipe.engine, "", console or Console(), new, recalibrate)
+    run = Run(recipe, space, engine or recipe.engine, "", console or Console(), new, recalibrate, advance)
     with space.lock():
         run.folder = _folder(space, recipe, new)
         if not space.store.has(f"{run.folder}/recipe.yaml"):

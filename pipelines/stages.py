@@ -11,9 +11,9 @@ from typing import Any
 from pairs.errors import PairmillError
 from pairs.recipe import EvaluateSpec, Recipe
 from pairs.shard import ShardRef
-from pipelines import curation, training_jobs
-from pipelines.candidates import cut_increment
-from pipelines.fetch.shards import fetch_fingerprint, fetch_increment
+from pipelines import curation, scorer, training_jobs
+from pipelines.candidates import check_settings, cut_increment, finished_cut, next_increment
+from pipelines.fetch.shards import FetchCounts, fetch_fingerprint, fetch_increment
 from pipelines.run import Run
 from pipelines.sources import load_source
 
@@ -41,19 +41,25 @@ def check(recipe: Recipe) -> None:
 
 
 def crawl(run: Run) -> Facts:
-    """Cuts the first increment of every source, or with `new` the next one. Pins nothing yet."""
+    """Cuts the first increment of every source, or with `new` the next one. Pins nothing yet. The increment that is
+    meant stands in cut.json before it is cut, so that a killed run never cuts two."""
     with run.stage("crawl") as facts:
-        cut = run.read("cut.json") or {}
-        counts = {}
+        cut, space = run.read("cut.json") or {}, run.workspace
+        counts, reused = {}, True
         for name, spec in run.recipe.sources.items():
-            if name in cut or (run.workspace.increments(name) and not run.new):
+            check_settings(space, name, spec)
+            if meant := cut.get(name):
+                if done := finished_cut(space, name, meant):
+                    counts[name] = dataclasses.asdict(done)
+                    continue
+            if name in cut and meant is None or (space.increments(name) and not run.new):
                 continue
-            counts[name] = dataclasses.asdict(
-                cut_increment(run.workspace, name, spec, run.recipe.fetch, run.console.progress(f"crawl {name}"))
-            )
-            cut[name] = counts[name]["increment"]
-            run.write("cut.json", cut)
-        facts |= {"reused": not counts, "sources": counts}
+            reused = False
+            run.write("cut.json", cut := cut | {name: next_increment(space, name)})
+            made = cut_increment(space, name, spec, run.recipe.fetch, run.console.progress(f"crawl {name}"))
+            counts[name] = dataclasses.asdict(made)
+            run.write("cut.json", cut := cut | {name: made.increment})
+        facts |= {"reused": reused, "sources": counts}
         facts["note"] = ", ".join(f"{name} {c['new']} candidates" for name, c in counts.items())
         return facts
 
@@ -65,11 +71,13 @@ def fetch(run: Run) -> Facts:
         pinned = pinned or {name: run.workspace.increments(name) for name in run.recipe.sources}
         counts = {}
         for name, spec in run.recipe.sources.items():
+            fetched = []
             for increment in pinned[name]:
                 progress = run.console.progress(f"fetch {name}")
                 done = fetch_increment(run.workspace, name, spec, run.recipe.fetch, increment, progress)
                 counts[f"{name}/{increment}"] = dataclasses.asdict(done)
-                _success_gate(run, name, increment, done.success)
+                fetched.append(done)
+            _success_gate(run, name, fetched)
         run.write("lineage.json", _lineage(run, pinned))
         facts |= {"reused": not any(c["shards"] for c in counts.values()), "sources": counts}
         facts["note"] = (
@@ -78,13 +86,17 @@ def fetch(run: Run) -> Facts:
         return facts
 
 
-def _success_gate(run: Run, name: str, increment: str, success: float) -> None:
+def _success_gate(run: Run, name: str, fetched: list[FetchCounts]) -> None:
+    """Of all increments of a source together: one bad increment must not stop every run that comes after it."""
     floor = run.recipe.gates.min_fetch_success
-    if success < floor:
+    candidates = sum(done.candidates for done in fetched)
+    asked = candidates - sum(done.refused for done in fetched)
+    success = sum(done.ok for done in fetched) / asked if asked else 0.0
+    if candidates and success < floor:
         raise PairmillError(
-            expected=f"at least {floor:.0%} of {name}/{increment} to be fetched (gates.min_fetch_success)",
-            found=f"{success:.1%}",
-            remedy=f"look into ledger/{name}/{increment} for the reasons; `--new` tries what failed for a time again",
+            expected=f"at least {floor:.0%} of the source {name!r} to be fetched (gates.min_fetch_success)",
+            found=f"{success:.1%} of {asked}" if asked else f"nothing asked for: all {candidates} candidates refused",
+            remedy=f"look into ledger/{name} for the reasons; `--new` tries what failed for a time again",
         )
 
 
@@ -108,16 +120,20 @@ def shards(run: Run) -> dict[str, list[ShardRef]]:
 
 
 def first_filter(run: Run) -> Facts:
-    """The models that score round 1: trained on the trusted pairs, as far as the recipe asks for them."""
+    """The models that score round 1: trained on the trusted pairs, as far as the recipe asks for them. A run that looks
+    for what is new keeps the scorer in force instead, so that only what is new is scored."""
     spec = run.recipe.first_filter
     if spec.clip is None and spec.blip is None:
         return {"name": "published weights", "models": {}}
     with run.stage("first-filter") as facts:
+        if held := scorer.settle(run):
+            facts |= {"reused": True, "models": held["models"], "note": f"kept: {held['name']}"}
+            return held
         known = {name: refs for name, refs in shards(run).items() if name in run.recipe.trusted}
         selection = curation.select_trusted(run, known)
         records = []
         if spec.clip:
-            records.append(training_jobs.pretrain(run, "first-filter/clip", selection, spec.clip))
+            records.append(training_jobs.pretrain(run, "first-filter/clip", selection, known, spec.clip))
         if spec.blip:
             records.append(training_jobs.train_blip(run, "first-filter/blip", known, spec.blip))
         models = {role: sha for record in records for role, sha in record["models"].items()}
@@ -126,12 +142,12 @@ def first_filter(run: Run) -> Facts:
         return {"name": "models trained on the trusted pairs", "models": models}
 
 
-def curate(run: Run, number: int, scorer: Facts) -> Facts:
+def curate(run: Run, number: int, current: Facts) -> Facts:
     """Scores, reduces, selects and writes the training shards of a round."""
     with run.stage(f"round-{number}/curate") as facts:
-        picked = curation.curate(run, number, scorer, shards(run))
+        picked = curation.curate(run, number, current, shards(run))
         facts |= {"reused": picked["reused"], "selection": picked["selection"], "note": f"{picked['kept']} pairs kept"}
-        run.write(f"round-{number}/curation.json", picked | {"scorer": scorer})
+        run.write(f"round-{number}/curation.json", picked | {"scorer": current})
         return picked
 
 
@@ -139,25 +155,40 @@ def gates(run: Run, number: int, picked: Facts) -> None:
     """Stops before pretraining where the selection isn't what the recipe asks for."""
     limits = run.recipe.gates
     with run.stage(f"round-{number}/gates"):
-        if picked["kept"] < limits.min_pairs:
+        if picked["kept_untrusted"] < limits.min_pairs:
             raise PairmillError(
-                expected=f"at least {limits.min_pairs} kept pairs (gates.min_pairs)",
-                found=f"{picked['kept']} in {picked['selection']}",
+                expected=f"at least {limits.min_pairs} kept pairs beside the trusted ones (gates.min_pairs)",
+                found=f"{picked['kept_untrusted']} in {picked['selection']}",
                 remedy="loosen `keep` or the gate; the funnel (funnel.json there) names the rule that drops most",
             )
-        low = {d: r for d, r in picked["canary_recall"].items() if r is not None and r < limits.min_canary_recall}
-        if low:
-            raise PairmillError(
-                expected=f"a canary recall of at least {limits.min_canary_recall:.0%} (gates.min_canary_recall)",
-                found=", ".join(f"{defect} {recall:.1%}" for defect, recall in low.items()),
-                remedy="train the filter longer, tighten the rule that should catch this defect, or lower the gate",
-            )
+        if limits.min_canary_recall:
+            _canary_gate(limits.min_canary_recall, picked["canary_recall"])
+
+
+def _canary_gate(floor: float, recalls: dict[str, float | None]) -> None:
+    """A figure that is missing fails too: nobody has measured what the gate asks for."""
+    missing = [defect for defect, recall in recalls.items() if recall is None]
+    if missing or not recalls:
+        raise PairmillError(
+            expected=f"a canary recall of at least {floor:.0%} (gates.min_canary_recall)",
+            found=f"no reporting canaries of {', '.join(missing)}" if missing else "no canaries",
+            remedy="mark a larger source as trusted (canaries are made of its pairs), raise canaries.per_defect and "
+            "canaries.max_fraction, or leave the gate out",
+        )
+    low = {defect: recall for defect, recall in recalls.items() if recall is not None and recall < floor}
+    if low:
+        raise PairmillError(
+            expected=f"a canary recall of at least {floor:.0%} (gates.min_canary_recall)",
+            found=", ".join(f"{defect} {recall:.1%}" for defect, recall in low.items()),
+            remedy="train the filter longer, tighten the rule that should catch this defect, or lower the gate",
+        )
 
 
 def pretrain(run: Run, number: int, picked: Facts) -> Facts:
     """Trains the round's model on the selection's training shards."""
     with run.stage(f"round-{number}/pretrain") as facts:
-        record = training_jobs.pretrain(run, f"round-{number}", picked["selection"], run.recipe.pretrain)
+        name, spec = f"round-{number}", run.recipe.pretrain
+        record = training_jobs.pretrain(run, name, picked["selection"], shards(run), spec)
         facts |= {"reused": record["reused"], "training": record["fingerprint"]}
         result = record["result"]
         facts["note"] = f"{result['steps']} steps, {result['pairs']} pairs, model {record['models']['clip'][:12]}"
@@ -171,7 +202,7 @@ def evaluate(run: Run, number: int, record: Facts) -> Facts:
         models = {f"round {number}": record["models"]["clip"]}
         first = (run.read(f"round-{number}/curation.json") or {}).get("scorer", {}).get("models", {}).get("clip")
         if number == 1 and first:
-            models = {"first filter": first} | models
+            models = {"scorer in force" if scorer.kept(run) else "first filter": first} | models
         known = {name: refs for name, refs in shards(run).items() if name in run.recipe.trusted}
         results = [training_jobs.evaluate(run, name, sha, spec, known) for name, sha in models.items()]
         rows = [row for result in results for row in result["rows"]]
@@ -181,16 +212,27 @@ def evaluate(run: Run, number: int, record: Facts) -> Facts:
         return {"rows": rows}
 
 
-def promote(run: Run, number: int, scorer: Facts, record: Facts) -> Facts:
-    """The next round's scorer: this round's model, unless its canary recall at equal false drops is worse."""
+def rounds(run: Run) -> int:
+    """How many rounds the run has: one where the scorer is kept, since another would score and select the same."""
+    return 1 if scorer.kept(run) else run.recipe.rounds
+
+
+def promote(run: Run, number: int, current: Facts, record: Facts) -> Facts:
+    """The next round's scorer: this round's model, unless its canary recall at equal false drops is worse, or the run
+    keeps the scorer in force."""
     with run.stage(f"round-{number}/promote") as facts:
-        verdict = curation.compare_scorers(run, number, scorer, record["models"]["clip"])
-        run.write(f"round-{number}/promotion.json", verdict)
+        if scorer.kept(run):
+            told = "The scorer stays: a run that adds what is new keeps it until `--advance`."
+            verdict = {"promoted": False, "reused": True, "told": told}
+        else:
+            verdict = curation.compare_scorers(run, number, current, record["models"]["clip"])
+        following = current
+        if verdict["promoted"]:
+            models = current["models"] | {"clip": record["models"]["clip"]}
+            following = {"name": f"the model of round {number}", "models": models}
+        run.write(f"round-{number}/promotion.json", verdict | {"scorer": following})
         facts |= {"reused": verdict["reused"], "note": verdict["told"]}
-        if not verdict["promoted"]:
-            return scorer
-        models = scorer["models"] | {"clip": record["models"]["clip"]}
-        return {"name": f"the model of round {number}", "models": models}
+        return following
 
 
 def report(run: Run) -> Facts:
@@ -203,6 +245,7 @@ def report(run: Run) -> Facts:
         run.write("report.json", told)
         path = f"{run.folder}/report.html"
         run.workspace.store.write(path, render(told))
+        scorer.record(run)
         facts["note"] = path
     result = summary(run) | {"report": run.workspace.store.full(path)}
     return result | {"rounds": [{"round": r["round"], "funnel": r["funnel"]} for r in told["rounds"]]}

@@ -5,6 +5,7 @@ lands in the workspace's models by content. A training that is done is never don
 import functools
 import json
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +14,40 @@ from pairs.errors import PairmillError
 from pairs.fingerprint import content_hash, fingerprint
 from pairs.identity import held_out
 from pairs.recipe import BlipSpec, EvaluateSpec, PretrainSpec
-from pairs.shard import ShardRef, list_shards
+from pairs.shard import ShardRef
 from pairs.store import table_metadata
 from pipelines.models import model_folder, publish_models, trained
 from pipelines.run import Run
+from pipelines.training_shards import training_groups
 from training.blip_launch import BlipJob, train_blip_job
 from training.config import Pin, TrainConfig
 from training.launch import train
 
 Facts = dict[str, Any]
+Shards = Mapping[str, Sequence[ShardRef]]  # by source
 
 
 @functools.cache
 def made_by() -> Facts:
-    """The code that makes this run: version, and commit where it runs from a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """The code that makes this run: version, and commit where it runs from a checkout (`dirty`: changed since)."""
+    commit = _git("rev-parse", "HEAD")
+    dirty = {"dirty": True} if commit and _git("status", "--porcelain", "--untracked-files=no") else {}
+    return {"version": __version__, "commit": commit or None} | dirty
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
-        commit = subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
-        commit = ""
-    return {"version": __version__, "commit": commit or None}
+        return ""
 
 
-def pins(run: Run, selection: str) -> list[Pin]:
-    """The training shards of a selection (`selections/<name>-<fingerprint>`), pinned by their tars' hashes."""
-    store = run.workspace.store
-    refs = list_shards(store, f"shards/{selection.split('/')[1]}")
+def pins(run: Run, selection: str, shards: Shards) -> list[Pin]:
+    """A selection's training shards of the pair `shards` that the run is pinned to, pinned by their tars' hashes; what
+    later runs have added beside them is theirs."""
+    store, folder = run.workspace.store, f"shards/{selection.split('/')[1]}"
+    refs = sorted(target for refs in shards.values() for target in training_groups(folder, refs))
     tables = ((ref, store.read_table(ref.table, ["uid"])) for ref in refs)
     full = [(ref, table_metadata(table)) for ref, table in tables if table.num_rows]
     if not full:
@@ -50,10 +59,10 @@ def pins(run: Run, selection: str) -> list[Pin]:
     return [Pin(folder=ref.folder, index=ref.index, tar_sha256=meta["tar_sha256"]) for ref, meta in full]
 
 
-def pretrain(run: Run, name: str, selection: str, spec: PretrainSpec) -> Facts:
-    """Trains a CLIP on the selection's training shards; returns its record (models, result, config)."""
-    out = run.scratch / name
-    config = TrainConfig(store=run.workspace.store.root, shards=pins(run, selection), spec=spec, out_dir=str(out))
+def pretrain(run: Run, name: str, selection: str, shards: Shards, spec: PretrainSpec) -> Facts:
+    """Trains a CLIP on the selection's training shards of `shards`; returns its record (models, result, config)."""
+    out, pinned = run.scratch / name, pins(run, selection, shards)
+    config = TrainConfig(store=run.workspace.store.root, shards=pinned, spec=spec, out_dir=str(out))
     if record := trained(run.workspace, config.fingerprint):
         return record | {"reused": True}
     show = run.console.progress(f"train {name}")
@@ -87,9 +96,10 @@ def train_blip(run: Run, name: str, known: dict[str, list[ShardRef]], spec: Blip
 def evaluate(run: Run, told: str, sha: str, spec: EvaluateSpec, known: dict[str, list[ShardRef]]) -> Facts:
     """Rows of figures of one model; `told` is what the report calls it."""
     content = [pin.tar_sha256 for pin in trusted_pins(run, known)]
+    uids = [row["uid"] for _, row in held_out_rows(run, known)]  # fewer once one of them is forgotten
     classes = content_hash(Path(spec.zero_shot.path)) if spec.zero_shot else None
     mark = fingerprint(
-        {"evaluate": spec.model_dump(), "classes": classes, "model": sha, "pairs": content, "version": 1}
+        {"evaluate": spec.model_dump(), "classes": classes, "model": sha, "pairs": content, "uids": uids, "version": 2}
     )
     path = f"evals/{mark}.json"
     store = run.workspace.store
@@ -118,12 +128,16 @@ def _figures(run: Run, sha: str, spec: EvaluateSpec, known: dict[str, list[Shard
 
 def held_out_pairs(run: Run, known: dict[str, list[ShardRef]]) -> tuple[list[bytes], list[str]]:
     """Images and first texts of the trusted pairs that only evaluate."""
-    images, texts = [], []
+    rows, store = held_out_rows(run, known), run.workspace.store
+    images = [store.read(ref.tar, row["image_offset"], row["image_size"]) for ref, row in rows]
+    return images, [row["text"] for _, row in rows]
+
+
+def held_out_rows(run: Run, known: dict[str, list[ShardRef]]) -> list[tuple[ShardRef, Facts]]:
+    """Shard and row of each living trusted pair with a text that only evaluates."""
+    columns, found = ["uid", "url_key", "status", "text", "image_offset", "image_size"], []
     for ref in sorted(ref for refs in known.values() for ref in refs):
-        table = run.workspace.store.read_table(ref.table)
-        alive = run.workspace.alive(table)
-        for living, row in zip(alive, table.to_pylist(), strict=True):
-            if living and row["text"] and held_out(row["uid"]):
-                images.append(run.workspace.store.read(ref.tar, row["image_offset"], row["image_size"]))
-                texts.append(row["text"])
-    return images, texts
+        table = run.workspace.store.read_table(ref.table, columns)
+        rows = zip(run.workspace.alive(table), table.to_pylist(), strict=True)
+        found += [(ref, row) for living, row in rows if living and row["text"] and held_out(row["uid"])]
+    return found
