@@ -147,7 +147,7 @@ def run_stages(path: Path, workspace: Path, **options: Any) -> tuple[Run, dict[s
         stages.crawl(run)
         stages.fetch(run)
         scorer = stages.first_filter(run)
-        for number in range(1, run.recipe.rounds + 1):
+        for number in range(1, stages.rounds(run) + 1):
             picked = stages.curate(run, number, scorer)
             stages.gates(run, number, picked)
             record = stages.pretrain(run, number, picked)
@@ -195,3 +195,8 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> Told:
         sys.argv = argv
         signal.signal(signal.SIGTERM, handler)
     return Told(code, *capsys.readouterr())
+
+
+def site(url: str) -> dict[str, Any]:
+    """A source that crawls a loopback site."""
+    return {"kind": "site", "seeds": [url], "allow": ALLOW, "delay_s": 0}

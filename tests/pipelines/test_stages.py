@@ -117,8 +117,8 @@ def test_a_poor_fetch_stops_the_run(finished: Finished, tmp_path: Path) -> None:
     strict = dataclasses.replace(run, recipe=changed(run.recipe, gates={"min_fetch_success": 0.99}))
     with pytest.raises(PairmillError, match=r"gates\.min_fetch_success") as error:
         stages.fetch(strict)
-    assert error.value.found == f"{(flow.WEB + 6) / (flow.WEB + 8):.1%}"
-    assert "ledger/web/0000" in error.value.remedy
+    assert error.value.found == f"{(flow.WEB + 6) / (flow.WEB + 8):.1%} of {flow.WEB + 8}"
+    assert "ledger/web" in error.value.remedy
 
 
 @pytest.mark.slow
