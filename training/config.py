@@ -6,6 +6,8 @@ from pairs.fingerprint import fingerprint
 from pairs.recipe import PretrainSpec
 from pairs.shard import ShardRef
 
+RESULT = "result.json"  # in the run's folder, beside its model: what varies from run to run
+
 
 class Pin(BaseModel):
     """A training shard that the run is pinned to, by the sha256 of its tar."""
@@ -56,3 +58,4 @@ class TrainResult(BaseModel):
     fill: float | None
     precision: str
     attention: str
+    torch: str  # its version

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pairs.errors import PairmillError
-from training.config import TrainConfig, TrainResult
+from training.config import RESULT, TrainConfig, TrainResult
 
 Line = dict[str, Any]
 MAX_PIXELS = "200000000"  # what OpenCV may decode
@@ -66,11 +66,11 @@ def progress(steps: int, title: str = "pretrain") -> Iterator[Callable[[Line], N
 
 def _finished(config: TrainConfig) -> TrainResult | None:
     """The result of a run that ended before, where its model is of this very config."""
-    card = Path(config.out_dir) / "model" / "model_card.json"
-    if not card.exists():
+    card, result = Path(config.out_dir) / "model" / "model_card.json", Path(config.out_dir) / RESULT
+    if not card.exists() or not result.exists() or json.loads(card.read_text())["config"] != config.fingerprint:
         return None
-    facts = json.loads(card.read_text())
-    return TrainResult.model_validate(facts["result"]) if facts["config"] == config.fingerprint else None
+    found = TrainResult.model_validate_json(result.read_text())
+    return found if found.fingerprint == config.fingerprint else None
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from pairs.recipe import PretrainSpec
 from pairs.store import Store
 from training import checkpoint, export
 from training.attention import chosen
-from training.config import TrainConfig, TrainResult
+from training.config import RESULT, TrainConfig, TrainResult
 from training.data import Loader
 from training.loop import Totals, make_optimizer, train_steps
 from training.models.clip import WordHead
@@ -80,22 +80,21 @@ def train_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device)
         model, optimizer, plan, loader, spec, start, device, dtype, metrics.add if metrics else _nothing, save
     )
     facts = {
-        "spec": spec.model_dump(),
-        "shards": [pin.model_dump() for pin in config.shards],
+        "spec": spec.model_dump(exclude={"workers", "checkpoint_every"}),
         "plan": plan.fingerprint,
         "config": config.fingerprint,
         "steps": spec.steps,
         "precision": str(dtype).removeprefix("torch."),
-        "attention": chosen(spec.attention, device.type, dtype),
-        "torch": torch.__version__,
     }
-    result = _result(config, plan.fingerprint, facts, totals, start, len(plan), left_out, plan.tokens.truncated)
+    ran_with = facts | {"attention": chosen(spec.attention, device.type, dtype)}
+    result = _result(config, plan.fingerprint, ran_with, totals, start, len(plan), left_out, plan.tokens.truncated)
     result = result.model_copy(update={"seconds": time.perf_counter() - began})
     if rank == 0:
+        Store(out).write(RESULT, result.model_dump_json(indent=2))  # before the model, whose folder tells that all is done
         weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("word_head")}
         rows = weights["token_embedding.weight"]
         weights["token_embedding.weight"] = export.whole_table(m, spec.seed, plan.tokens.used, rows)
-        export.save(out / "model", m, weights, facts | {"result": result.model_dump()})
+        export.save(out / "model", m, weights, facts)
     return result
 
 
@@ -194,6 +193,7 @@ def _result(
         fill=totals.useful / totals.computed if totals.computed else None,
         precision=str(facts["precision"]),
         attention=str(facts["attention"]),
+        torch=torch.__version__,
     )
 
 
