@@ -14,10 +14,10 @@ from pairs.errors import PairmillError
 from pairs.fingerprint import content_hash
 from pairs.identity import make_uid, sha256_hex
 from pairs.schemas import CANDIDATES, LEDGER, PAIRS, SELECTION, TRAINING
-from pairs.shard import MEMBERS, ShardRef, shard_at
+from pairs.shard import MEMBERS, ShardRef, list_shards, shard_at
 from pairs.store import Store, table_metadata
 from pairs.tar import Member, read_members
-from pairs.workspace import Workspace
+from pairs.workspace import Workspace, alive
 
 SHARDED = {"pairs": PAIRS, "shards": TRAINING, "canaries": PAIRS}
 ALIGNED = ("scores", "selections")
@@ -55,6 +55,9 @@ def verify(workspace: Workspace, progress: Callable[[str], None] = lambda _: Non
     for path in store.files("candidates", ".parquet"):
         progress(path)
         _guarded(verdict, path, lambda p=path: _check_candidates(verdict, store, p))  # type: ignore[misc]
+    _guarded(verdict, "runs", lambda: _check_increments(verdict, store))
+    for name in store.folders("shards"):
+        _guarded(verdict, f"shards/{name}", lambda n=name: _check_training(verdict, workspace, n))  # type: ignore[misc]
     _guarded(verdict, "tombstones.parquet", lambda: _check_tombstones(verdict, workspace))
     for name in (n for n in store.folders("models") if store.local and len(n) == 64):
         verdict.count("models")
@@ -142,13 +145,77 @@ def _check_candidates(verdict: Verdict, store: Store, path: str) -> Iterator[str
     parts = [store.read_table(p) for p in store.files(f"ledger/{source}/{increment}", ".parquet")]
     if not parts:
         return
-    ledger = pa.concat_tables(parts)
+    ledger = pa.concat_tables([part.replace_schema_metadata(None) for part in parts])
     tried = ledger["url_key"].to_pylist()
     verdict.count("ledger rows", len(tried))
     if not ledger.schema.equals(LEDGER, check_metadata=False):
         yield f"ledger/{source}/{increment}: its columns aren't those of a ledger"
     if len(tried) != len(set(tried)) or not set(tried) <= set(keys):
         yield f"ledger/{source}/{increment}: a candidate has two rows, or a row has no candidate"
+
+
+def _check_increments(verdict: Verdict, store: Store) -> Iterator[str]:
+    """What runs are pinned to is whole: a ledger row for every candidate, a pair for every ok, no shard left out. An
+    increment that no run is pinned to may be under way."""
+    told = [json.loads(store.read(p)) for p in store.files("runs", "lineage.json")]
+    pinned = {(source, i, run["fetch"]) for run in told for source, all_ in run["increments"].items() for i in all_}
+    for source, increment, mark in sorted(pinned):
+        folder = f"pairs/{source}-{mark}/{increment}"
+        for kind, problem in _check_fetched(store, source, increment, mark):
+            verdict.problems.append((folder if kind == "pairs" else f"ledger/{source}/{increment}", problem))
+        verdict.count("increments")
+    yield from ()
+
+
+def _check_fetched(store: Store, source: str, increment: str, mark: str) -> Iterator[tuple[str, str]]:
+    parts = {p: store.read_table(p) for p in store.files(f"ledger/{source}/{increment}", ".parquet")}
+    parts = {p: part for p, part in parts.items() if table_metadata(part).get("fetch") == mark}
+    aside = store.files(f"ledger-aside/{source}/{increment}/{mark}", ".parquet")  # put there for other settings
+    parts |= {p: store.read_table(p) for p in aside}
+    candidates = store.read_table(f"candidates/{source}/{increment}/part-00000.parquet", ["url_key"])["url_key"]
+    rows = [row for part in parts.values() for row in part.select(["url_key", "status", "uid"]).to_pylist()]
+    if without := set(candidates.to_pylist()) - {row["url_key"] for row in rows}:
+        yield "ledger", f"{len(without)} of {len(candidates)} candidates have no row"
+    refs = list_shards(store, f"pairs/{source}-{mark}/{increment}")
+    indices, made = [ref.index for ref in refs], sorted(int(p.rsplit("/", 1)[1].split(".")[0]) for p in parts)
+    if indices != list(range(len(indices))) or indices != made:
+        yield "pairs", f"shards {indices} where the ledger has parts {made}"
+    uids = {uid for ref in refs for uid in store.read_table(ref.table, ["uid"])["uid"].to_pylist()}
+    fetched = {row["uid"] for row in rows if row["status"] == "ok"}
+    if fetched != uids:
+        lost, strange = len(fetched - uids), len(uids - fetched)
+        yield "pairs", f"{lost} pairs that the ledger calls ok are missing, {strange} are not in the ledger"
+
+
+def _check_training(verdict: Verdict, workspace: Workspace, name: str) -> Iterator[str]:
+    """Of a finished selection: what it keeps and nobody has forgotten is what training reads."""
+    store, dead = workspace.store, workspace.tombstones()
+    if not store.has(f"selections/{name}/manifest.json"):
+        return
+    trained = _by_increment(store, list_shards(store, f"shards/{name}"))
+    for increment, chosen in _by_increment(store, list_shards(store, f"selections/{name}")).items():
+        living: set[str] = set()
+        for ref in list_shards(store, f"pairs/{increment}"):
+            table = store.read_table(ref.table, ["uid", "url_key", "status"])
+            living |= set(table.filter(alive(table, dead))["uid"].to_pylist())
+        kept = {u for t in chosen for u, k in zip(t["uid"].to_pylist(), t["kept"].to_pylist(), strict=True) if k}
+        tables = trained.get(increment, [])
+        read = {uid for table in tables for uid in table["uid"].to_pylist()}
+        if strange := read - kept:
+            yield f"{len(strange)} training examples of {increment} are not kept by the selection"
+        if lost := (kept & living) - read:
+            if len(tables) < len(chosen):
+                verdict.unfinished.append(f"shards/{name}/{increment}")
+            else:
+                yield f"{len(lost)} kept pairs of {increment} are no training examples"
+
+
+def _by_increment(store: Store, refs: list[ShardRef]) -> dict[str, list[pa.Table]]:
+    """Tables by `<group>/<increment>`; a folder of another depth is nobody's."""
+    found: dict[str, list[pa.Table]] = {}
+    for ref in refs:
+        found.setdefault("/".join(ref.folder.split("/")[2:]), []).append(store.read_table(ref.table))
+    return found
 
 
 def _check_tombstones(verdict: Verdict, workspace: Workspace) -> Iterator[str]:

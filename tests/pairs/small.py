@@ -47,8 +47,12 @@ def fill(workspace: Workspace) -> Workspace:
         chosen = [{"uid": u, "kept": n > 0, "dropped_by": None if n else "words min 6"} for n, u in enumerate(uids)]
         table = pa.Table.from_pylist(chosen, schema=SELECTION)
         store.write_table(f"selections/small-bbbbbbbbbbbb/{GROUP}/0000/{index:05d}.parquet", table)
-    rows = ((training_row(i), image(i)) for i in (1, 2, 3, 5, 6))
-    write_shard(store, ShardRef("shards/small-bbbbbbbbbbbb/0000", 0), rows, TRAINING)
+    for index, kept in enumerate(((1, 2, 3), (5, 6))):
+        ref = ShardRef(f"shards/small-bbbbbbbbbbbb/{GROUP}/0000", index)
+        write_shard(store, ref, ((training_row(i), image(i)) for i in kept), TRAINING)
+    store.write("selections/small-bbbbbbbbbbbb/manifest.json", "{}")
+    lineage = {"increments": {"web": ["0000"]}, "fetch": GROUP.removeprefix("web-")}
+    store.write("runs/small-cccccccccccc-0001/lineage.json", json.dumps(lineage))
     _candidates(store)
     _model(workspace)
     workspace.bury("url_key", [url_key("http://gone.test/1.jpg")], "forget")
@@ -59,11 +63,12 @@ def _candidates(store: Store) -> None:
     found = sorted((pair_row(i) for i in range(9)), key=lambda row: row["url_key"])
     rows = [{name: row.get(name) for name in CANDIDATES.names} for row in found]
     store.write_table("candidates/web/0000/part-00000.parquet", pa.Table.from_pylist(rows, schema=CANDIDATES))
-    ok = {pair_row(i)["url_key"] for i in range(7)}
-    tried = [{"url_key": r["url_key"], "url": r["url"], "status": "ok"} for r in found]
-    tried = [row if row["url_key"] in ok else row | {"status": "permanent", "reason": "http_404"} for row in tried]
+    ok = {pair_row(i)["url_key"]: pair_row(i)["uid"] for i in range(7)}
+    tried = [{"url_key": r["url_key"], "url": r["url"], "status": "ok", "uid": ok.get(r["url_key"])} for r in found]
+    tried = [row if row["uid"] else row | {"status": "permanent", "reason": "http_404"} for row in tried]
     for part, rows in enumerate((tried[:5], tried[5:])):
-        store.write_table(f"ledger/web/0000/{part:05d}.parquet", pa.Table.from_pylist(rows, schema=LEDGER))
+        table = pa.Table.from_pylist(rows, schema=LEDGER)
+        store.write_table(f"ledger/web/0000/{part:05d}.parquet", table, {"fetch": GROUP.removeprefix("web-")})
 
 
 def _model(workspace: Workspace) -> None:

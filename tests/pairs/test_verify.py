@@ -19,6 +19,7 @@ from tests.pairs.small import FOLDER, GROUP, fill, image, pair_row
 
 PAIR = ShardRef(FOLDER, 0)
 SCORES = f"scores/text_stats-aaaaaaaaaaaa/{GROUP}/0000/00000.parquet"
+TRAINED = ShardRef(f"shards/small-bbbbbbbbbbbb/{GROUP}/0000", 0)
 SELECTION = f"selections/small-bbbbbbbbbbbb/{GROUP}/0000/00000.parquet"
 CANDIDATES = "candidates/web/0000/part-00000.parquet"
 LEDGER_PART = "ledger/web/0000/00001.parquet"
@@ -110,6 +111,20 @@ def ledger_row_without_candidate(store: Store) -> None:
     store.write_table("ledger/web/0000/00009.parquet", pa.Table.from_pylist([row], schema=LEDGER))
 
 
+def not_ok(rows: list[dict[str, Any]]) -> None:
+    next(row for row in rows if row["status"] == "ok").update(status="permanent", uid=None)
+
+
+def pair_lost(store: Store) -> None:
+    """A whole shard of a pair less, with all its tables."""
+    write_shard(store, ShardRef(FOLDER, 1), ((pair_row(i), image(i)) for i in (4, 5)), PAIRS)
+
+
+def first_shard_lost(store: Store) -> None:
+    for path in (PAIR.table, PAIR.tar, SCORES, SELECTION, TRAINED.table, TRAINED.tar):
+        store.delete(path)
+
+
 def cut_table(store: Store, path: str) -> None:
     store.write(path, store.read(path)[:-9])
 
@@ -122,8 +137,7 @@ DAMAGE: dict[str, tuple[Callable[[Store], object], str, str]] = {
     "a cut tar": (lambda s: s.write(PAIR.tar, s.read(PAIR.tar)[:4096]), PAIR.table, PAIR.tar),
     "an empty tar": (lambda s: s.write(PAIR.tar, b""), PAIR.table, PAIR.tar),
     "a missing tar": (lambda s: s.delete(PAIR.tar), PAIR.table, f"{PAIR.tar} is missing"),
-    "a cut training tar": (lambda s: s.write("shards/small-bbbbbbbbbbbb/0000/00000.tar", b"x" * 512),
-                           "shards/small-bbbbbbbbbbbb/0000/00000.parquet", LAST),
+    "a cut training tar": (lambda s: s.write(TRAINED.tar, b"x" * 512), TRAINED.table, LAST),
     "a row less": (lambda s: change(s, PAIR.table, list.pop), PAIR.table, "3 rows where 4 were recorded"),
     "two rows swapped": (lambda s: (change(s, PAIR.table, swap), change(s, SCORES, swap)), SELECTION, "row by row"),
     "a wrong offset": (lambda s: change(s, PAIR.table, set_first("image_offset", 1024)), PAIR.table, "an offset"),
@@ -154,6 +168,15 @@ DAMAGE: dict[str, tuple[Callable[[Store], object], str, str]] = {
     "double ledger rows": (lambda s: change(s, LEDGER_PART, lambda r: r.append(r[0])), CANDIDATES, "two rows"),
     "a ledger row without a candidate": (ledger_row_without_candidate, CANDIDATES, "a row has no candidate"),
     "a cut ledger": (lambda s: cut_table(s, LEDGER_PART), CANDIDATES, LEDGER_PART),
+    "a candidate without a ledger row": (lambda s: change(s, LEDGER_PART, list.pop), "ledger/web/0000", "1 of 9"),
+    "an ok without a pair": (pair_lost, FOLDER, "1 pairs that the ledger calls ok are missing, 0 are not"),
+    "a pair without an ok": (lambda s: change(s, LEDGER_PART, not_ok), FOLDER, "0 pairs that the ledger calls ok"),
+    "a shard left out": (first_shard_lost, FOLDER, "shards [1] where the ledger has parts [0, 1]"),
+    "a lost ledger part": (lambda s: s.delete(LEDGER_PART), "ledger/web/0000", "4 of 9 candidates have no row"),
+    "a kept pair that isn't trained on": (lambda s: change(s, SELECTION, set_first("kept", True)),
+                                          TRAINED.folder.split("/web")[0], f"1 kept pairs of {GROUP}/0000"),
+    "a dropped pair that is trained on": (lambda s: change(s, SELECTION, lambda r: r[1].update(kept=False)),
+                                          TRAINED.folder.split("/web")[0], "1 training examples of"),
     "a changed model file": (lambda s: flip(s, model_file(s), 9), "models/", "its content isn't what its name says"),
     "a model file more": (lambda s: s.write(model_file(s) + ".x", b""), "models/", "its content isn't"),
     "a damaged list of the dead": (lambda s: cut_table(s, "tombstones.parquet"), "tombstones.parquet", "Parquet"),
@@ -165,8 +188,8 @@ def test_a_sound_workspace_is_ok(sound: Workspace) -> None:
     verdict = verify(sound, seen.append)
     assert verdict.ok and verdict.problems == [] == verdict.unfinished
     assert verdict.checked == {
-        "tars": 3, "rows in pairs": 7, "rows in shards": 5, "tables in scores": 2, "tables in selections": 2,
-        "candidates": 9, "ledger rows": 9, "models": 1, "tombstones": 1,
+        "tars": 4, "rows in pairs": 7, "rows in shards": 5, "tables in scores": 2, "tables in selections": 2,
+        "candidates": 9, "ledger rows": 9, "increments": 1, "models": 1, "tombstones": 1,
     }  # fmt: skip
     assert {PAIR.table, SCORES, CANDIDATES} <= set(seen)
 
@@ -203,11 +226,36 @@ def test_one_damage_does_not_hide_another(sound: Workspace) -> None:
 
 
 def test_a_tar_without_a_table_is_unfinished_not_damaged(sound: Workspace) -> None:
-    sound.store.delete(PAIR.table)
-    sound.store.delete(SCORES)
-    sound.store.delete(SELECTION)
+    for path in (PAIR.table, SCORES, SELECTION, TRAINED.table, TRAINED.tar):
+        sound.store.delete(path)
+    sound.store.delete("runs", recursive=True)  # a run is pinned once all of its increments are fetched
     verdict = verify(sound)
     assert verdict.ok and verdict.unfinished == [PAIR.tar]
+
+
+def test_what_is_under_way_is_no_damage(sound: Workspace) -> None:
+    store = sound.store
+    store.write_table("candidates/web/0001/part-00000.parquet", store.read_table(CANDIDATES).slice(0, 3))
+    store.write_table("ledger/web/0001/00001.parquet", store.read_table(LEDGER_PART).slice(0, 0))
+    store.delete(TRAINED.table)
+    verdict = verify(sound)
+    assert verdict.problems == []
+    assert verdict.unfinished == [TRAINED.tar, f"shards/small-bbbbbbbbbbbb/{GROUP}/0000"]
+
+
+def test_a_kept_pair_that_is_forgotten_since_is_not_missed(sound: Workspace) -> None:
+    change(sound.store, SELECTION, set_first("kept", True))
+    assert not verify(sound).ok
+    sound.bury("uid", [str(pair_row(0)["uid"])], "asked for")
+    assert verify(sound).ok
+
+
+def test_a_ledger_put_aside_for_other_settings_still_counts(sound: Workspace) -> None:
+    for path in sound.store.files("ledger", ".parquet"):
+        aside = path.replace("ledger/web/0000", f"ledger-aside/web/0000/{GROUP.removeprefix('web-')}")
+        sound.store.write(aside, sound.store.read(path))
+        sound.store.delete(path)
+    assert verify(sound).problems == []
 
 
 def test_a_forgotten_pair_keeps_its_row(sound: Workspace) -> None:
