@@ -1,10 +1,12 @@
 """The selection: which pairs are kept, and with which texts. The only place that judges.
 
 Rules commute, so each is asked of all rows at once; a pair's `dropped_by` is the first in the recipe's order. The
-order of steps is: forgotten, held_out, the rules, texts, then `one_per` among the survivors. Thresholds found by a
-quantile are pinned before the first table is written, and reused by later increments; `recalibrate` finds them anew
-and, where they moved, starts another folder, because published tables never change. Trusted pairs are never
-dropped by rules, and a held-out one is never kept, but its look-alikes go as those of any trusted pair do.
+order of steps is: forgotten, held_out, held_out_twin, the rules, texts, then `one_per` among the survivors.
+Thresholds found by a quantile are pinned before the first table is written, and reused by later increments;
+`recalibrate` finds them anew and, where they moved, starts another folder, because published tables never change.
+Trusted pairs are never dropped by rules, and a held-out one is never kept, but its look-alikes go as those of any
+trusted pair do. A trusted pair that shares its bytes, or a group of a `one_per`, with a held-out one isn't kept either
+(held_out_twin): what evaluates must not be trained on under another name.
 Cost: a million rows take seconds; the memory is that of the columns that rules read.
 """
 
@@ -28,7 +30,10 @@ from pairs.shard import ShardRef
 from pairs.store import Store
 from pairs.workspace import Workspace
 
-FORGOTTEN, HELD_OUT, TEXTS = "forgotten", "held_out", "texts"
+FORGOTTEN, HELD_OUT, HELD_OUT_TWIN, TEXTS = "forgotten", "held_out", "held_out_twin", "texts"
+BEFORE_RULES = (FORGOTTEN, HELD_OUT, HELD_OUT_TWIN)
+SHA256 = "pairs.sha256"
+VERSION = 2  # raise it when the same columns would give other verdicts
 Shards = Mapping[str, Sequence[ShardRef]]
 Thresholds = dict[str, Threshold]
 
@@ -55,7 +60,7 @@ def rule_columns(keep: Sequence[Rule]) -> list[str]:
 def steps(keep: Sequence[Rule]) -> list[str]:
     """The names of what can drop a pair, in the funnel's order."""
     rules = [rule.name for rule in keep if rule.one_per is None]
-    return list(dict.fromkeys([FORGOTTEN, HELD_OUT, *rules, TEXTS, *(r.name for r in keep if r.one_per is not None)]))
+    return list(dict.fromkeys([*BEFORE_RULES, *rules, TEXTS, *(r.name for r in keep if r.one_per is not None)]))
 
 
 def select(
@@ -81,7 +86,7 @@ def select(
     inputs = _inputs(store, shards)
     if not recalibrate and (done := _finished(store, folder, inputs)):
         return done
-    frame = load_frame(store, shards, rule_columns(keep), scores, trusted)
+    frame = load_frame(store, shards, dict.fromkeys([*rule_columns(keep), SHA256]), scores, trusted)
     now = _quantiles(keep, frame)
     folder, pins = _pin(store, base, folder, now, recalibrate)
     there = set(store.files(folder, ".parquet"))
@@ -112,6 +117,7 @@ def _identity(
 ) -> dict[str, Any]:
     read = {column.partition(".")[0] for column in [*rule_columns(keep), *column_names(texts)]}
     return {
+        "version": VERSION,
         "name": name,
         "keep": [rule.model_dump(exclude_none=True) for rule in keep],
         "texts": texts.model_dump(by_alias=True),
@@ -203,6 +209,7 @@ def _verdicts(
     free = frame.alive & ~frame.trusted
     bare = ~as_bool(pc.greater(pc.list_value_length(texts), 0))
     masks = {FORGOTTEN: ~frame.alive, HELD_OUT: frame.held_out & frame.alive}
+    masks[HELD_OUT_TWIN] = _held_out_twins(keep, frame)
     masks |= {name: mask & free for name, mask in drops.items()} | {TEXTS: bare & frame.alive}
     survives = ~judged & ~np.logical_or.reduce(list(masks.values()))
     for rule in (rule for rule in keep if rule.one_per is not None):
@@ -214,6 +221,16 @@ def _verdicts(
         rows = frame.rows(place)
         found[ref] = old.get(ref, table.slice(rows.start, rows.stop - rows.start))
     return found
+
+
+def _held_out_twins(keep: Sequence[Rule], frame: Frame) -> np.ndarray:
+    """Trusted pairs that share their bytes, or a group of a `one_per`, with a held-out pair."""
+    evaluates, twins = frame.held_out & frame.alive, np.zeros(len(frame.alive), bool)
+    for name in dict.fromkeys([SHA256, *(r.one_per for r in keep if r.one_per is not None)]):
+        column = frame.table[name]
+        held = pc.drop_null(column.filter(pa.array(evaluates))).cast(pa.string())
+        twins |= as_bool(pc.is_in(column.cast(pa.string()), held.combine_chunks()))
+    return twins & frame.trusted & frame.alive & ~frame.held_out
 
 
 def _others(rule: Rule, frame: Frame, survives: np.ndarray, incumbent: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import yaml
 
 from filters.columns import Frame, load_frame
 from filters.rules import numbers
-from filters.selection import rule_columns, steps
+from filters.selection import BEFORE_RULES, rule_columns, steps
 from filters.texts import column_names
 from pairs.errors import PairmillError
 from pairs.recipe import Recipe
@@ -124,9 +124,10 @@ def _measured(run: Run, curated: Facts, manifest: Facts) -> Facts:
     frame = load_frame(store, shards, wanted, curated["scores"], recipe.trusted)
     tables = [store.read_table(ref.beside(curated["selection"])).cast(SELECTION) for _, ref in frame.shards]
     sampler = Sampler(store, frame, tables)
+    judged = [name for name in steps(recipe.keep) if name not in BEFORE_RULES]
     return {
         "histograms": [h for name in _shown(recipe) if (h := _histogram(recipe, frame, manifest, name))],
-        "samples": [_samples(sampler, recipe, frame, manifest, name) for name in steps(recipe.keep)[2:]],
+        "samples": [_samples(sampler, recipe, frame, manifest, name) for name in judged],
         **sampler.captions(recipe.texts),
     }
 

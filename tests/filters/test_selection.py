@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from filters.columns import load_frame
 from filters.selection import SelectionResult, select
 from pairs.errors import PairmillError
+from pairs.identity import held_out
 from pairs.recipe import Rule, TextsSpec
-from pairs.schemas import CANDIDATES, LEDGER
-from pairs.shard import ShardRef
+from pairs.schemas import CANDIDATES, LEDGER, PAIRS
+from pairs.shard import ShardRef, write_shard
 from pairs.store import Store
 from pairs.workspace import Workspace
-from tests.filters.corpus import add, contents, folder, numbers, uid_of
+from tests.filters.corpus import add, contents, folder, numbers, row, uid_of
 
 SCORES = {"clip": folder("clip"), "near": folder("near")}
 KEEP = [Rule(column="clip.cosine", min=0.2), Rule(column="clip.words", max=5)]
@@ -242,3 +243,26 @@ def test_the_best_of_words_is_refused(workspace: Workspace) -> None:
     ref = add(workspace, "web", "0000", range(2), near(["a", "a"]))
     with pytest.raises(PairmillError, match=r"near\.group"):
         run(workspace, [Rule(one_per="near.group", best="near.group")], [ref])
+
+
+def test_a_trusted_twin_of_a_held_out_pair_is_not_trained_on(workspace: Workspace) -> None:
+    """By its group of a `one_per`; an ordinary look-alike goes by the rule, as that of any trusted pair."""
+    free, held = numbers(2), numbers(1, held=True)
+    clean = add(workspace, "clean", "0000", [*free, *held], near(["g", "h", "g"]))
+    web = add(workspace, "web", "0000", range(3), near(["g", "x", "y"]))
+    rule = Rule(one_per="near.group")
+    result = run(workspace, [rule], [web], [clean])
+    assert verdicts(workspace, result, clean) == ["held_out_twin", None, "held_out"]
+    assert verdicts(workspace, result, web) == [rule.name, None, None]
+    told = {step["name"]: step["dropped"] for step in result.funnel["total"]["rules"]}
+    assert told == {"forgotten": 0, "held_out": 1, "held_out_twin": 1, "texts": 0, rule.name: 1}
+
+
+def test_equal_bytes_of_a_held_out_pair_are_not_trained_on_without_any_rule(workspace: Workspace) -> None:
+    held, ref = numbers(1, held=True)[0], ShardRef("pairs/clean-0123456789ab/0000", 0)
+    image = str(held).encode()
+    twin = next(n for n in range(2000) if not held_out(row("clean", n, image)["uid"]))
+    other = numbers(1)[0]
+    members = [(held, image), (twin, image), (other, str(other).encode())]
+    write_shard(workspace.store, ref, [(row("clean", n, data), data) for n, data in members], PAIRS)
+    assert verdicts(workspace, run(workspace, [], [], [ref]), ref) == ["held_out", "held_out_twin", None]
