@@ -186,17 +186,33 @@ def _by_key(workspace: Workspace, prefix: str, key: str) -> list[dict[str, Any]]
 
 
 def _training(workspace: Workspace, uid: str) -> list[dict[str, Any]]:
-    """Each finished training that consumed the pair, with the steps (from 0) whose batch held it."""
-    rows = []
+    """Each finished training that consumed the pair, with the steps (from 0) whose batch held it. The plan is made
+    anew from the tables; where it isn't the one that was trained by any more, no step is named."""
+    rows: list[dict[str, Any]] = []
     for path in workspace.store.files("models/index", ".json"):
         record = json.loads(workspace.store.read(path))
         if "train_config" not in record:
             continue
         config = TrainConfig(store=workspace.store.root, out_dir="", **record["train_config"])
-        plan, _ = make_plan(workspace.store, config.shards, config.spec)
-        if steps := list(steps_of(plan, uid, config.spec.steps)):
-            rows.append({"training": record["folder"], "model": record["models"]["clip"], "steps": steps})
+        told = {"training": record["folder"], "model": record["models"]["clip"]}
+        if not any(uid in _uids(workspace, pin.ref.table) for pin in config.shards):
+            continue
+        plan, left_out = make_plan(workspace.store, config.shards, config.spec)
+        if plan.fingerprint != record["result"]["plan"]:
+            rows.append(told | {"steps": [], "note": _changed(left_out, record["result"]["left_out"])})
+        elif steps := list(steps_of(plan, uid, config.spec.steps)):
+            rows.append(told | {"steps": steps})
     return rows
+
+
+def _uids(workspace: Workspace, path: str) -> set[str]:
+    return set(workspace.store.read_table(path, ["uid"])["uid"].to_pylist())
+
+
+def _changed(now: dict[str, int], then: dict[str, int]) -> str:
+    gone = now.get("forgotten", 0) - then.get("forgotten", 0)
+    why = f"{gone} of its pairs were forgotten" if gone else "another version of pairmill made it"
+    return f"its steps can't be told: the plan can't be made again since {why}"
 
 
 def tell_trace(workspace: Workspace, uid: str, as_json: bool) -> None:
