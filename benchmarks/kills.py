@@ -102,9 +102,9 @@ def digest(space: Path) -> dict[str, str]:
 def consumed(space: Path) -> dict[str, str]:
     """The hash of the uids of each training step, by run and step (a step that was done twice has to agree)."""
     found: dict[str, str] = {}
-    for path in sorted(space.glob("runs/*/round-*/metrics.jsonl")):
+    for path in sorted(space.glob("runs/*/round-*/*/metrics.jsonl")):
         for line in map(json.loads, path.read_text().splitlines()):
-            key = f"{path.parent.name}/{line['step']}"
+            key = f"{path.parent.parent.name}/{line['step']}"
             assert found.get(key, line["uids_sha256"]) == line["uids_sha256"], (
                 f"step {key} took other pairs the second time"
             )

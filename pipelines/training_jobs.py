@@ -4,6 +4,7 @@ lands in the workspace's models by content. A training that is done is never don
 
 import functools
 import json
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,16 +62,23 @@ def pins(run: Run, selection: str, shards: Shards) -> list[Pin]:
 
 def pretrain(run: Run, name: str, selection: str, shards: Shards, spec: PretrainSpec) -> Facts:
     """Trains a CLIP on the selection's training shards of `shards`; returns its record (models, result, config)."""
-    out, pinned = run.scratch / name, pins(run, selection, shards)
-    config = TrainConfig(store=run.workspace.store.root, shards=pinned, spec=spec, out_dir=str(out))
+    config = TrainConfig(store=run.workspace.store.root, shards=pins(run, selection, shards), spec=spec, out_dir="")
+    folder = f"{name}/{config.fingerprint}"  # other settings or shards never meet these checkpoints
+    out = run.scratch / folder
+    config = config.model_copy(update={"out_dir": str(out)})
     if record := trained(run.workspace, config.fingerprint):
         return record | {"reused": True}
     show = run.console.progress(f"train {name}")
-    result = train(config, lambda line: show(line["step"] + 1, spec.steps, f"loss {line['loss']:.3f}"))
+    result = train(config, lambda line: show(line["step"] + 1, spec.steps, _loss(line)))
     told = config.model_dump(mode="json", exclude={"store", "out_dir"})
-    facts = {"result": result.model_dump(), "train_config": told, "folder": f"{run.folder}/{name}"}
+    facts = {"result": result.model_dump(), "train_config": told, "folder": f"{run.folder}/{folder}"}
     record = publish_models(run.workspace, config.fingerprint, {"clip": Path(result.model)}, facts)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return record | {"reused": False}
+
+
+def _loss(line: Facts) -> str:
+    return "no finite loss" if line["loss"] is None else f"loss {line['loss']:.3f}"
 
 
 def trusted_pins(run: Run, known: dict[str, list[ShardRef]]) -> list[Pin]:
@@ -82,15 +90,19 @@ def trusted_pins(run: Run, known: dict[str, list[ShardRef]]) -> list[Pin]:
 
 def train_blip(run: Run, name: str, known: dict[str, list[ShardRef]], spec: BlipSpec) -> Facts:
     """Trains a captioner and a match filter on the trusted pairs; returns their record."""
-    store, out = run.workspace.store.root, run.scratch / name
-    job = BlipJob(store=store, shards=trusted_pins(run, known), spec=spec, out_dir=str(out))
+    job = BlipJob(store=run.workspace.store.root, shards=trusted_pins(run, known), spec=spec, out_dir="")
+    folder = f"{name}/{job.fingerprint}"
+    out = run.scratch / folder
+    job = job.model_copy(update={"out_dir": str(out)})
     if record := trained(run.workspace, job.fingerprint):
         return record | {"reused": True}
     show = run.console.progress(f"train {name}")
     result = train_blip_job(job, lambda line: show(int(line["step"]) + 1, int(line["steps"]), line.get("stage", "")))
-    facts = {"result": result.model_dump(), "folder": f"{run.folder}/{name}"}
+    facts = {"result": result.model_dump(), "folder": f"{run.folder}/{folder}"}
     folders = {"captioner": Path(result.captioner), "matcher": Path(result.matcher)}
-    return publish_models(run.workspace, job.fingerprint, folders, facts) | {"reused": False}
+    record = publish_models(run.workspace, job.fingerprint, folders, facts)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    return record | {"reused": False}
 
 
 def evaluate(run: Run, told: str, sha: str, spec: EvaluateSpec, known: dict[str, list[ShardRef]]) -> Facts:

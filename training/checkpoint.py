@@ -50,14 +50,15 @@ def publishing(target: Path) -> Iterator[Path]:
 
 
 def save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, facts: dict[str, Any]) -> Path:
-    """Publishes `folder`/step-N, N from `facts`, and removes all but the last two."""
+    """Publishes `folder`/step-N, N from `facts`, and removes all others but the one before."""
     target = folder / f"step-{facts['step']:08d}"
     with publishing(target) as temporary:
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, temporary / "model.safetensors")
         torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
         state = {"facts": facts, "sha256": {p.name: content_hash(p) for p in sorted(temporary.iterdir())}}
         (temporary / "state.json").write_text(json.dumps(state | {"seal": fingerprint(state)}, sort_keys=True))
-    for old in _folders(folder)[KEEP:]:
+    ours = [path for path in _folders(folder) if path.name <= target.name]
+    for old in set(_folders(folder)) - set(ours[:KEEP]):  # later ones are damaged, or of a run that was given up
         shutil.rmtree(old)
     return target
 

@@ -8,6 +8,7 @@ import ctypes
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import time
@@ -148,15 +149,11 @@ def _resume(
 ) -> int:
     """The step to go on from. Rank 0 picks the checkpoint, the others read the one it picked."""
     found = checkpoint.latest(folder) if rank == 0 else None
+    if found and any(found[1].get(name) != value for name, value in identity.items()):
+        log.warning("training begins anew: the checkpoints are of other settings, or pairs were forgotten since")
+        shutil.rmtree(folder)
+        found = None
     step = torch.tensor(found[1]["step"] if found else 0)
-    if found:
-        for name, value in identity.items():
-            if found[1].get(name) != value:
-                raise PairmillError(
-                    expected=f"checkpoints of {name} {value} in {folder}",
-                    found=f"{found[0].name} of {name} {found[1].get(name)}",
-                    remedy="settings, shards or tombstones changed: give this run another folder",
-                )
     if ranks > 1:
         dist.broadcast(step, 0)
     if int(step):
