@@ -10,7 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -18,13 +18,22 @@ ROOT = Path(__file__).resolve().parent.parent  # where `python -m pipelines…` 
 PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent(parent: int | None = None) -> None:
-    """Call it first thing in the child: the kernel then kills it when the thread that started it ends (Linux). `parent`
-    is the id of the process that should be the parent; a child whose parent has gone already ends at once."""
-    before = parent or os.getppid()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != before or before == 1:
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def dies_with_us() -> Callable[[], None]:
+    """What to hand to a `preexec_fn`: the child then ends when the thread that starts it does (Linux), and at once
+    where this process has ended before. It acts between fork and exec, so no import of the child's comes first."""
+    parent = os.getpid()
+    return lambda: die_with_parent(parent)
+
+
+def die_with_parent(parent: int) -> None:
+    """In the child: asks the kernel to kill it with its parent. `parent` is the id of the process that started it: a
+    child that has another one by now (1, or a subreaper) is an orphan already, while a parent may well have id 1."""
+    if LIBC:
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
         os._exit(1)
 
 
@@ -43,16 +52,20 @@ def child(
     stdout: IO[bytes] | int | None = None,
     stderr: IO[bytes] | int | None = None,
     folder: Path | None = None,
+    keep: Sequence[int] = (),
     patience_s: float = 10.0,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Runs `command` while the block lasts; then asks it to end, and after `patience_s` makes it."""
+    """Runs `command` while the block lasts; then asks it to end, and after `patience_s` makes it. It gets no input, and
+    of our open files those in `keep`."""
     process = subprocess.Popen(
         command,
+        stdin=subprocess.DEVNULL,
         env={**os.environ, **(environment or {})},
         stdout=stdout,
         stderr=stderr,
         cwd=folder,
-        preexec_fn=die_with_parent,
+        pass_fds=keep,
+        preexec_fn=dies_with_us(),
     )
     try:
         yield process

@@ -34,7 +34,10 @@ class SourceSpec(Spec):
 
 
 class FetchSpec(Spec):
-    agent: str = "pairmill (+https://github.com/pairmill/pairmill)"
+    # a product token, by which robots.txt knows us, then what follows a header may hold
+    agent: str = Field(
+        "pairmill (+https://github.com/pairmill/pairmill)", pattern=r"^[A-Za-z][A-Za-z0-9_.-]*([/ ][ -~]*)?$"
+    )
     side_px: int = Field(256, ge=8)  # the longer side is at most this
     format: Literal["jpg", "png", "webp"] = "jpg"
     quality: int = Field(92, ge=1, le=100)
@@ -159,12 +162,15 @@ class BlipSpec(Spec):
     max_tokens: int = Field(35, ge=8)
     prompt: str = "a picture of "  # the captioner writes what follows it
     word_steps: int = Field(600, ge=1)  # the beginning that captioner and filter share
-    caption_steps: int = Field(250, ge=1)
-    match_steps: int = Field(300, ge=1)
+    caption_steps: int = Field(500, ge=1)
+    match_steps: int = Field(350, ge=1)
     batch_pairs: int = Field(32, ge=2)
-    negatives: int = Field(1, ge=1)  # wrong texts for each image of a step
+    negatives: int = Field(2, ge=1)  # wrong texts for each image of a step
+    positive_weight: float = Field(8.0, gt=0)  # of a right text: web texts are mostly right, wrong ones seldom as hard
     temperature: float = Field(0.07, gt=0)
-    learning_rate: float = Field(4e-3, gt=0)
+    learning_rate: float = Field(4e-3, gt=0)  # of the word stage; the others' are shares of it
+    caption_rate: float = Field(0.8, gt=0)
+    match_rate: float = Field(0.4, gt=0)
     weight_decay: float = Field(0.05, ge=0)
     precision: Literal["fp32", "bf16"] = "bf16"
     checkpoint_every: int = Field(200, ge=1)

@@ -15,7 +15,7 @@ KEPT_TEXT = pa.struct(
 CANDIDATES = pa.schema(
     [
         ("url_key", pa.string()),
-        ("url", pa.string()),  # canonical; for local sources "<source>:<relative path>"
+        ("url", pa.string()),  # as first found, without fragment; for local sources "<source>:<relative path>"
         ("texts", TEXTS),
         ("page", pa.string()),  # the first page, in order of its URL, that shows the image
         ("found", pa.string()),  # img, figure, row, file

@@ -20,6 +20,8 @@ import pyarrow.parquet as pq
 from pairs.errors import PairmillError
 
 TEMPORARY = ".tmp-"
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
 
 class Store:
@@ -27,7 +29,7 @@ class Store:
 
     def __init__(self, root: str | Path) -> None:
         # workers write beside us: a cached listing of a bucket would not show it
-        self.fs, base = fsspec.core.url_to_fs(str(root), use_listings_cache=False)
+        self.fs, base = file_system(str(root))
         self._base = base.rstrip("/")
         self.local = Path(base) if isinstance(self.fs, fsspec.implementations.local.LocalFileSystem) else None
         self.root = base if self.local else str(root)  # absolute, so that a worker in another folder finds it
@@ -63,7 +65,7 @@ class Store:
         """A binary file that becomes `path` when the block ends without an error."""
         target = self.full(path)
         folder = Path(target).parent if self.local else None
-        try:
+        with advice(target):
             if folder:
                 folder.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(prefix=TEMPORARY, dir=folder)
@@ -76,10 +78,6 @@ class Store:
             finally:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(name)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise no_space(target) from error
-            raise
 
     def _publish(self, temporary: str, target: str) -> None:
         if self.local:
@@ -143,6 +141,35 @@ class Store:
 def table_metadata(table: pa.Table) -> dict[str, str]:
     """The key-value pairs that `write_table` stored."""
     return {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+
+
+def file_system(address: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a path or an fsspec URL, and the path in it."""
+    try:
+        return fsspec.core.url_to_fs(address, use_listings_cache=False)  # type: ignore[no-any-return]
+    except (ImportError, ValueError) as error:  # a protocol without its package, or none at all
+        raise PairmillError(
+            expected=f"an address that can be opened: {address}",
+            found=" ".join(str(error).split()),
+            remedy="install that package beside pairmill, or name a local folder",
+        ) from None
+
+
+@contextlib.contextmanager
+def advice(target: str) -> Iterator[None]:
+    """Tells a full disk and a missing permission inside the block as PairmillError; other errors keep their name."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise no_space(target) from error
+        if error.errno in FORBIDDEN:
+            raise PairmillError(
+                expected=f"permission to use {error.filename or target}",
+                found=str(error.strerror).lower(),
+                remedy="mend the owner or the mode of this folder, or choose another --workspace",
+            ) from error
+        raise
 
 
 def no_space(target: str) -> PairmillError:

@@ -5,9 +5,10 @@ so that crawl order never reaches the bytes. Every row that isn't taken is count
 passing cause in its last increment joins the new one. Merging is in memory: about 1 kB per candidate.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -17,12 +18,14 @@ from pairs.errors import PairmillError
 from pairs.identity import canonical_url, url_key
 from pairs.recipe import FetchSpec, SourceSpec
 from pairs.schemas import CANDIDATES
+from pairs.store import table_metadata
 from pairs.workspace import Workspace
 from pipelines.sources import Context, Progress, Row, load_source
 
 TEXT_CHARS = 10_000
 MAX_TRIES = 5  # increments in which a candidate may fail for a passing cause
 OPTED_OUT = "opt_out"
+FREE = frozenset({"delay_s", "per_host", "max_pages", "max_depth"})  # say how far and how fast, not what
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class CutCounts:
     opt_out: int = 0
     buried: int = 0  # candidates of earlier increments that opted out meanwhile
     texts_cut: int = 0
+    pages_cut: int = 0  # with more elements, images or links than are looked at
     dropped: dict[str, int] = field(default_factory=dict)
     pages: dict[str, int] = field(default_factory=dict)  # ok, or why a page gave nothing
 
@@ -49,9 +53,10 @@ def cut_increment(
     workspace: Workspace, name: str, spec: SourceSpec, fetch_spec: FetchSpec, progress: Progress
 ) -> CutCounts:
     """Makes the next increment of the source `name`; call it under the workspace's lock. Raises PairmillError when the
-    source is empty or can't be reached, with nothing written."""
+    source is empty, can't be reached or is another than that of its increments, with nothing written."""
+    check_settings(workspace, name, spec)
     earlier = workspace.increments(name)
-    increment = f"{len(earlier):04d}"
+    increment = next_increment(workspace, name)
     source = load_source(name, spec)
     context = Context(workspace, name, increment, tuple(spec.allow), fetch_spec, progress)
     rows = [_clean(row, context.dropped) for row in source.candidates(context)]
@@ -65,13 +70,61 @@ def cut_increment(
     buried = _bury_opted_out(workspace, name, earlier, merged)
     kept = _without_earlier(workspace, name, earlier, merged, context.dropped)
     table = pa.Table.from_pylist(sorted(kept, key=lambda row: row["url_key"]), schema=CANDIDATES)
+    counts = _counts(increment if kept else None, found, kept, buried, context)
     if kept:
-        workspace.store.write_table(part(name, increment), table)
+        facts = {"counts": json.dumps(asdict(counts)), "settings": _settings(name, spec)}
+        workspace.store.write_table(part(name, increment), table, facts)
     workspace.store.delete(f"crawl/{name}", recursive=True)  # its pages have done their work
+    return counts
+
+
+def next_increment(workspace: Workspace, name: str) -> str:
+    """What the next increment of a source is called."""
+    return f"{len(workspace.increments(name)):04d}"
+
+
+def finished_cut(workspace: Workspace, name: str, increment: str) -> CutCounts | None:
+    """What was counted when `increment` was cut, None where it isn't. Ends what a kill after the cut left to do."""
+    if increment not in workspace.increments(name):
+        return None
+    workspace.store.delete(f"crawl/{name}", recursive=True)
+    return CutCounts(**json.loads(_metadata(workspace, name, increment)["counts"]))
+
+
+def check_settings(workspace: Workspace, name: str, spec: SourceSpec) -> None:
+    """Refuses a source that was changed since its increments were cut: they would pass for what it is now."""
+    now = _settings(name, spec)
+    for increment in workspace.increments(name):
+        before = _metadata(workspace, name, increment).get("settings", now)
+        if before != now:
+            old, new = json.loads(before), json.loads(now)
+            changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
+            raise PairmillError(
+                expected=f"at sources.{name} what made its increment {increment}: {_shown(old, changed)}",
+                found=_shown(new, changed),
+                remedy="give the changed source a new name, or choose another --workspace",
+            )
+
+
+def _settings(name: str, spec: SourceSpec) -> str:
+    """The kind and settings of a source as JSON, defaults included; without those in FREE, `trusted` and `allow`."""
+    settings = asdict(load_source(name, spec))  # type: ignore[call-overload]
+    return json.dumps({"kind": spec.kind} | {k: v for k, v in settings.items() if k not in FREE}, sort_keys=True)
+
+
+def _shown(settings: dict[str, Any], keys: list[str]) -> str:
+    return ", ".join(f"{key}: {json.dumps(settings.get(key))[:200]}" for key in keys)
+
+
+def _metadata(workspace: Workspace, name: str, increment: str) -> dict[str, str]:
+    return table_metadata(workspace.store.read_table(part(name, increment), ["url_key"]))
+
+
+def _counts(increment: str | None, found: int, kept: list[Row], buried: int, context: Context) -> CutCounts:
     opted = sum(row["opt_out"] is not None for row in kept)
-    cut = context.dropped.pop("text_cut", 0)
-    dropped, pages = _plain(context.dropped), _plain(context.pages)
-    return CutCounts(increment if kept else None, found, len(kept), opted, buried, cut, dropped, pages)
+    texts, pages = context.dropped.pop("text_cut", 0), context.pages.pop("cut", 0)
+    dropped, fates = _plain(context.dropped), _plain(context.pages)
+    return CutCounts(increment, found, len(kept), opted, buried, texts, pages, dropped, fates)
 
 
 def _plain(counts: Counter[str]) -> dict[str, int]:
@@ -79,14 +132,14 @@ def _plain(counts: Counter[str]) -> dict[str, int]:
 
 
 def _clean(row: Row, dropped: Counter[str]) -> Row | None:
-    """The row with its key, canonical URL and trimmed texts; None where it has no address to fetch."""
+    """The row with its key, address and trimmed texts; None where it has no address to fetch."""
     blank: dict[str, Any] = dict.fromkeys(CANDIDATES.names)
     if row.get("url_key") is None:
         reason = _bad_address(row["url"])
         if reason:
             dropped[reason] += 1
             return None
-        row = row | {"url": canonical_url(row["url"]), "url_key": url_key(row["url"])}
+        row = row | {"url": _as_found(row["url"]), "url_key": url_key(row["url"])}
     texts = []
     for entry in row["texts"]:
         words = " ".join(entry["text"].encode("utf-8", "replace").decode().split())
@@ -94,6 +147,13 @@ def _clean(row: Row, dropped: Counter[str]) -> Row | None:
         if words:
             texts.append(entry | {"text": words[:TEXT_CHARS]})
     return blank | {"position": 0} | row | {"texts": texts}
+
+
+def _as_found(url: str) -> str:
+    """The address to ask for: as it stood, since a signature may cover the order of a query; its canonical form is for
+    `url_key` alone. One that no line can hold is canonical all the same."""
+    plain = url.strip().partition("#")[0]
+    return plain if plain.isprintable() else canonical_url(url)
 
 
 def _bad_address(url: str) -> str | None:

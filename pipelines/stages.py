@@ -48,11 +48,10 @@ def crawl(run: Run) -> Facts:
         counts, reused = {}, True
         for name, spec in run.recipe.sources.items():
             check_settings(space, name, spec)
-            if meant := cut.get(name):
-                if done := finished_cut(space, name, meant):
-                    counts[name] = dataclasses.asdict(done)
-                    continue
-            if name in cut and meant is None or (space.increments(name) and not run.new):
+            if (meant := cut.get(name)) and (done := finished_cut(space, name, meant)):
+                counts[name] = dataclasses.asdict(done)
+                continue
+            if (name in cut and meant is None) or (space.increments(name) and not run.new):
                 continue
             reused = False
             run.write("cut.json", cut := cut | {name: next_increment(space, name)})

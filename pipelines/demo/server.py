@@ -8,7 +8,6 @@ a JSON line in `DIR/truth/access.jsonl`, written before the answer is sent: who 
 
 import argparse
 import asyncio
-import ctypes
 import json
 import os
 import select
@@ -25,6 +24,7 @@ from typing import Any, TextIO
 from aiohttp import web
 
 from pairs.errors import PairmillError
+from pairs.process import ROOT, child
 
 TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -34,7 +34,6 @@ TYPES = {
     ".webp": "image/webp",
 }
 START_S = 30.0
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -164,17 +163,13 @@ def running_server(directory: Path, port: int = 0) -> Iterator[str]:
     """
     command = [sys.executable, "-m", "pipelines.demo.server", str(directory.resolve()), "--port", str(port)]
     errors = directory / "truth" / "server.log"
-    with errors.open("wb") if errors.parent.is_dir() else open(os.devnull, "wb") as log:
-        child = subprocess.Popen(
-            [*command, "--parent", str(os.getpid())],
-            stdout=subprocess.PIPE,
-            stderr=log,
-            cwd=Path(__file__).resolve().parents[2],
-        )
-    try:
-        assert child.stdout is not None
-        ready, _, _ = select.select([child.stdout], [], [], START_S)
-        line = child.stdout.readline().decode() if ready else ""
+    with (
+        errors.open("wb") if errors.parent.is_dir() else open(os.devnull, "wb") as log,
+        child(command, stdout=subprocess.PIPE, stderr=log, folder=ROOT, patience_s=5.0) as process,
+    ):
+        assert process.stdout is not None
+        ready, _, _ = select.select([process.stdout], [], [], START_S)
+        line = process.stdout.readline().decode() if ready else ""
         if "http://" not in line:
             raise PairmillError(
                 expected=f"a server for {directory} within {START_S:.0f} s",
@@ -182,30 +177,13 @@ def running_server(directory: Path, port: int = 0) -> Iterator[str]:
                 remedy="mend what it says; `pairmill demo-web` makes a web",
             )
         yield line.split()[-1]
-    finally:
-        child.terminate()
-        try:
-            child.wait(5)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-
-
-def _end_with_parent(parent: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it died before the call above
-        sys.exit(0)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Serve a demo web on loopback.")
     parser.add_argument("directory", type=Path)
     parser.add_argument("--port", type=int, default=0, help="0: the port its links name")
-    parser.add_argument("--parent", type=int, default=0, help="end when this process does")
     arguments = parser.parse_args()
-    if arguments.parent:
-        _end_with_parent(arguments.parent)
     try:
         serve(arguments.directory, arguments.port)
     except PairmillError as error:

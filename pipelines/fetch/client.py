@@ -6,6 +6,7 @@ hold a connection longer. What goes wrong is a `Failure` with a class and a stab
 """
 
 import asyncio
+import re
 import socket
 import ssl
 import time
@@ -14,6 +15,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Literal, NamedTuple
+from urllib.parse import urljoin, urlsplit
 
 import aiohttp
 from aiohttp.abc import AbstractResolver
@@ -30,6 +32,8 @@ DEAD_AFTER = 8  # connections in a row that a host which never answered may refu
 BACK_OFF_S, BACK_OFF_MAX_S = 0.5, 8.0
 RETRY_STATUS = frozenset({408, 425, 429})
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
+PLAIN = re.compile(r"[!-~]*")
+CLIMBS = re.compile(r"(?:^|/|%2f|\\|%5c)(?:\.|%2e){1,2}(?:/|%2f|\\|%5c|$)", re.IGNORECASE)
 CONNECTING = frozenset({"connect", "connect_timeout", "dns"})
 
 Headers = CIMultiDictProxy[str]
@@ -139,14 +143,14 @@ class Client:
             except ValueError:
                 return Failure("permanent", "bad_url")
             failure = Failure("refused", refusal) if refusal else await permit(url)
-            result = failure or await self.hop(url, limits, budget, judge, accept)
+            result = failure or await self.hop(_verbatim(here, url), limits, budget, judge, accept)
             if isinstance(result, Failure) or result.status not in REDIRECTS or limits.redirects is None:
                 return result
             location = result.headers.get("Location")
             if not location:
                 return Failure("permanent", "redirect_without_location", result.status)
             try:
-                here = str(url.join(URL(location)))
+                here = urljoin(here, location)
             except ValueError:
                 return Failure("permanent", "bad_url", result.status)
         return Failure("permanent", "too_many_redirects")
@@ -215,6 +219,19 @@ def open_client(
         trust_env=False,
     )
     return Client(session, agent, per_host, asyncio.Semaphore(connections))
+
+
+def _verbatim(address: str, url: URL) -> URL:
+    """`url` with path and query byte for byte as in `address`, since a signature may cover them; where that is no plain
+    text, or leads up a folder, as yarl normalises it."""
+    parts = urlsplit(address)
+    raw = parts.path + parts.query
+    if not PLAIN.fullmatch(raw) or CLIMBS.search(parts.path):
+        return url
+    authority = url.raw_authority
+    return URL.build(
+        scheme=url.scheme, authority=authority, path=parts.path or "/", query_string=parts.query, encoded=True
+    )
 
 
 def any_headers(headers: Headers) -> Failure | None:

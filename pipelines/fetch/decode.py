@@ -1,6 +1,6 @@
 """Image bytes out of the web become the image we keep: the life of one decoder process (`pool.py` holds them).
 
-It lowers its own memory limit before it reads the first image and dies with its parent. Pillow reads the header,
+It lowers its own memory limit before it reads the first image. Pillow reads the header,
 so that a bomb is refused before it is decoded, and normalises: first frame, upright by EXIF, alpha on white;
 grey, palette and CMYK to RGB. img2dataset's `Resizer` then resizes and encodes. Its module is loaded by itself, since
 the package would bring the whole command along (9 s). About 7 ms of one core for a 640×480 JPEG.
@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
-from pairs.process import die_with_parent, limit_memory
+from pairs.process import limit_memory
 
 VERSION = 1  # raise it when the bytes of an equal image change
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -31,7 +31,6 @@ BYTES_PER_PIXEL = 24  # of all copies that are alive at once, with room
 BASE_BYTES = 512 << 20
 FRAME = struct.Struct("<II")
 EXIF_CHARS = 2000
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, LookupError, TypeError, ArithmeticError)  # Pillow's
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,6 @@ def _exif_text(exif: Any) -> str | None:
 
 def serve() -> None:
     """The life of a decoder process: frames of (JSON length, data length, JSON, data) in and out."""
-    die_with_parent()
     warnings.simplefilter("ignore")  # Pillow's, on every damaged file
     settings, _ = _receive()
     spec = DecodeSpec(**settings)

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any
 
-from pairs.process import ROOT
+from pairs.process import ROOT, dies_with_us
 from pipelines.fetch.client import Failure
 from pipelines.fetch.decode import FRAME, Decoded, DecodeSpec
 
@@ -36,6 +36,7 @@ class Decoder:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             cwd=ROOT,
+            preexec_fn=dies_with_us(),
         )
         await self._ask(asdict(self._spec), b"")
 

@@ -7,7 +7,6 @@ one listing. Rows are in order of `url_key`, so equal responses give equal bytes
 """
 
 import asyncio
-import errno
 import os
 import tempfile
 import time
@@ -24,7 +23,7 @@ from pairs.identity import make_uid, sha256_hex
 from pairs.recipe import FetchSpec, SourceSpec
 from pairs.schemas import LEDGER, PAIRS
 from pairs.shard import ShardRef, list_shards, write_shard
-from pairs.store import no_space, table_metadata
+from pairs.store import advice, table_metadata
 from pairs.workspace import Workspace
 from pipelines.candidates import part
 from pipelines.fetch import decode, pool
@@ -218,13 +217,9 @@ class Outcome(NamedTuple):
 async def _make_shard(job: Job, tools: Tools, index: int, rows: list[Row], ahead: Ahead) -> None:
     tasks: list[asyncio.Task[Outcome]] = []
     try:  # the spool has no name; it lies on the workspace's disk where that is local
-        with tempfile.TemporaryFile(dir=job.workspace.store.local) as spool:
+        with advice(job.folder), tempfile.TemporaryFile(dir=job.workspace.store.local) as spool:
             tasks = [asyncio.create_task(_one(job, tools, row, spool, ahead)) for row in rows]
             _publish(job, index, await asyncio.gather(*tasks), spool)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise no_space(job.folder) from error
-        raise
     finally:
         for task in tasks:
             task.cancel()

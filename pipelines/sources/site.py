@@ -6,9 +6,12 @@ for these again. It walks level by level in order of URL, so that also a crawl t
 pages whatever the timing.
 """
 
+import contextlib
+import fcntl
 import json
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -19,13 +22,16 @@ from yarl import URL
 
 from pairs.errors import PairmillError
 from pairs.fingerprint import fingerprint
-from pairs.process import ROOT
+from pairs.process import ROOT, child
+from pairs.store import advice, no_space
 from pipelines.fetch.guard import networks, refuse_url
 from pipelines.sources import Context, Row
 
-VERSION = 1  # raise it when an equal page gives another record
+VERSION = 2  # raise it when an equal page gives another record
 POLL_S = 0.2
 LOG_CHARS = 2000
+ORPHAN_S = 10.0  # how long the crawler of a killed run may take to end
+FULL_DISK = 28  # its exit code where no space was left
 
 
 @dataclass(frozen=True)
@@ -51,12 +57,15 @@ class Source:
                 remedy="crawl into a local workspace, then copy it",
             )
         folder = local / "crawl" / context.name / context.increment
-        folder.mkdir(parents=True, exist_ok=True)
-        pages = self._prepare(folder, context)
-        self._crawl(folder, pages, context)
+        with advice(str(folder)):
+            folder.mkdir(parents=True, exist_ok=True)
+            with _alone(folder / "pages.jsonl") as lock:
+                pages = self._prepare(folder, context)
+                self._crawl(folder, pages, context, lock)
         failures: Counter[str] = Counter()
         for page in read_pages(pages):
             failures[page["failure"] or "ok"] += 1
+            context.pages["cut"] += page["cut"] > 0
             yield from _rows(page)
         context.pages.update(failures)
         if not failures["ok"]:
@@ -87,28 +96,48 @@ class Source:
         (folder / "config.json").write_text(json.dumps({**config, "pages": str(pages.resolve())}))
         return pages
 
-    def _crawl(self, folder: Path, pages: Path, context: Context) -> None:
+    def _crawl(self, folder: Path, pages: Path, context: Context, lock: int) -> None:
         command = [sys.executable, "-m", "pipelines.sources.site_spider", str((folder / "config.json").resolve())]
-        with (folder / "log.txt").open("wb") as log:
-            child = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        try:
-            with pages.open("rb") as file:
-                lines = 0
-                while _still_runs(child):
-                    lines += file.read().count(b"\n")
-                    context.progress(lines - 1, self.max_pages, f"{lines - 1} pages")
-        finally:
-            if child.poll() is None:
-                child.kill()
-                child.wait()
-        if child.returncode != 0:
+        with (
+            (folder / "log.txt").open("wb") as log,
+            child(command, folder=ROOT, stdout=log, stderr=log, keep=[lock], patience_s=0.1) as crawler,
+            pages.open("rb") as file,
+        ):
+            lines = 0
+            while _still_runs(crawler):
+                lines += file.read().count(b"\n")
+                context.progress(lines - 1, self.max_pages, f"{lines - 1} pages")
+        if crawler.returncode == FULL_DISK:
+            raise no_space(str(pages))
+        if crawler.returncode != 0:
             tail = (folder / "log.txt").read_text(errors="replace")[-LOG_CHARS:]
-            raise RuntimeError(f"the crawl ended with exit code {child.returncode}:\n{tail}")
+            raise RuntimeError(f"the crawl ended with exit code {crawler.returncode}:\n{tail}")
 
 
-def _still_runs(child: "subprocess.Popen[bytes]") -> bool:
+@contextlib.contextmanager
+def _alone(pages: Path) -> Iterator[int]:
+    """Lets one crawl at a time have `pages`. The crawler gets the handle too: the kernel drops the lock when the last
+    process that holds it has ended, so that of an orphan and a new crawler only one ever appends."""
+    until = time.monotonic() + ORPHAN_S
+    with pages.open("ab") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise PairmillError(
+                        expected=f"no other crawler that writes {pages}",
+                        found="one that still runs, left by an earlier run",
+                        remedy="wait until it has ended, or end it, then run the same command again",
+                    ) from None
+                time.sleep(POLL_S)
+        yield file.fileno()
+
+
+def _still_runs(crawler: "subprocess.Popen[bytes]") -> bool:
     try:
-        child.wait(POLL_S)
+        crawler.wait(POLL_S)
     except subprocess.TimeoutExpired:
         return True
     return False

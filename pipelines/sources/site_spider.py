@@ -9,7 +9,7 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,17 @@ from twisted.python.failure import Failure as TwistedFailure
 from yarl import URL
 
 from pairs.identity import canonical_url
-from pairs.process import die_with_parent
+from pairs.store import FULL
 from pipelines.fetch.client import REDIRECTS, Client, Failure, Headers, Limits, open_client
 from pipelines.fetch.guard import networks
 from pipelines.fetch.robots import Robots
-from pipelines.sources.site import read_pages
+from pipelines.sources.site import FULL_DISK, read_pages
 from pipelines.sources.site_page import read_page
 
 CONNECTIONS = 16
 REDIRECT_ROUNDS = 5
 SYNC_EVERY = 32  # pages
-BLANK: dict[str, Any] = {"images": [], "links": [], "opt_out": None, "failure": None, "redirect": None}
+BLANK: dict[str, Any] = {"images": [], "links": [], "opt_out": None, "cut": 0, "failure": None, "redirect": None}
 PAGES = frozenset({"text/html", "application/xhtml+xml"})
 NOT_PAGES = tuple(f".{name}" for name in IGNORED_EXTENSIONS)
 
@@ -70,7 +70,8 @@ class GuardedHandler:
             self._client = open_client(config["agent"], config["per_host"], CONNECTIONS, allow)
             self._robots = Robots(self._client)
         limits = Limits(config["deadline_s"], config["max_page_bytes"], redirects=None, attempts=config["attempts"])
-        answer = await self._client.fetch(request.url, limits, self._robots.permit, only_pages, ", ".join(PAGES))
+        url = request.meta["as_found"]
+        answer = await self._client.fetch(url, limits, self._robots.permit, only_pages, ", ".join(PAGES))
         if isinstance(answer.result, Failure):
             raise PageFailed(answer.result)
         url, status, headers, body = answer.result
@@ -99,7 +100,8 @@ SETTINGS: dict[str, Any] = {
 
 
 class SiteSpider(Spider):
-    """Walks level by level; `pages` are the finished ones, by URL."""
+    """Walks level by level. A page is known by its canonical URL and asked for as the first link to it had it;
+    `_pages` are the finished ones, by canonical URL."""
 
     name = "site"
 
@@ -108,7 +110,7 @@ class SiteSpider(Spider):
         self._config = config
         self._hosts = {URL(seed).host for seed in config["seeds"]} | set(config["hosts"])
         path = Path(config["pages"])
-        self._pages = {page["url"]: _ways(page) for page in read_pages(path)}
+        self._pages = {page["key"]: _ways(page) for page in read_pages(path)}
         _end_torn_line(path)
         self._file = path.open("ab", buffering=0)
         self._unsynced = self._waiting = 0
@@ -116,23 +118,25 @@ class SiteSpider(Spider):
         self.error: BaseException | None = None
 
     async def start(self) -> AsyncIterator[Request]:
-        level, seen = {canonical_url(seed) for seed in self._config["seeds"]}, set[str]()
+        level, seen = _spelled(self._config["seeds"]), set[str]()
         for _ in range(self._config["max_depth"] + 1):
-            wave, level = level, set()
+            wave, level = level, {}
             for _ in range(REDIRECT_ROUNDS + 1):
-                fresh = sorted(url for url in wave - seen if self._within(url))[: self._config["max_pages"] - len(seen)]
+                room = self._config["max_pages"] - len(seen)
+                fresh = sorted(key for key in wave.keys() - seen if self._within(key))[:room]
                 seen.update(fresh)
-                missing = [url for url in fresh if url not in self._pages]
+                missing = [key for key in fresh if key not in self._pages]
                 self._waiting = len(missing)
                 self._ready.clear()
-                for url in missing:
-                    yield Request(url, self.parse, errback=self.failed, dont_filter=True)
+                for key in missing:
+                    meta = {"key": key, "as_found": wave[key]}
+                    yield Request(key, self.parse, errback=self.failed, dont_filter=True, meta=meta)
                 if missing:
                     await self._ready.wait()
                 if self.error:
                     return
-                level |= {link for url in fresh for link in self._pages[url][0]}
-                wave = {target for url in fresh if (target := self._pages[url][1])}
+                level = _spelled(link for key in fresh for link in self._pages[key][0]) | level
+                wave = _spelled(target for key in fresh if (target := self._pages[key][1]))
 
     def _within(self, url: str) -> bool:
         try:
@@ -148,15 +152,15 @@ class SiteSpider(Spider):
                 found = {"failure": "redirected", "redirect": _target(response)}
             else:
                 found = read_page(response, self._config["agent"])
-            self._record({**BLANK, "url": response.request.url, **found})
+            self._record({**_place(response.request), **found})
         except Exception as error:
             self._stop(error)
 
     def failed(self, failure: TwistedFailure) -> None:
         error = failure.value
         if isinstance(error, PageFailed):
-            url = failure.request.url  # type: ignore[attr-defined]
-            self._record({**BLANK, "url": url, "failure": error.failure.reason})
+            request: Request = failure.request  # type: ignore[attr-defined]
+            self._record({**_place(request), "failure": error.failure.reason})
         else:
             self._stop(error)
 
@@ -172,9 +176,21 @@ class SiteSpider(Spider):
         if self._unsynced >= SYNC_EVERY or not self._waiting:
             os.fsync(self._file.fileno())
             self._unsynced = 0
-        self._pages[page["url"]] = _ways(page)
+        self._pages[page["key"]] = _ways(page)
         if not self._waiting:
             self._ready.set()
+
+
+def _spelled(urls: Iterable[str]) -> dict[str, str]:
+    """The first spelling of each address, by its canonical form."""
+    spelled: dict[str, str] = {}
+    for url in urls:
+        spelled.setdefault(canonical_url(url), url.strip().partition("#")[0])
+    return spelled
+
+
+def _place(request: Request) -> dict[str, Any]:
+    return {**BLANK, "key": request.meta["key"], "url": request.meta["as_found"]}
 
 
 def _ways(page: dict[str, Any]) -> tuple[list[str], str | None]:
@@ -183,7 +199,7 @@ def _ways(page: dict[str, Any]) -> tuple[list[str], str | None]:
 
 def _target(response: Response) -> str | None:
     location = response.headers.get("Location")
-    return canonical_url(response.urljoin(location.decode("latin-1"))) if location else None
+    return response.urljoin(location.decode("latin-1")).partition("#")[0] if location else None
 
 
 def _end_torn_line(path: Path) -> None:
@@ -193,7 +209,6 @@ def _end_torn_line(path: Path) -> None:
 
 
 def main() -> None:
-    die_with_parent()
     config = json.loads(Path(sys.argv[1]).read_text())
     throttle = {"DOWNLOAD_DELAY": config["delay_s"], "CONCURRENT_REQUESTS_PER_DOMAIN": config["per_host"]}
     process = AsyncCrawlerProcess({**SETTINGS, **throttle, "PAIRMILL": config})
@@ -201,6 +216,8 @@ def main() -> None:
     process.crawl(crawler, config)
     process.start()
     spider = crawler.spider
+    if isinstance(spider, SiteSpider) and isinstance(spider.error, OSError) and spider.error.errno in FULL:
+        sys.exit(FULL_DISK)
     if not isinstance(spider, SiteSpider) or spider.error:
         sys.exit(1)
 

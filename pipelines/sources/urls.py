@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pairs.errors import PairmillError
+from pairs.store import file_system
 from pairs.strict import nearest
 from pipelines.sources import Context, Row, text
 
@@ -59,7 +60,7 @@ def _candidate(row: dict[str, Any]) -> Row:
 
 
 def _paths(pattern: str, where: str) -> list[str]:
-    fs, path = fsspec.core.url_to_fs(pattern)
+    fs, path = file_system(pattern)
     found = sorted(fs.glob(path)) if any(mark in path for mark in "*?[") else [path] * bool(fs.isfile(path))
     if not found:
         raise PairmillError(

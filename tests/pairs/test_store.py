@@ -260,3 +260,22 @@ def test_an_open_reader_keeps_the_whole_old_file(tmp_path: Path) -> None:
     with (tmp_path / "x").open("rb") as reader:
         store.write("x", b"new")
         assert reader.read() == b"old" * 1000
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/work", "nowhere://work"])
+def test_a_file_system_that_is_not_there_is_advice(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)  # not installed, wherever this runs
+    with pytest.raises(PairmillError, match="local folder") as error:
+        Store(address)
+    assert address in error.value.expected
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_forbidden_write_is_advice(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(prefix: str, dir: Path | None) -> tuple[int, str]:
+        raise OSError(number, os.strerror(number), str(dir))
+
+    monkeypatch.setattr(tempfile, "mkstemp", forbidden)
+    with pytest.raises(PairmillError, match="permission") as error:
+        Store(tmp_path).write("x", b"1")
+    assert str(tmp_path) in error.value.expected

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
 from pairs.errors import PairmillError
-from pairs.recipe import NAME, Recipe, Rule, load_recipe
+from pairs.recipe import NAME, FetchSpec, Recipe, Rule, load_recipe
 from pairs.strict import nearest, setting_names, strict
 
 LEAST: dict[str, Any] = {"name": "small", "sources": {"docs": {"kind": "site"}}}
@@ -275,3 +275,10 @@ def test_the_error_shows_both_sides_and_the_way_on_and_travels() -> None:
     error = pickle.loads(pickle.dumps(PairmillError(expected="a dog", found="a cat", remedy="look again")))
     assert str(error).split() == ["expected", "a", "dog", "found", "a", "cat", "do", "look", "again"]
     assert (error.expected, error.found, error.remedy) == ("a dog", "a cat", "look again")
+
+
+@pytest.mark.parametrize("agent", ["", " ", "/1.0", "(+x)", "two\nlines", "naïve/1"])
+def test_an_agent_without_a_token_is_refused(agent: str) -> None:
+    with pytest.raises(PairmillError, match=r"fetch\.agent"):
+        strict(FetchSpec, {"agent": agent}, "fetch")
+    assert strict(FetchSpec, {"agent": "some-crawler/2.0 (+https://a.test/)"}, "fetch")

@@ -156,3 +156,22 @@ def test_tombstones(workspace: Workspace) -> None:
     assert workspace.alive(table) == [True, False, False, False, True]
     with pytest.raises(AssertionError):
         workspace.bury("page", ["x"], "no such kind")
+
+
+def test_a_workspace_without_permission_is_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Workspace.open(tmp_path / "w", create=True)
+    monkeypatch.setattr("pairs.workspace.os.access", lambda path, mode: False)
+    with pytest.raises(PairmillError, match="permission"):
+        Workspace.open(tmp_path / "w", create=True)
+    assert Workspace.open(tmp_path / "w").store.local, "reading needs no permission to write"
+
+
+def test_a_lock_without_permission_is_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    space = Workspace.open(tmp_path / "w", create=True)
+
+    def forbidden(path: Path, *args: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    with pytest.raises(PairmillError, match="permission"), space.lock():
+        pass

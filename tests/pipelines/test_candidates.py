@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -10,8 +11,12 @@ from pairs.errors import PairmillError
 from pairs.identity import url_key
 from pairs.recipe import FetchSpec, SourceSpec
 from pairs.schemas import CANDIDATES, LEDGER
+from pairs.store import Store
 from pairs.workspace import Workspace
-from pipelines.candidates import MAX_TRIES, CutCounts, cut_increment, part
+from pipelines import stages
+from pipelines.candidates import MAX_TRIES, CutCounts, _settings, check_settings, cut_increment, part
+from pipelines.console import Console
+from pipelines.run import Run, open_run
 
 
 @pytest.fixture
@@ -46,7 +51,8 @@ def test_rows_of_one_image_are_merged_in_an_order_of_their_own(workspace: Worksp
     assert table["url_key"].to_pylist() == sorted(url_key(r["url"]) for r in rows[2:])
     merged = next(r for r in table.to_pylist() if "x.png" in r["url"])
     assert [t["text"] for t in merged["texts"]] == ["first", "second"]
-    assert merged["page"] == "http://p.test/1" and merged["url"] == "http://a.test/x.png?a=2&b=1"
+    assert merged["page"] == "http://p.test/1" and merged["url"] == "http://A.test:80/x.png?a=2&b=1"
+    assert merged["url_key"] == url_key("http://a.test/x.png?b=1&a=2"), "one image in three spellings"
 
     other = Workspace.open(tmp_path / "other", create=True)
     cut(other, rows[::-1], tmp_path)
@@ -96,3 +102,70 @@ def test_an_empty_source_writes_nothing(workspace: Workspace, tmp_path: Path) ->
     with pytest.raises(PairmillError, match="none"):
         cut(workspace, [], tmp_path)
     assert workspace.store.files("candidates") == []
+
+
+def test_a_changed_source_is_not_taken_for_the_one_that_was_cut(workspace: Workspace, tmp_path: Path) -> None:
+    cut(workspace, [row("http://a.test/1.png")], tmp_path)
+    settings = {"kind": "urls", "path": str(tmp_path / "rows.jsonl")}
+    columns = {"url": "url", "text": "text", "page": "page"}
+    same = SourceSpec.model_validate(settings | {"columns": columns, "trusted": True, "allow": ["127.0.0.0/8"]})
+    check_settings(workspace, "table", same)
+    check_settings(workspace, "other", SourceSpec.model_validate(settings))
+    changed = SourceSpec.model_validate(settings | {"columns": {"url": "text"}})
+    with pytest.raises(PairmillError, match="new name") as error:
+        check_settings(workspace, "table", changed)
+    assert "columns" in error.value.expected and "path" not in error.value.expected
+    with pytest.raises(PairmillError, match="new name"):
+        cut_increment(workspace, "table", changed, FetchSpec(), lambda done, total, note: None)
+    assert workspace.increments("table") == ["0000"]
+
+
+def test_how_far_and_how_fast_a_site_is_crawled_may_change(workspace: Workspace) -> None:
+    site = {"kind": "site", "seeds": ["http://a.test/"]}
+    facts = {"settings": _settings("web", SourceSpec.model_validate(site)), "counts": "{}"}
+    workspace.store.write_table(part("web", "0000"), CANDIDATES.empty_table(), facts)
+    pace = {"delay_s": 0.0, "per_host": 9, "max_pages": 5, "max_depth": 1}
+    check_settings(workspace, "web", SourceSpec.model_validate(site | pace))
+    with pytest.raises(PairmillError, match="seeds"):
+        check_settings(workspace, "web", SourceSpec.model_validate(site | {"seeds": ["http://b.test/"]}))
+
+
+RECIPE = """
+name: cuts
+sources:
+  table: {kind: urls, path: PATH}
+"""
+
+
+@pytest.mark.parametrize("killed_at", ["before the table", "after the table"])
+def test_a_killed_search_for_news_cuts_one_increment(
+    killed_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kill comes on either side of the table; meanwhile the source has grown, so that a second cut would show."""
+    table, recipe = tmp_path / "rows.jsonl", tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.replace("PATH", str(table)))
+
+    def crawl(count: int, new: bool) -> Run:
+        table.write_text("".join(json.dumps(row(f"http://a.test/{n}.png")) + "\n" for n in range(count)))
+        run = open_run(recipe, workspace=str(tmp_path / "work"), console=Console(quiet=True), new=new)
+        with run.workspace.lock():
+            stages.crawl(run)
+        return run
+
+    first = crawl(2, False)
+    first.workspace.store.write(f"{first.folder}/report.html", "done")
+    name = "write_table" if killed_at == "before the table" else "delete"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Store, name, killed)
+        crawl(4, True)
+    assert first.workspace.increments("table") == ["0000", "0001"][: 1 + (name == "delete")]
+    run = crawl(6, True)
+    assert run.workspace.increments("table") == ["0000", "0001"]
+    told = run.read("stages.json")["crawl"]["sources"]["table"]
+    assert (told["increment"], told["new"]) == ("0001", 2 if name == "delete" else 4)
+    assert run.read("cut.json") == {"table": "0001"}
+    assert crawl(6, True).workspace.increments("table") == ["0000", "0001"], "the run that goes on has cut already"
+
+
+def killed(*args: Any, **settings: Any) -> None:
+    raise KeyboardInterrupt

@@ -1,5 +1,6 @@
 """Sources: what they yield from folders, tables and pages, what they refuse, and a crawl that is killed."""
 
+import fcntl
 import json
 import os
 import signal
@@ -13,17 +14,20 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from aiohttp import web
 from scrapy.http import HtmlResponse
 
+from pairs import process
 from pairs.errors import PairmillError
 from pairs.identity import local_key, url_key
+from pairs.process import ROOT
 from pairs.recipe import FetchSpec, SourceSpec
 from pairs.workspace import Workspace
 from pipelines.candidates import CutCounts, cut_increment, part
-from pairs.process import ROOT
 from pipelines.sources import load_source
 from pipelines.sources.folder import Outside, Source
-from pipelines.sources.site_page import read_page
+from pipelines.sources.site import _alone
+from pipelines.sources.site_page import read_page, walk
 from tests.pipelines.small_web import ALLOW, SmallWeb, picture, redirect, small_web, with_headers
 
 
@@ -182,6 +186,129 @@ def test_opt_out_of_a_page(meta: str, headers: dict[str, str], opt: str | None, 
     body = f'<meta name="robots" content="{meta}"><img src="a.png"><a href="b.html">b</a>'
     found = page(body, headers)
     assert (found["opt_out"], len(found["links"]), len(found["images"])) == (opt, links, 1)
+
+
+@pytest.mark.parametrize("nest", ["<div>", "<figure>", "<figure><figcaption>x"])
+def test_nested_markup_costs_no_more_than_its_size(nest: str) -> None:
+    body = nest * 600 + '<img src="a.png">' * 1500
+    root = HtmlResponse("http://a.test/", body=body.encode()).selector.root
+    elements = sum(1 for _ in root.iter())
+    found = walk(root, "pairmill")
+    assert (found.visited, len(found.images), found.cut) == (elements, 1500, 0)
+    steps = 0
+
+    def count(*event: object) -> None:
+        nonlocal steps
+        steps += 1
+
+    sys.setprofile(count)
+    try:
+        page(body)
+    finally:
+        sys.setprofile(None)
+    assert steps < 250 * elements  # calls, in C and in Python; a way up or down from each image makes far more
+
+
+def test_what_a_page_has_too_much_of_is_counted(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.sources.site_page.MAX_IMAGES", 3)
+    found = page('<img src="a.png">' * 5 + '<a href="b.html">b</a>')
+    assert (len(found["images"]), len(found["links"]), found["cut"]) == (3, 1, 2)
+    monkeypatch.setattr("pipelines.sources.site_page.MAX_ELEMENTS", 4)  # html, body and two more
+    assert (len(page('<img src="a.png">' * 5)["images"]), page('<img src="a.png">' * 5)["cut"]) == (2, 3)
+    deep = page("<div>" * 2100 + '<img src="a.png">')
+    assert deep["cut"] > 0
+
+
+def test_too_much_of_a_page_reaches_the_counts(workspace: Workspace) -> None:
+    routes = {"/": '<img src="a.png">' * 2003, "/robots.txt": with_headers(b"", {}, 404)}
+    with small_web(routes) as site:
+        assert crawl(workspace, site).pages_cut == 1
+
+
+def test_the_innermost_figure_with_a_caption_gives_it() -> None:
+    found = page(
+        "<figure><img src=1.png><figure><img src=2.png><figcaption>inner</figcaption></figure>"
+        "<figure><img src=3.png></figure><figcaption>outer</figcaption></figure><img src=4.png>"
+    )
+    captions = [[t["text"] for t in image["texts"] if t["kind"] == "caption"] for image in found["images"]]
+    assert captions == [["outer"], ["inner"], ["outer"], []]
+
+
+def test_pages_and_images_are_asked_for_as_their_links_have_them(workspace: Workspace) -> None:
+    asked: list[str] = []
+
+    async def listed(request: web.Request) -> web.StreamResponse:
+        asked.append(request.raw_path)
+        return web.Response(text='<img src="/i.png?z=%2F&a=%7e#x" alt="signed">', content_type="text/html")
+
+    start = link("/list?b=2&a=%7e1#top") + link("/list?a=~1&b=2")
+    with small_web({"/": start, "/list": listed, "/robots.txt": with_headers(b"", {}, 404)}) as site:
+        assert crawl(workspace, site).pages == {"ok": 2}
+    assert asked == ["/list?a=~1&b=2"]  # two spellings of one page: the first in order
+    with small_web({"/": link("/list?b=2&a=%7e1"), "/list": listed, "/robots.txt": with_headers(b"", {}, 404)}) as site:
+        other = Workspace.open(Path(workspace.store.root) / "other", create=True)
+        crawl(other, site)
+        row = other.store.read_table(part("src", "0000")).to_pylist()[0]
+        expected = site.url("/i.png?z=%2F&a=%7e")
+    assert asked[1:] == ["/list?b=2&a=%7e1"]
+    assert row["url"] == expected and row["page"].endswith("/list?b=2&a=%7e1")
+
+
+ITS_OWN = '{"settings": "of the orphan"}\n'
+
+
+def test_two_crawlers_never_write_one_record(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An orphan of a killed run still holds its lock; its record stays as it is."""
+    monkeypatch.setattr("pipelines.sources.site.ORPHAN_S", 0.0)
+    pages = Path(workspace.store.root) / "crawl/src/0000/pages.jsonl"
+    pages.parent.mkdir(parents=True)
+    pages.write_text(ITS_OWN)
+    with small_web(small_site()) as site, pages.open("ab") as orphan:
+        fcntl.flock(orphan, fcntl.LOCK_EX)
+        with pytest.raises(PairmillError, match="still runs"):
+            crawl(workspace, site)
+        assert pages.read_text() == ITS_OWN and site.asked == []
+        fcntl.flock(orphan, fcntl.LOCK_UN)
+        assert crawl(workspace, site).new == 14
+
+
+def test_the_crawler_holds_the_lock_itself(tmp_path: Path) -> None:
+    with _alone(tmp_path / "pages.jsonl") as lock:
+        command = [sys.executable, "-c", "print('up', flush=True); input()"]
+        orphan = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[lock])
+        assert orphan.stdout and orphan.stdout.readline() == b"up\n"
+    with pytest.raises(BlockingIOError), (tmp_path / "pages.jsonl").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    orphan.communicate(b"\n")
+    with _alone(tmp_path / "pages.jsonl"):
+        pass
+
+
+FULL = """
+import errno, sys
+from pipelines.sources import site_spider
+
+def full(*args):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+site_spider.SiteSpider._record = full
+site_spider.main()
+"""
+
+
+def test_a_full_disk_under_the_crawler_is_said(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crawler(command: list[str], **more: Any) -> Any:
+        return process.child([command[0], "-c", FULL, command[-1]], **more)
+
+    monkeypatch.setattr("pipelines.sources.site.child", crawler)
+    with small_web(small_site()) as site, pytest.raises(PairmillError, match="no space left"):
+        crawl(workspace, site)
+    assert workspace.store.files("candidates") == []
+
+
+def test_a_table_on_an_unknown_file_system_is_advice(workspace: Workspace) -> None:
+    with pytest.raises(PairmillError, match="nowhere"):
+        rows_of(workspace, kind="urls", path="nowhere://lists/t.jsonl")
 
 
 def link(target: str) -> str:
