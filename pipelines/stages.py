@@ -89,7 +89,7 @@ def _success_gate(run: Run, name: str, fetched: list[FetchCounts]) -> None:
     """Of all increments of a source together: one bad increment must not stop every run that comes after it."""
     floor = run.recipe.gates.min_fetch_success
     candidates = sum(done.candidates for done in fetched)
-    asked = candidates - sum(done.refused for done in fetched)
+    asked = sum(done.asked for done in fetched)
     success = sum(done.ok for done in fetched) / asked if asked else 0.0
     if candidates and success < floor:
         raise PairmillError(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pairs.shard import list_shards
+from pairs.workspace import Workspace
 from tests.pipelines import flow
 from tests.pipelines.conftest import Finished
 
@@ -107,6 +108,19 @@ def test_trace_tells_why_a_pair_was_dropped(finished: Finished, say: Say) -> Non
     (verdict,) = [v for name, v in facts["selections"].items() if name.startswith("tiny-")]
     assert not verdict["kept"] and verdict["dropped_by"] == "text_stats.words min 2.0"
     assert facts["training"] == []
+
+
+def test_trace_names_no_steps_once_a_pair_of_the_training_is_forgotten(
+    finished: Finished, tmp_path: Path, say: Say
+) -> None:
+    space = flow.copied(finished.workspace, tmp_path / "workspace")
+    one, other = [uid for uid, verdict in selected(finished).items() if verdict["kept"]][:2]
+    dropped = rows(finished)["box"]["uid"]
+    Workspace.open(space).bury("uid", [other], "asked for")
+    for uid in (one, other):
+        told = say("trace", uid, "--workspace", space, "--json").json["training"]
+        assert [(t["steps"], "1 of its pairs were forgotten" in t["note"]) for t in told][-1] == ([], True)
+    assert say("trace", dropped, "--workspace", space, "--json").json["training"] == []
 
 
 def test_every_step_of_every_training_is_accounted_for(finished: Finished, say: Say) -> None:

@@ -147,3 +147,15 @@ def test_a_killed_stage_is_told_and_its_lock_is_free(path: Path) -> None:
     assert "same command again" in told["next"]
     assert not list(space.glob(".tmp-*")), "the next writer sweeps what a killed one left"
     assert json.loads((space / run.folder / "stages.json").read_text())["fetch"]["state"] == "running"
+
+
+def test_an_id_that_another_process_has_by_now_is_no_running_stage(path: Path) -> None:
+    run = opened(path)
+    with run.stage("crawl"):
+        (told,) = status(run.workspace)
+        assert told["stages"]["crawl"]["state"] == "running"
+        mark = run.read("stages.json")
+        mark["crawl"]["process_started"] -= 3600
+        run.write("stages.json", mark)
+        (told,) = status(run.workspace)
+        assert told["stages"]["crawl"]["state"] == "killed"

@@ -11,6 +11,7 @@ from pairs.recipe import GatesSpec, Recipe
 from pairs.shard import list_shards
 from pipelines import stages
 from pipelines.console import Console
+from pipelines.fetch.shards import FetchCounts
 from pipelines.run import Run, open_run
 from tests.pipelines import flow
 from tests.pipelines.conftest import Finished
@@ -119,6 +120,48 @@ def test_a_poor_fetch_stops_the_run(finished: Finished, tmp_path: Path) -> None:
         stages.fetch(strict)
     assert error.value.found == f"{(flow.WEB + 6) / (flow.WEB + 8):.1%} of {flow.WEB + 8}"
     assert "ledger/web" in error.value.remedy
+
+
+def counted(candidates: int, ok: int, refused: int = 0) -> FetchCounts:
+    lost = {"permanent/http_404": candidates - ok - refused, "refused/robots": refused}
+    return FetchCounts(candidates, ok, 1, 0, lost)
+
+
+@pytest.mark.parametrize(
+    ("fetched", "found"),
+    [
+        ([counted(10, 0)], "0.0% of 10"),
+        ([counted(90, 90), counted(10, 0)], None),
+        ([counted(5, 0, refused=5)], "nothing asked for: all 5"),
+        ([counted(100, 90), counted(5, 0, refused=5)], None),
+        ([], None),
+    ],
+)
+def test_the_fetch_gate_asks_of_all_increments_together(
+    tmp_path: Path, fetched: list[FetchCounts], found: str | None
+) -> None:
+    values = flow.recipe(tmp_path) | {"gates": {"min_fetch_success": 0.8}}
+    path = flow.write_recipe(tmp_path / "recipe.yaml", values)
+    run = open_run(path, workspace=str(tmp_path / "workspace"), console=Console(quiet=True))
+    if found is None:
+        stages._success_gate(run, "web", fetched)
+    else:
+        with pytest.raises(PairmillError, match=r"gates\.min_fetch_success") as error:
+            stages._success_gate(run, "web", fetched)
+        assert error.value.found.startswith(found)
+
+
+@pytest.mark.parametrize("recalls", [{}, {"swapped_text": 0.9, "near_duplicate": None}])
+def test_a_missing_canary_figure_fails_its_gate(tmp_path: Path, recalls: dict[str, float | None]) -> None:
+    picked = {"kept": 40, "kept_untrusted": 4, "selection": "selections/tiny", "canary_recall": recalls}
+    for gates, stops in (({}, False), ({"min_canary_recall": 0.5}, True), ({"min_pairs": 5}, True)):
+        path = flow.write_recipe(tmp_path / "recipe.yaml", flow.recipe(tmp_path) | {"gates": gates})
+        run = open_run(path, workspace=str(tmp_path / "workspace"), console=Console(quiet=True))
+        if not stops:
+            stages.gates(run, 1, picked)
+        else:
+            with pytest.raises(PairmillError, match=r"no .*canaries|beside the trusted"):
+                stages.gates(run, 1, picked)
 
 
 @pytest.mark.slow

@@ -66,3 +66,14 @@ def test_a_pair_forgotten_since_does_not_come_back(workspace: Workspace) -> None
     publish_training_shards(workspace, selection, shards, ["clean"])
     refs = list_shards(workspace.store, f"shards/{selection.split('/')[1]}/web-0123456789ab")
     assert workspace.store.read_table(refs[0].table)["uid"].to_pylist() == [uid_of("web", 2)]
+
+
+def test_what_is_forgotten_after_publication_is_counted_no_more(workspace: Workspace) -> None:
+    """The funnel and the training examples add up after a late opt-out, though the tar still holds the pair."""
+    selection, shards = made(workspace)
+    first = publish_training_shards(workspace, selection, shards, ["clean"])
+    workspace.bury("uid", [uid_of("web", 0)], "asked for")
+    again = publish_training_shards(workspace, selection, shards, ["clean"])
+    assert (again.wrote, again.total) == (0, first.total - 1)
+    result = select(workspace.store, "small", KEEP, TextsSpec(), shards, {"clip": folder("clip")}, ["clean"])
+    assert result.folder == selection and result.kept == again.total
