@@ -9,7 +9,7 @@ import hashlib
 import io
 import re
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import IO, NamedTuple
 
 from pairs.errors import PairmillError
@@ -127,14 +127,6 @@ def _scan(data: bytes, name: str) -> Iterator[Member]:
         raise _bad(name, f"no end mark after byte {end} of {len(data)}: the tar was cut")
     if data[end:].strip(b"\0"):
         raise _bad(name, f"more data behind the end mark at byte {end}")
-
-
-def group(members: Iterable[Member]) -> dict[str, dict[str, Member]]:
-    """Members by key, then by extension."""
-    pairs: dict[str, dict[str, Member]] = {}
-    for member in members:
-        pairs.setdefault(member.key, {})[member.ext] = member
-    return pairs
 
 
 def _bad(name: str, found: str) -> PairmillError:
