@@ -6,6 +6,7 @@ renamed. The last two stay.
 """
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 
 from pairs.errors import PairmillError
 from pairs.fingerprint import content_hash, fingerprint
@@ -39,10 +42,10 @@ def publishing(target: Path) -> Iterator[Path]:
         temporary.chmod(0o755)
         temporary.rename(target)
         _sync(target.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise PairmillError(
             expected=f"to write {target}",
-            found=f"{error.strerror or error}; nothing was published, what was there before is untouched",
+            found=f"{getattr(error, 'strerror', None) or error}; nothing was published, what was there before is untouched",
             remedy="free some space or mend the folder, then run the same command again: it resumes",
         ) from error
     finally:
@@ -53,8 +56,12 @@ def save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
     """Publishes `folder`/step-N, N from `facts`, and removes all others but the one before."""
     target = folder / f"step-{facts['step']:08d}"
     with publishing(target) as temporary:
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, temporary / "model.safetensors")
-        torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
+        # As bytes first: a full disk is then an OSError, where the libraries raise errors of their own.
+        weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+        (temporary / "model.safetensors").write_bytes(to_bytes(weights))
+        moments = io.BytesIO()
+        torch.save(optimizer.state_dict(), moments)
+        (temporary / "optimizer.pt").write_bytes(moments.getbuffer())
         state = {"facts": facts, "sha256": {p.name: content_hash(p) for p in sorted(temporary.iterdir())}}
         (temporary / "state.json").write_text(json.dumps(state | {"seal": fingerprint(state)}, sort_keys=True))
     ours = [path for path in _folders(folder) if path.name <= target.name]
@@ -79,7 +86,7 @@ def restore(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer
     """Loads what `save` wrote into a model and an optimizer of the same architecture."""
     try:
         model.load_state_dict(load_file(path / "model.safetensors"))
-        optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True))
+        optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
     except (RuntimeError, ValueError) as error:
         raise PairmillError(
             expected=f"a checkpoint of this run's architecture in {path}",

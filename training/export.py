@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from pairs.errors import PairmillError
@@ -81,7 +82,7 @@ def save(folder: Path, spec: ModelSpec, weights: dict[str, Tensor], facts: dict[
         (temporary / CONFIG).write_text(json.dumps(config(spec), indent=2))
         (temporary / CARD).write_text(json.dumps(facts, indent=2, sort_keys=True))
         whole = {name: tensor.detach().cpu().float().contiguous() for name, tensor in weights.items()}
-        save_file(whole, temporary / WEIGHTS, metadata={"format": "pt"})
+        (temporary / WEIGHTS).write_bytes(to_bytes(whole, metadata={"format": "pt"}))
 
 
 def load(folder: Path, attention: str = "auto") -> tuple[PackedClip, ModelSpec]:

@@ -197,11 +197,17 @@ def _result(
 def _join(rank: int, ranks: int) -> torch.device:
     cuda = torch.cuda.is_available()
     local = int(os.environ.get("LOCAL_RANK", "0"))
+    if cuda and local >= torch.cuda.device_count():
+        raise PairmillError(
+            expected=f"a GPU for each of the {ranks} ranks (pretrain.workers)",
+            found=f"{torch.cuda.device_count()}",
+            remedy="set workers to the number of GPUs, or hide them all (CUDA_VISIBLE_DEVICES=) to train on the CPU",
+        )
     if not cuda:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "0")) or max(1, (os.cpu_count() or 1) // ranks))
     if ranks > 1:
         meet = os.environ.get("PAIRMILL_RENDEZVOUS", "env://")
-        dist.init_process_group("nccl" if cuda else "gloo", init_method=meet, rank=rank, world_size=ranks)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", init_method=meet, rank=rank, world_size=ranks)
     if cuda:
         torch.cuda.set_device(local)
     return torch.device("cuda", local) if cuda else torch.device("cpu")

@@ -1,6 +1,8 @@
 """Checkpoints: whole or absent, verified, the earlier one when the later is damaged."""
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,6 +78,36 @@ def test_nothing_half_written_is_seen(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / ".tmp-left-by-a-kill").mkdir()
     found = checkpoint.latest(tmp_path)
     assert found and found[1]["step"] == 1 and len(list(tmp_path.iterdir())) == 1
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+import torch
+from pairs.errors import PairmillError
+from training import checkpoint, export
+from tests.training.small import MODEL
+folder, what = Path(sys.argv[1]), sys.argv[2]
+model = torch.nn.Linear(200, 200)
+optimizer = torch.optim.AdamW(model.parameters())
+model(torch.ones(1, 200)).sum().backward()
+optimizer.step()
+whole = export.build(MODEL, 0)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # the weights fit, the moments don't
+try:
+    if what == "checkpoint":
+        checkpoint.save(folder, model, optimizer, {"step": 1})
+    else:
+        export.save(folder / "model", MODEL, whole.state_dict(), {})
+except PairmillError as error:
+    print(error.found, list(folder.iterdir()))
+"""
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "model"])
+def test_a_disk_without_room_is_told_and_leaves_nothing(tmp_path: Path, what: str) -> None:
+    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path), what], capture_output=True, text=True)
+    assert done.stdout.startswith("File too large; nothing was published") and done.stdout.endswith("[]\n"), done.stderr
 
 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
