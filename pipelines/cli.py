@@ -56,13 +56,18 @@ def _run(
     root = workspace or f"workspace/{spec.name}"
     space = Workspace.open(root, create=True)
     home = (space.store.local or Path.home() / ".cache" / "pairmill") / "prefect"
-    with space.lock():  # a second writer is told at once, before a server starts on the first one's database
-        pass
+    _probe(space)
     with orchestration(home):
         from pipelines.flywheel import flywheel
 
         result = flywheel(str(recipe), root, engine, until, new, cal, js, advance)
     _tell(result, js)
+
+
+def _probe(space: Workspace) -> None:
+    """A second writer is told at once, before a server starts on the first one's database."""
+    with space.lock():
+        pass
 
 
 def _tell(result: dict[str, Any], js: bool) -> None:
@@ -150,6 +155,7 @@ def deploy(
     root = workspace or f"workspace/{spec.name}"
     space = Workspace.open(root, create=True)
     home = (space.store.local or Path.home() / ".cache" / "pairmill") / "prefect"
+    _probe(space)
     with orchestration(home, port) as url:
         from pipelines.deployment import serve_schedule
 

@@ -1,11 +1,14 @@
 """A run for what is new keeps the scorer in force, so that only what is new is scored; `advance` trains another."""
 
-import shutil
+import dataclasses
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pairs.errors import PairmillError
+from pairs.workspace import Workspace
 from pipelines import scorer, stages, training_jobs
 from pipelines.console import Console
 from pipelines.run import Run, open_run
@@ -81,33 +84,43 @@ def test_a_run_that_ends_early_leaves_what_scored_it(path: Path) -> None:
     assert kept and kept["models"] == RESULT["models"]
 
 
+@pytest.fixture
+def drawn_later(finished: Finished) -> Iterator[None]:
+    """Six more pictures in the trusted folder while the test lasts."""
+    flow.draw_folder(finished.root / "trusted", 6, 500)
+    yield
+    for path in (finished.root / "trusted").glob("05??.*"):
+        path.unlink()
+
+
+@pytest.mark.usefixtures("drawn_later")
 def test_only_what_is_new_is_scored(finished: Finished, tmp_path: Path) -> None:
-    space = flow.copied(finished.workspace, tmp_path / "workspace")
-    for name in ("trusted", "eval"):
-        shutil.copytree(finished.root / name, tmp_path / name)
-    shutil.copy(finished.root / "web.csv", tmp_path)
-    flow.draw_folder(tmp_path / "trusted", 6, 500)
-    before = flow.files_below(space, "scores", "selections", "shards", "models")
-    run = open_run(
-        flow.write_recipe(tmp_path / "recipe.yaml", flow.recipe(tmp_path)),
-        workspace=str(space),
-        console=QUIET,
-        new=True,
-    )
+    space, kinds = flow.copied(finished.workspace, tmp_path / "workspace"), ("scores", "selections", "shards", "models")
+    old = finished.run.read("round-1/curation.json")
+    force = space / "scorer" / "tiny.json"
+    told = json.loads(force.read_text())
+    force.write_text(json.dumps(told | {"models": old["scorer"]["models"]}))  # whatever six steps of training made
+    before = flow.files_below(space, *kinds)
+    run = open_run(finished.recipe, workspace=str(space), console=QUIET, new=True)
     with run.workspace.lock():
         stages.crawl(run)
         stages.fetch(run)
         picked = stages.curate(run, 1, stages.first_filter(run))
-    old = finished.run.read("round-1/curation.json")
-    promoted = finished.run.read("round-1/promotion.json")["promoted"]
-    assert (picked["scores"] == old["scores"]) != promoted
-    after = flow.files_below(space, "scores", "selections", "shards", "models")
+    assert run.folder != finished.run.folder and run.read("lineage.json")["increments"]["trusted"] == ["0000", "0001"]
+    assert (picked["selection"], picked["scores"]) == (old["selection"], old["scores"])
+    after = flow.files_below(space, *kinds)
+    published = {name for name in before if name.endswith((".tar", ".safetensors")) or "/0000/" in name}
+    assert {name: after[name] for name in published} == {name: before[name] for name in published}
     new = {name for name in after if name not in before}
+    real = [name for name in new if "/web-" in name or "/trusted-" in name]
+    assert real and all("/trusted-" in name and "/0001/" in name for name in real)
     assert not [name for name in new if name.startswith("models")], "nothing was trained"
-    if not promoted:
-        assert picked["selection"] == old["selection"]
-        tables = [name for name in new if name.startswith("scores/text_stats") and "canar" not in name]
-        assert len([name for name in tables if "/trusted-" in name]) == 1 and not [n for n in tables if "/web-" in n]
-    here = open_run(finished.recipe, workspace=str(space), console=QUIET)
-    pins = training_jobs.pins(here, picked["selection"], stages.shards(here)) if not promoted else []
-    assert not [pin for pin in pins if pin.folder.endswith("/0001")], "the earlier run stays pinned to what it had"
+    pinned = {
+        r.folder: training_jobs.pins(r, old["selection"], stages.shards(r)) for r in (run, earlier(finished, space))
+    }
+    increments = [{pin.folder.rsplit("/", 1)[1] for pin in pins} for pins in pinned.values()]
+    assert increments == [{"0000", "0001"}, {"0000"}], "the earlier run stays pinned to what it had"
+
+
+def earlier(finished: Finished, space: Path) -> Run:
+    return dataclasses.replace(finished.run, workspace=Workspace.open(space))

@@ -9,7 +9,7 @@ import pytest
 from pairs.errors import PairmillError
 from pairs.recipe import GatesSpec, Recipe
 from pairs.shard import list_shards
-from pipelines import stages
+from pipelines import curation, stages, training_jobs
 from pipelines.console import Console
 from pipelines.fetch.shards import FetchCounts
 from pipelines.run import Run, open_run
@@ -162,6 +162,29 @@ def test_a_missing_canary_figure_fails_its_gate(tmp_path: Path, recalls: dict[st
         else:
             with pytest.raises(PairmillError, match=r"no .*canaries|beside the trusted"):
                 stages.gates(run, 1, picked)
+
+
+def test_an_evaluation_is_done_again_once_a_held_out_pair_is_forgotten(finished: Finished, tmp_path: Path) -> None:
+    space = flow.copied(finished.workspace, tmp_path / "workspace")
+    run = open_run(finished.recipe, workspace=str(space), console=Console(quiet=True))
+    known, model = {"trusted": stages.shards(run)["trusted"]}, finished.report["rounds"][0]["training"]["model"]
+    before = training_jobs.evaluate(run, "it", model, run.recipe.evaluate, known)
+    assert before["reused"]
+    (_, gone), *left = training_jobs.held_out_rows(run, known)
+    run.workspace.bury("uid", [gone["uid"]], "asked for")
+    after = training_jobs.evaluate(run, "it", model, run.recipe.evaluate, known)
+    assert not after["reused"] and len(left) > 1
+    assert {row["n"] for row in after["rows"] if row["figure"].startswith("image to text")} == {len(left)}
+
+
+def test_without_reporting_canaries_the_scorer_stays(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curation, "_canary_recall", lambda *_: {"value": None})
+    scorer, model = (
+        finished.run.read("round-1/curation.json")["scorer"],
+        finished.report["rounds"][0]["training"]["model"],
+    )
+    verdict = curation.compare_scorers(finished.run, 1, scorer, model)
+    assert not verdict["promoted"] and "nothing to compare" in verdict["told"]
 
 
 @pytest.mark.slow
