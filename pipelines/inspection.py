@@ -37,7 +37,7 @@ def tell_verdict(workspace: Workspace, as_json: bool) -> int:
     _out.print("checked " + ", ".join(f"{n} {what}" for what, n in verdict.checked.items()), markup=False)
     if verdict.unfinished:
         _out.print(
-            f"{len(verdict.unfinished)} tars without a table: a killed run left them, the next one replaces them"
+            f"{len(verdict.unfinished)} unfinished tars and folders: a killed run left them, the next one makes them"
         )
     for path, problem in verdict.problems:
         _out.print(printable(f"WRONG {path}: {problem}"), markup=False)
