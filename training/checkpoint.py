@@ -43,9 +43,10 @@ def publishing(target: Path) -> Iterator[Path]:
         temporary.rename(target)
         _sync(target.parent)
     except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise PairmillError(
             expected=f"to write {target}",
-            found=f"{getattr(error, 'strerror', None) or error}; nothing was published, what was there before is untouched",
+            found=f"{reason}; nothing was published, what was there before is untouched",
             remedy="free some space or mend the folder, then run the same command again: it resumes",
         ) from error
     finally:

@@ -52,8 +52,8 @@ class TrainResult(BaseModel):
     truncated: int
     damaged: int
     skipped: int  # steps without an update, as loss or gradient was not finite
-    loss: float | None  # mean over the last tenth of the steps; None where nothing was left to do
-    seconds: float
+    loss: float | None  # mean of the finite ones over the last tenth of the steps; None where there are none
+    seconds: float  # of the process that ended it
     pairs_per_s: float | None
     fill: float | None
     precision: str

@@ -1,7 +1,8 @@
 """From the plan to packed batches: one range request per block, decoding ahead of the step in threads.
 
 Everything about a batch's shape comes from the plan, so a damaged image changes none: its patches
-are zeros, its pair is masked and counted. Decoding releases the interpreter's lock. JPEGs far larger than
+are zeros, its pair is masked and counted. A block that can't be read ends the run. Decoding releases the
+interpreter's lock. JPEGs far larger than
 their patches are decoded at a half, a quarter or an eighth. Cost: the blocks of two windows in memory.
 """
 
@@ -17,13 +18,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pairs.errors import PairmillError
 from pairs.identity import unit_hash
 from pairs.store import Store
 from training.packing import Grid, PackedImages, PackedTexts, pack_images, pack_texts
-from training.plan import WINDOW, Cost, Plan
+from training.plan import WINDOW, Block, Cost, Plan
 
 REDUCED = {8: cv2.IMREAD_REDUCED_COLOR_8, 4: cv2.IMREAD_REDUCED_COLOR_4, 2: cv2.IMREAD_REDUCED_COLOR_2}
 JPEG = b"\xff\xd8"
+READS, PAUSE_S = 4, 0.5  # tries of a block, and the first pause between them, which doubles
 DRAWS = ("turn", "stretch", "zoom", "x", "y")
 Pixels = npt.NDArray[np.uint8]
 
@@ -37,7 +40,7 @@ class Batch:
     valid: torch.Tensor  # bool (own pairs,)
     same: torch.Tensor  # int64 (all pairs, 2): pairs that share either are not negatives
     counts: tuple[int, ...]  # pairs by rank
-    damaged: dict[str, int]  # own pairs that couldn't be read, by reason
+    damaged: dict[str, int]  # own pairs that couldn't be decoded, by reason
 
     def to(self, device: torch.device) -> "Batch":
         images, texts = self.images.to(device), self.texts.to(device)
@@ -53,7 +56,7 @@ class Loader:
         self.plan, self.store, self.rank, self.ranks, self.cost = plan, store, rank, ranks, cost
         self.patch_px, self.jitter, self.multiple = patch_px, jitter, multiple
         self.wait_s = 0.0
-        self._blocks: OrderedDict[int, bytes | None] = OrderedDict()
+        self._blocks: OrderedDict[int, bytes] = OrderedDict()
         self._lock = threading.Lock()
 
     def batches(self, start: int, end: int, ahead: int = 3, threads: int = 1) -> Iterator[Batch]:
@@ -93,34 +96,46 @@ class Loader:
     def _pixels(self, epoch: int, row: int, grid: Grid) -> tuple[Pixels, str | None]:
         """The jittered and resized picture (h·P, w·P, 3), RGB; zeros and the reason where it can't be read."""
         size = (int(self.plan.widths[row]), int(self.plan.heights[row]))
-        data = self._bytes(row)
-        try:
-            picture = decode(data, size, grid, self.patch_px) if data else None
-        except cv2.error:
-            picture = None
+        picture = decode(self._bytes(row), size, grid, self.patch_px)
         if picture is None:
-            blank = np.zeros((grid[0] * self.patch_px, grid[1] * self.patch_px, 3), np.uint8)
-            return blank, "undecodable" if data else "unreadable"
+            return np.zeros((grid[0] * self.patch_px, grid[1] * self.patch_px, 3), np.uint8), "undecodable"
         if self.jitter:
             draws = [unit_hash(self.plan.seed, epoch, self.plan.uids[row], what) for what in DRAWS]
             picture = jittered(picture, self.jitter, draws)
         return resize(picture, grid, self.patch_px), None
 
-    def _bytes(self, row: int) -> bytes | None:
+    def _bytes(self, row: int) -> bytes:
         number = int(self.plan.block_of[row])
         block = self.plan.blocks[number]
         with self._lock:
             if number not in self._blocks:
-                try:
-                    self._blocks[number] = self.store.read(block.shard.tar, block.start, block.size)
-                except OSError:
-                    self._blocks[number] = None
+                self._blocks[number] = _read(self.store, block)
                 if len(self._blocks) > 2 * WINDOW:
                     self._blocks.popitem(last=False)
             self._blocks.move_to_end(number)
             data = self._blocks[number]
         start = int(self.plan.offsets[row]) - block.start
-        return data[start : start + int(self.plan.sizes[row])] if data else None
+        return data[start : start + int(self.plan.sizes[row])]
+
+
+def _read(store: Store, block: Block) -> bytes:
+    """The block's bytes. A store that is away for a moment is asked again: pairs must not be lost to its weather."""
+    found = ""
+    for attempt in range(READS):
+        if attempt:
+            time.sleep(PAUSE_S * 2 ** (attempt - 1))
+        try:
+            data = store.read(block.shard.tar, block.start, block.size)
+            if len(data) == block.size:
+                return data
+            found = f"{len(data)} of {block.size} bytes from {block.start}"
+        except OSError as error:
+            found = f"{type(error).__name__}: {error}"
+    raise PairmillError(
+        expected=f"to read {block.shard.tar}",
+        found=f"{found}, {READS} times",
+        remedy="mend the store, then run the same command again: it resumes after the last checkpoint",
+    )
 
 
 def decode(data: bytes, size: tuple[int, int] | None, grid: Grid, patch_px: int) -> Pixels | None:
@@ -130,7 +145,10 @@ def decode(data: bytes, size: tuple[int, int] | None, grid: Grid, patch_px: int)
         spare = min(size[0] / (grid[1] * patch_px), size[1] / (grid[0] * patch_px))
         shrink = next((factor for factor in REDUCED if spare >= factor), 1)
         flag = REDUCED.get(shrink, cv2.IMREAD_COLOR)
-    picture = cv2.imdecode(np.frombuffer(data, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)
+    try:
+        picture = cv2.imdecode(np.frombuffer(data, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error:  # no bytes at all, or more pixels than OpenCV is allowed
+        return None
     if picture is None or (size and picture.shape[:2] != (-(-size[1] // shrink), -(-size[0] // shrink))):
         return None
     return np.asarray(picture[:, :, ::-1], dtype=np.uint8)

@@ -2,7 +2,8 @@
 
 The folder holds `open_clip_config.json`, `open_clip_model.safetensors` and `model_card.json` (settings, plan, steps).
 Nothing in it tells when, where or how fast it was made: models are known by the hash of their folder, and a killed
-training has to end in the same one. It is published whole. `load` reads such a folder back into the packed model, whoever wrote it.
+training has to end in the same one. It is published whole. `load` reads such a folder back into the packed model,
+whoever wrote it.
 """
 
 import json

@@ -3,12 +3,14 @@
 Loss = global sum / global count; DDP averages gradients over ranks, so each rank's part is scaled by their number.
 AdamW decays matrices only: not biases, norms, positions or token rows (a row that no text holds must not move).
 The schedule is a linear warm-up, then a cosine to zero. A step whose loss or gradient isn't finite is skipped and
-counted, on all ranks alike; `PATIENCE` in a row stop the run. AdamW: arXiv 1711.05101.
+counted, on all ranks alike; `PATIENCE` in a row stop the run, and so do damaged images where they
+are most. AdamW: arXiv 1711.05101.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,11 +33,12 @@ Line = dict[str, Any]
 
 @dataclass
 class Totals:
-    """What a run adds up; sums and counts, divided at the end."""
+    """What a run adds up; sums and counts, divided at the end. Checkpoints hold them, so that a
+    resumed run tells of all its steps."""
 
     damaged: int = 0
     skipped: int = 0
-    losses: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)  # the finite ones of the last tenth of the steps
     pairs: int = 0
     useful: int = 0
     computed: int = 0
@@ -49,13 +52,15 @@ def train_steps(
     loader: Loader,
     spec: PretrainSpec,
     start: int,
+    totals: Totals,
     device: torch.device,
     dtype: torch.dtype,
     emit: Callable[[Line], None],
     save: Callable[[int], None],
-) -> Totals:
-    """Steps [start, spec.steps). `emit` gets a line for each, `save` the number of steps done, when one is due."""
-    ranks, rank, totals, in_a_row = loader.ranks, loader.rank, Totals(), 0
+) -> None:
+    """Steps [start, spec.steps), added to `totals`. `emit` gets a line for each, `save` how many are done, when due."""
+    ranks, rank, in_a_row = loader.ranks, loader.rank, 0
+    lately: deque[tuple[int, int]] = deque(maxlen=PATIENCE)
     parameters = [p for p in model.parameters() if p.requires_grad]
     run: nn.Module = DistributedDataParallel(model, gradient_as_bucket_view=True) if ranks > 1 else model
     began = time.perf_counter()
@@ -76,6 +81,8 @@ def train_steps(
         own = [float(total.detach()), float(count), damaged, tokens, computed, loader.wait_s]
         loss_sum, pairs, damaged_sum, useful, all_tokens, wait_s = _sum(own, ranks, device)
         loss = loss_sum / max(pairs, 1)
+        lately.append((int(damaged_sum), sum(batch.counts)))
+        _check_damage(step, int(pairs), lately)
 
         optimizer.zero_grad()
         (total * (ranks / max(pairs, 1))).backward()
@@ -92,7 +99,8 @@ def train_steps(
 
         now = time.perf_counter()
         seconds, began = now - began, now
-        totals.losses.append(loss)
+        if math.isfinite(loss) and step >= spec.steps - max(1, spec.steps // 10):
+            totals.losses.append(loss)
         totals.damaged += int(damaged_sum)
         totals.pairs, totals.useful = totals.pairs + int(pairs), totals.useful + int(useful)
         totals.computed, totals.seconds = totals.computed + int(all_tokens), totals.seconds + seconds
@@ -114,7 +122,6 @@ def train_steps(
         )
         if (step + 1) % spec.checkpoint_every == 0 or step + 1 == spec.steps:
             save(step + 1)
-    return totals
 
 
 def make_optimizer(model: PackedClip, spec: PretrainSpec) -> torch.optim.Optimizer:
@@ -150,6 +157,18 @@ def _sum(values: list[float], ranks: int, device: torch.device) -> list[float]:
     dist.all_reduce(sums)
     added: list[float] = sums.tolist()
     return added
+
+
+def _check_damage(step: int, pairs: int, lately: Collection[tuple[int, int]]) -> None:
+    """Stops where a step has no pair left, or the last `PATIENCE` steps fewer than half: damage, not bad luck."""
+    damaged, taken = (sum(column) for column in zip(*lately, strict=True))
+    if pairs and (len(lately) < PATIENCE or 2 * damaged <= taken):
+        return
+    raise PairmillError(
+        expected="pairs whose images can be decoded",
+        found=f"{damaged} of {taken} undecodable in the {len(lately)} steps up to {step}",
+        remedy="run `pairmill verify` on the workspace: the training shards are damaged",
+    )
 
 
 def _give_up(in_a_row: int, step: int, loss: float, norm: float) -> None:

@@ -4,12 +4,12 @@ Ranks come from torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK); they meet a
 torchrun says. Rank 0 writes metrics, checkpoints and the model, and a JSON line for each step to standard output.
 """
 
-import ctypes
+import dataclasses
 import json
 import logging
+import math
 import os
 import shutil
-import signal
 import sys
 import time
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from pairs.errors import PairmillError
+from pairs.process import die_with_parent
 from pairs.recipe import PretrainSpec
 from pairs.store import Store
 from training import checkpoint, export
@@ -31,14 +32,14 @@ from training.plan import Cost
 from training.tables import make_plan
 
 log = logging.getLogger("pairmill.training")
-PR_SET_PDEATHSIG = 1
 
 
 def main(path: str) -> int:
     """Runs this rank; 0 when the work is done, 2 after a user's error, which is printed as a JSON line."""
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", stream=sys.stderr)
-    _die_with_parent()
+    if parent := os.environ.get("PAIRMILL_PARENT"):
+        die_with_parent(int(parent))
     try:
         config = TrainConfig.model_validate_json(Path(path).read_text())
         device = _join(rank, ranks)
@@ -66,20 +67,20 @@ def train_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device)
     model.to(device)
     optimizer = make_optimizer(model, spec)
     identity = {"plan": plan.fingerprint, "config": config.fingerprint}
-    start = _resume(out / "checkpoints", model, optimizer, identity, rank, ranks)
+    start, totals = _resume(out / "checkpoints", model, optimizer, identity, rank, ranks)
     dtype = precision(spec, device)
     metrics = Metrics(out / "metrics.jsonl", start) if rank == 0 else None
 
     def save(step: int) -> None:
         if rank == 0:
-            checkpoint.save(out / "checkpoints", model, optimizer, plan.state(step) | identity)
+            facts = plan.state(step) | identity | {"totals": dataclasses.asdict(totals)}
+            checkpoint.save(out / "checkpoints", model, optimizer, facts)
 
     m = spec.model
     cost = Cost((m.vision.layers, m.vision.width), (m.text.layers, m.text.width))
     loader = Loader(plan, store, rank, ranks, cost, m.patch_px, spec.jitter, spec.row_tokens)
-    totals = train_steps(
-        model, optimizer, plan, loader, spec, start, device, dtype, metrics.add if metrics else _nothing, save
-    )
+    emit = metrics.add if metrics else _nothing
+    train_steps(model, optimizer, plan, loader, spec, start, totals, device, dtype, emit, save)
     facts = {
         "spec": spec.model_dump(exclude={"workers", "checkpoint_every"}),
         "plan": plan.fingerprint,
@@ -91,7 +92,7 @@ def train_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device)
     result = _result(config, plan.fingerprint, ran_with, totals, start, len(plan), left_out, plan.tokens.truncated)
     result = result.model_copy(update={"seconds": time.perf_counter() - began})
     if rank == 0:
-        Store(out).write(RESULT, result.model_dump_json(indent=2))  # before the model, whose folder tells that all is done
+        Store(out).write(RESULT, result.model_dump_json(indent=2))  # before the model, which tells that all is done
         weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("word_head")}
         rows = weights["token_embedding.weight"]
         weights["token_embedding.weight"] = export.whole_table(m, spec.seed, plan.tokens.used, rows)
@@ -118,7 +119,8 @@ def precision(spec: PretrainSpec, device: torch.device) -> torch.dtype:
 
 
 class Metrics:
-    """`metrics.jsonl` and standard output, a JSON object per step. A resumed run cuts off what it will do again."""
+    """`metrics.jsonl` and standard output, a JSON object per step. A resumed run cuts off what it will do again.
+    A number that isn't finite becomes null."""
 
     def __init__(self, path: Path, start: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,8 +137,9 @@ class Metrics:
         self._file = path.open("a", buffering=1)
 
     def add(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        _say(line)
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self._file.write(json.dumps(plain) + "\n")
+        _say(plain)
 
 
 def _resume(
@@ -146,8 +149,8 @@ def _resume(
     identity: dict[str, str],
     rank: int,
     ranks: int,
-) -> int:
-    """The step to go on from. Rank 0 picks the checkpoint, the others read the one it picked."""
+) -> tuple[int, Totals]:
+    """The step to go on from and the sums so far. Rank 0, which alone tells sums, picks; the others read the same."""
     found = checkpoint.latest(folder) if rank == 0 else None
     if found and any(found[1].get(name) != value for name, value in identity.items()):
         log.warning("training begins anew: the checkpoints are of other settings, or pairs were forgotten since")
@@ -159,7 +162,7 @@ def _resume(
     if int(step):
         checkpoint.restore(folder / f"step-{int(step):08d}", model, optimizer)
         log.info("resumed after step %d", int(step))
-    return int(step)
+    return int(step), Totals(**found[1]["totals"]) if found else Totals()
 
 
 def _result(
@@ -172,7 +175,6 @@ def _result(
     left_out: dict[str, int],
     truncated: int,
 ) -> TrainResult:
-    last = totals.losses[-max(1, config.spec.steps // 10) :]
     return TrainResult(
         model=str(Path(config.out_dir) / "model"),
         fingerprint=config.fingerprint,
@@ -184,7 +186,7 @@ def _result(
         truncated=truncated,
         damaged=totals.damaged,
         skipped=totals.skipped,
-        loss=sum(last) / len(last) if last else None,
+        loss=sum(totals.losses) / len(totals.losses) if totals.losses else None,
         seconds=0.0,
         pairs_per_s=totals.pairs / totals.seconds if totals.seconds else None,
         fill=totals.useful / totals.computed if totals.computed else None,
@@ -211,14 +213,6 @@ def _join(rank: int, ranks: int) -> torch.device:
     if cuda:
         torch.cuda.set_device(local)
     return torch.device("cuda", local) if cuda else torch.device("cpu")
-
-
-def _die_with_parent() -> None:
-    """Asks the kernel to kill this process when its parent dies, however that happens."""
-    parent = os.environ.get("PAIRMILL_PARENT")
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if parent and os.getppid() != int(parent):
-        sys.exit("the process that started this one has ended")
 
 
 def _say(line: dict[str, Any]) -> None:

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from pairs.shard import ShardRef
+from pairs.errors import PairmillError
 from pairs.store import Store
 from tests.training.small import SPEC, encoded, picture, shards
+from training import data
 from training.data import Loader, decode, patchify, resize
 from training.plan import Cost
 from training.tables import make_plan
@@ -83,15 +84,42 @@ def test_damaged_pairs_are_masked_counted_and_change_no_shape(memory_store: Stor
     (_, first), (_, second) = loader.plan.rows(0)[3], loader.plan.rows(0)[5]
     for row in (first, second):
         block = loader.plan.blocks[int(loader.plan.block_of[row])]
-        data = bytearray(memory_store.read(block.shard.tar))
+        tar = bytearray(memory_store.read(block.shard.tar))
         start, size = int(loader.plan.offsets[row]), int(loader.plan.sizes[row])
-        data[start : start + size] = bytes(size)
-        memory_store.write(block.shard.tar, bytes(data))
+        tar[start : start + size] = bytes(size)
+        memory_store.write(block.shard.tar, bytes(tar))
     batch = _again(loader).load(0)
     assert batch.valid.tolist() == [i not in (3, 5) for i in range(16)]
     assert batch.damaged == {"undecodable": 2} and batch.images.layout.runs == whole.images.layout.runs
-    memory_store.delete(ShardRef("shards/all-0123456789ab/0000", 0).tar)
-    assert _again(loader).load(0).damaged["unreadable"] > 0
+
+
+class Shaky(Counted):
+    """A store that is away at the first `fails` range requests."""
+
+    fails = 0
+
+    def read(self, path: str, start: int = 0, size: int | None = None) -> bytes:
+        data = super().read(path, start, size)
+        if size is not None and len(self.requests) <= self.fails:
+            raise ConnectionResetError("reset by peer")
+        return data
+
+
+def test_a_store_that_is_away_is_asked_again_and_in_the_end_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "PAUSE_S", 0.0)
+    store = Shaky(tmp_path)
+    loader, store.requests, store.fails = _loader(store), [], data.READS - 1
+    assert loader.load(0).valid.all()
+    store.requests, store.fails = [], data.READS
+    with pytest.raises(PairmillError, match=r"ConnectionResetError: reset by peer, 4 times"):
+        _again(loader).load(0)
+
+
+@pytest.mark.parametrize("nothing", [b"", b"no image"])
+def test_what_is_no_image_is_none(nothing: bytes) -> None:
+    assert decode(nothing, None, (4, 4), 8) is None
 
 
 def _again(loader: Loader) -> Loader:
@@ -107,9 +135,9 @@ def test_ranks_together_hold_the_step(memory_store: Store) -> None:
 @pytest.mark.parametrize("ext", [".jpg", ".png", ".webp"])
 def test_big_pictures_may_be_decoded_small(ext: str) -> None:
     big = np.kron(picture(2), np.ones((8, 8, 1), np.uint8))  # 640 x 640
-    data = encoded(big, ext)
-    reduced, whole = decode(data, (640, 640), (4, 4), 8), decode(data, None, (4, 4), 8)
+    big_bytes = encoded(big, ext)
+    reduced, whole = decode(big_bytes, (640, 640), (4, 4), 8), decode(big_bytes, None, (4, 4), 8)
     assert reduced is not None and whole is not None and whole.shape == (640, 640, 3)
     near = [resize(p, (4, 4), 8).astype(float) for p in (reduced, whole)]
     assert np.abs(near[0] - near[1]).mean() < 3
-    assert decode(data, (641, 640), (4, 4), 8) is None  # not what the table says
+    assert decode(big_bytes, (641, 640), (4, 4), 8) is None  # not what the table says

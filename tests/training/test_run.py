@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from pairs.errors import PairmillError
+from pairs.fingerprint import content_hash
 from pairs.store import Store
 from pairs.workspace import Workspace
 from tests.training.small import config, pair
+from training import run
 from training.config import TrainConfig, TrainResult
 from training.run import train_rank
 
@@ -37,3 +40,59 @@ def test_checkpoints_of_another_plan_are_given_up_with_a_message(
     assert again.pairs == first.pairs - 1 and again.left_out == {"forgotten": 1}
     folders = sorted(path.name for path in (Path(cfg.out_dir) / "checkpoints").iterdir())
     assert folders == ["step-00000003", "step-00000004"] and Store(tmp_path).has("runs/run/result.json")
+
+
+class Stop(Exception):
+    pass
+
+
+def _damage(cfg: TrainConfig, pairs: int) -> None:
+    """Zeroes the images of the first `pairs` pairs."""
+    store = Store(cfg.store)
+    for pin in cfg.shards:
+        tar = bytearray(store.read(pin.ref.tar))
+        for row in store.read_table(pin.ref.table).to_pylist()[:pairs]:
+            tar[row["image_offset"] : row["image_offset"] + row["image_size"]] = bytes(row["image_size"])
+            pairs -= 1
+        store.write(pin.ref.tar, bytes(tar))
+
+
+def test_a_run_that_is_killed_ends_in_the_same_model_and_tells_the_same_sums(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, twice, broken = (config(tmp_path, name, checkpoint_every=every) for name, every in NAMES.items())
+    _damage(whole, 9)
+    results = [_train(whole), _train(twice)]
+
+    def stop(line: dict[str, Any]) -> None:
+        if line.get("step") == 4:
+            raise Stop
+
+    monkeypatch.setattr(run, "_say", stop)
+    with pytest.raises(Stop):
+        _train(broken)
+    monkeypatch.setattr(run, "_say", lambda line: None)
+    results += [_train(broken), _train(broken)]
+    assert [result.resumed_from for result in results] == [0, 0, 3, 8]
+    assert len({content_hash(Path(result.model)) for result in results}) == 1
+    for name in ("damaged", "skipped", "loss", "fill"):
+        assert len({getattr(result, name) for result in results}) == 1, name
+    assert results[0].damaged >= 9 and results[0].loss is not None
+
+
+NAMES = {"whole": 3, "twice": 5, "broken": 3}
+
+
+def test_damage_in_most_pairs_stops_the_run(tmp_path: Path) -> None:
+    cfg = config(tmp_path, "half", steps=40)
+    _damage(cfg, 40)
+    with pytest.raises(PairmillError, match=r"\d+ of 160 undecodable in the 10 steps up to 9"):
+        _train(cfg)
+    _damage(cfg, 60)
+    with pytest.raises(PairmillError, match="16 of 16 undecodable in the 1 steps up to 0"):
+        _train(cfg.model_copy(update={"out_dir": str(tmp_path / "none")}))
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
+    run.Metrics(tmp_path / "metrics.jsonl", 0).add({"step": 0, "loss": float("nan"), "lr": 0.5})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 0, "loss": None, "lr": 0.5}
