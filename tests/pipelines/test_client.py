@@ -19,6 +19,7 @@ from pipelines.fetch.client import (
     Limits,
     Response,
     _retry_after,
+    _verbatim,
     any_headers,
     any_url,
     open_client,
@@ -203,3 +204,18 @@ def test_retry_after_takes_seconds_and_dates() -> None:
     assert parse("7") == 7.0
     assert parse("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
     assert parse("soon") is None
+
+
+@pytest.mark.parametrize(
+    ("address", "sent"),
+    [
+        ("http://A.test:80/i%2Fj/%7ex?z=%2F&a=1+2%20#top", "/i%2Fj/%7ex?z=%2F&a=1+2%20"),
+        ("http://a.test?b=1", "/?b=1"),
+        ("http://a.test/a b/ü?x=y z", "/a%20b/%C3%BC?x=y+z"),  # no plain text: as yarl writes it
+        ("http://a.test/open/../private/x", "/private/x"),  # what robots.txt is asked about is what is sent
+        ("http://a.test/open/%2e%2E/private/x", "/private/x"),
+    ],
+)
+def test_an_address_is_sent_as_it_stood(address: str, sent: str) -> None:
+    url = _verbatim(address, URL(address))
+    assert url.raw_path_qs == sent and url.host == "a.test" and url.port == 80
