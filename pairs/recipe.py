@@ -116,17 +116,33 @@ class TowerSpec(Spec):
     width: int = Field(ge=8)
     heads: int = Field(ge=1)
 
+    @model_validator(mode="after")
+    def _heads_fit(self) -> "TowerSpec":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of its {self.heads} heads")
+        return self
+
+
+def _patches_fit(image_px: int, patch_px: int) -> None:
+    if image_px % patch_px:
+        raise ValueError(f"image_px {image_px} is not a multiple of patch_px {patch_px}")
+
 
 class ModelSpec(Spec):
     """A CLIP of open_clip's architecture. `image_px` is a multiple of `patch_px`."""
 
-    embed_dim: int = 128
-    image_px: int = 64
-    patch_px: int = 8
+    embed_dim: int = Field(128, ge=1)
+    image_px: int = Field(64, ge=1)
+    patch_px: int = Field(8, ge=1)
     vision: TowerSpec = TowerSpec(layers=4, width=128, heads=4)
     text: TowerSpec = TowerSpec(layers=3, width=128, heads=4)
-    context: int = 32
-    vocabulary: int = 49408
+    context: int = Field(32, ge=3)  # tokens of a text, its two marks included
+    vocabulary: int = Field(49408, ge=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ModelSpec":
+        _patches_fit(self.image_px, self.patch_px)
+        return self
 
 
 class PretrainSpec(Spec):
@@ -144,20 +160,26 @@ class PretrainSpec(Spec):
     jitter: float = Field(0.15, ge=0, lt=0.5)  # turn, stretch, zoom and shift; no mirror: captions say left and right
     word_weight: float = Field(0.0, ge=0)  # of predicting the text's words from the image, beside the objective
     row_tokens: int = Field(0, ge=0)  # a stream of tokens is rounded up to a multiple of this; 0: not at all
-    attention: str = "auto"
+    attention: Literal["auto", "reference", "sdpa", "varlen"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     checkpoint_every: int = Field(100, ge=1)
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _a_pair_for_each(self) -> "PretrainSpec":
+        if self.batch_pairs < self.workers:
+            raise ValueError(f"batch_pairs {self.batch_pairs} leave some of the {self.workers} workers without a pair")
+        return self
 
 
 class BlipSpec(Spec):
     """A small BLIP, trained on the trusted pairs with transformers' own losses."""
 
-    image_px: int = 64
-    patch_px: int = 8
+    image_px: int = Field(64, ge=1)
+    patch_px: int = Field(8, ge=1)
     vision: TowerSpec = TowerSpec(layers=2, width=96, heads=4)
     text: TowerSpec = TowerSpec(layers=2, width=96, heads=4)
-    embed_dim: int = 64
+    embed_dim: int = Field(64, ge=1)
     vocabulary: int = Field(2000, ge=64)
     max_tokens: int = Field(35, ge=8)
     prompt: str = "a picture of "  # the captioner writes what follows it
@@ -175,6 +197,11 @@ class BlipSpec(Spec):
     precision: Literal["fp32", "bf16"] = "bf16"
     checkpoint_every: int = Field(200, ge=1)
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _fits(self) -> "BlipSpec":
+        _patches_fit(self.image_px, self.patch_px)
+        return self
 
 
 class FirstFilterSpec(Spec):

@@ -16,6 +16,7 @@ from pipelines.candidates import check_settings, cut_increment, finished_cut, ne
 from pipelines.fetch.shards import FetchCounts, fetch_fingerprint, fetch_increment
 from pipelines.run import Run
 from pipelines.sources import load_source
+from training.launch import preflight
 
 Facts = dict[str, Any]
 
@@ -31,6 +32,8 @@ def check(recipe: Recipe) -> None:
             found=f"none among {', '.join(recipe.sources)}",
             remedy="mark a clean source as trusted, or name published weights and leave first_filter out",
         )
+    for pretraining in filter(None, (recipe.first_filter.clip, recipe.pretrain)):
+        preflight(pretraining)
     zero_shot = recipe.evaluate.zero_shot
     if zero_shot and not Path(zero_shot.path).is_dir():
         raise PairmillError(

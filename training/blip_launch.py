@@ -1,7 +1,7 @@
 """Starts a BLIP training as a process of its own, streams its lines, and leaves none behind.
 
-A process of its own, because training takes all cores' threads and its memory must go with it. Calling it again after a kill
-resumes after the last checkpoint; after the end it returns at once.
+A process of its own, because training takes all cores' threads and its memory must go with it. Calling it again after
+a kill resumes after the last checkpoint; after the end it returns at once.
 """
 
 import json
@@ -16,10 +16,12 @@ from pydantic import BaseModel, ConfigDict
 
 from pairs.errors import PairmillError
 from pairs.fingerprint import fingerprint
+from pairs.process import ROOT, child
 from pairs.recipe import BlipSpec
 from training.config import Pin
 
 Line = dict[str, Any]
+VERSION = 1  # of what a training makes of the same job: raise it with any change that reaches the weights
 
 
 class BlipJob(BaseModel):
@@ -35,7 +37,7 @@ class BlipJob(BaseModel):
     def fingerprint(self) -> str:
         """Over the shards' content and the settings; not over where they lie."""
         spec = self.spec.model_dump(exclude={"checkpoint_every"})
-        return fingerprint({"shards": [pin.model_dump() for pin in self.shards], "blip": spec})
+        return fingerprint({"version": VERSION, "shards": [pin.model_dump() for pin in self.shards], "blip": spec})
 
 
 class BlipResult(BaseModel):
@@ -55,28 +57,28 @@ def train_blip_job(job: BlipJob, on_line: Callable[[Line], None] = lambda line: 
     out.mkdir(parents=True, exist_ok=True)
     path = out / "config.json"
     path.write_text(job.model_dump_json(indent=2))
-    home = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-    variables = {"PAIRMILL_PARENT": str(os.getpid()), "PYTHONPATH": home, "HF_HUB_OFFLINE": "1"}
+    home = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {"PYTHONPATH": home, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "training.blip_run", str(path)]
-    with (out / "train.log").open("w") as log:
-        process = subprocess.Popen(
-            command, env=os.environ | variables, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True
-        )
-        try:
-            assert process.stdout
-            for line in map(json.loads, process.stdout):
+    log_path = out / "train.log"
+    with (
+        log_path.open("wb") as log,
+        child(command, environment=environment, stdout=subprocess.PIPE, stderr=log, patience_s=0) as process,
+    ):
+        assert process.stdout
+        with process.stdout:
+            for text in process.stdout:
+                line = json.loads(text) if text.startswith(b"{") else {}  # libraries print too
                 if "done" in line:
                     return BlipResult.model_validate(line["done"])
                 if "error" in line:
                     raise PairmillError(**line["error"])
-                on_line(line)
-        finally:
-            process.kill()
-            process.wait()
-            process.stdout.close()
-    end = [line for line in (out / "train.log").read_text().splitlines() if line.strip()][-3:]
+                if line:
+                    on_line(line)
+        process.wait()
+    end = [text for text in log_path.read_text().splitlines() if text.strip()][-3:]
     raise PairmillError(
         expected="the BLIP training to finish",
         found=f"exit code {process.returncode}: {' / '.join(end) or 'no message'}",
-        remedy=f"see {out / 'train.log'}; the same command resumes after the last checkpoint",
+        remedy=f"see {log_path}; the same command resumes after the last checkpoint",
     )

@@ -6,6 +6,7 @@ from pairs.fingerprint import fingerprint
 from pairs.recipe import PretrainSpec
 from pairs.shard import ShardRef
 
+VERSION = 1  # of what a training makes of the same config: raise it with any change that reaches the weights
 RESULT = "result.json"  # in the run's folder, beside its model: what varies from run to run
 
 
@@ -35,7 +36,7 @@ class TrainConfig(BaseModel):
     def fingerprint(self) -> str:
         """Over the shards' content and the settings; not over where they lie, nor over the number of workers."""
         spec = self.spec.model_dump(exclude={"workers", "checkpoint_every"})
-        return fingerprint({"shards": [pin.model_dump() for pin in self.shards], "spec": spec})
+        return fingerprint({"version": VERSION, "shards": [pin.model_dump() for pin in self.shards], "spec": spec})
 
 
 class TrainResult(BaseModel):

@@ -26,19 +26,6 @@ CONFIG, WEIGHTS, CARD = "open_clip_config.json", "open_clip_model.safetensors", 
 
 def build(spec: ModelSpec, seed: int, attention: str = "auto") -> PackedClip:
     """The model of `spec` with the weights that `seed` gives."""
-    if spec.image_px % spec.patch_px:
-        raise PairmillError(
-            expected=f"model.image_px to be a multiple of patch_px = {spec.patch_px}",
-            found=str(spec.image_px),
-            remedy="change one of them",
-        )
-    for name, tower in (("vision", spec.vision), ("text", spec.text)):
-        if tower.width % tower.heads:
-            raise PairmillError(
-                expected=f"model.{name}.width to be a multiple of its {tower.heads} heads",
-                found=str(tower.width),
-                remedy="change one of them",
-            )
     torch.manual_seed(seed)
     vision, text = ((t.layers, t.width, t.heads) for t in (spec.vision, spec.text))
     return PackedClip(

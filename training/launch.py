@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from pairs.errors import PairmillError
+from pairs.recipe import PretrainSpec
 from training.config import RESULT, TrainConfig, TrainResult
 
 Line = dict[str, Any]
+NVIDIA = Path("/dev/nvidiactl")  # there wherever CUDA can be
 MAX_PIXELS = "200000000"  # what OpenCV may decode
 
 
@@ -48,20 +50,23 @@ def train(config: TrainConfig, on_line: Callable[[Line], None] = lambda line: No
     raise AssertionError("rank 0 ended without a result")
 
 
-@contextlib.contextmanager
-def progress(steps: int, title: str = "pretrain") -> Iterator[Callable[[Line], None]]:
-    """A progress bar for a terminal, as an `on_line`."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def preflight(spec: PretrainSpec) -> None:
+    """Raises PairmillError where what `spec` names can't run on this machine: workers, precision, attention."""
+    if spec.precision != "bf16" and spec.attention != "varlen" and not NVIDIA.exists():
+        return  # nothing can fail, and to import torch takes seconds
+    import torch
 
-    now_column = TextColumn("{task.fields[now]}")
-    with Progress(TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), now_column) as bar:
-        task = bar.add_task(title, total=steps, now="")
+    from training.attention import unsupported
+    from training.run import check_gpus, precision
 
-        def show(line: Line) -> None:
-            now = f"loss {line['loss']:.3f}, {line['pairs_per_s']:.0f} pairs/s"
-            bar.update(task, completed=line["step"] + 1, now=now)
-
-        yield show
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_gpus(spec.workers)
+    dtype = precision(spec, device)
+    reason = None if spec.attention == "auto" else unsupported(spec.attention, device.type, dtype)
+    if reason:
+        raise PairmillError(
+            expected=f"attention backend {spec.attention!r} to run", found=reason, remedy="use attention: auto"
+        )
 
 
 def _finished(config: TrainConfig) -> TrainResult | None:
@@ -88,7 +93,7 @@ def _ranks(count: int, config: Path, meeting: str, logs: Path) -> Iterator[list[
     with contextlib.ExitStack() as stack:
         ranks: list[subprocess.Popen[str]] = []
         for rank in range(count):
-            log = stack.enter_context((logs / f"rank{rank}.log").open("w"))
+            log = stack.enter_context((logs / f"rank{rank}.log").open("a"))
             process = subprocess.Popen(
                 [sys.executable, "-m", "training.run", str(config)],
                 env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
@@ -116,8 +121,10 @@ def _lines(ranks: list["subprocess.Popen[str]"], logs: Path) -> Iterator[Line]:
         threading.Thread(target=_read, args=(rank, process, lines), daemon=True).start()
     while True:
         rank, text = lines.get()
-        if text:
+        if text.startswith("{"):  # libraries print too
             yield json.loads(text)
+        elif text:
+            continue
         elif ranks[rank].wait() != 0:
             log = logs / f"rank{rank}.log"
             end = [line for line in log.read_text().splitlines() if line.strip()][-3:]

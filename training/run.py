@@ -196,15 +196,20 @@ def _result(
     )
 
 
+def check_gpus(workers: int) -> None:
+    """Raises PairmillError where there are GPUs, but fewer than workers."""
+    if torch.cuda.is_available() and workers > torch.cuda.device_count():
+        raise PairmillError(
+            expected=f"a GPU for each worker (pretrain.workers), {workers} or more",
+            found=str(torch.cuda.device_count()),
+            remedy="set workers to the number of GPUs, or hide them all (CUDA_VISIBLE_DEVICES=) to train on the CPU",
+        )
+
+
 def _join(rank: int, ranks: int) -> torch.device:
     cuda = torch.cuda.is_available()
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    if cuda and local >= torch.cuda.device_count():
-        raise PairmillError(
-            expected=f"a GPU for each of the {ranks} ranks (pretrain.workers)",
-            found=f"{torch.cuda.device_count()}",
-            remedy="set workers to the number of GPUs, or hide them all (CUDA_VISIBLE_DEVICES=) to train on the CPU",
-        )
+    check_gpus(local + 1)
     if not cuda:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "0")) or max(1, (os.cpu_count() or 1) // ranks))
     if ranks > 1:

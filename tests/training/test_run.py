@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,12 @@ import torch
 
 from pairs.errors import PairmillError
 from pairs.fingerprint import content_hash
+from pairs.recipe import BlipSpec, ModelSpec, PretrainSpec, TowerSpec
 from pairs.store import Store
+from pairs.strict import strict
 from pairs.workspace import Workspace
-from tests.training.small import config, pair
-from training import run
+from tests.training.small import SPEC, config, pair
+from training import launch, run
 from training.config import TrainConfig, TrainResult
 from training.run import train_rank
 
@@ -96,3 +100,39 @@ def test_damage_in_most_pairs_stops_the_run(tmp_path: Path) -> None:
 def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
     run.Metrics(tmp_path / "metrics.jsonl", 0).add({"step": 0, "loss": float("nan"), "lr": 0.5})
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 0, "loss": None, "lr": 0.5}
+
+
+TOWER = {"layers": 1, "width": 16, "heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "told"),
+    [
+        (TowerSpec, TOWER | {"heads": 3}, "16 is not a multiple of its 3 heads"),
+        (ModelSpec, {"image_px": 60}, "60 is not a multiple of patch_px 8"),
+        (BlipSpec, {"patch_px": 7}, "64 is not a multiple of patch_px 7"),
+        (PretrainSpec, {"workers": 4, "batch_pairs": 3}, "without a pair"),
+        (PretrainSpec, {"attention": "flash"}, "'varlen'"),
+    ],
+)
+def test_mistakes_are_told_with_the_recipe(kind: type, settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(PairmillError, match=told):
+        strict(kind, settings, "recipe.yaml")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU lacks")
+def test_preflight_tells_what_cannot_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch.preflight(SPEC)
+    with pytest.raises(PairmillError, match="varlen has CUDA kernels only"):
+        launch.preflight(SPEC.model_copy(update={"attention": "varlen"}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(PairmillError, match="3 or more"):
+        run.check_gpus(3)
+
+
+def test_lines_of_libraries_are_no_lines_of_ours(tmp_path: Path) -> None:
+    code = "print('Downloading...'); print(); print('{\"step\": 1}')"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert next(launch._lines([process], tmp_path)) == {"step": 1}
+    process.communicate()
