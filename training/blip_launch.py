@@ -62,7 +62,7 @@ def train_blip_job(job: BlipJob, on_line: Callable[[Line], None] = lambda line: 
     command = [sys.executable, "-m", "training.blip_run", str(path)]
     log_path = out / "train.log"
     with (
-        log_path.open("wb") as log,
+        log_path.open("ab") as log,
         child(command, environment=environment, stdout=subprocess.PIPE, stderr=log, patience_s=0) as process,
     ):
         assert process.stdout
