@@ -81,7 +81,7 @@ def zero_shot(model_folder: Path, class_folder: Path, templates: Sequence[str]) 
     model, _ = export.load(model_folder)
     prompts = [template.replace("{}", c.name) for c in classes for template in templates]
     means = embed_texts(model, prompts).unflatten(0, (len(classes), len(templates))).mean(1)
-    images, ok = embed_images(model, [f.read_bytes() for _, f in files])
+    images, ok = embed_images(model, [_bytes(f) for _, f in files])
     guesses = (images @ F.normalize(means, dim=-1).T).argmax(1)
     labels = torch.tensor([number for number, _ in files])
     right = (guesses == labels) & ok
@@ -92,6 +92,14 @@ def zero_shot(model_folder: Path, class_folder: Path, templates: Sequence[str]) 
     }
     accuracy = Share.of(int(right.sum()), len(files))
     return ZeroShot(accuracy=accuracy, per_class=per_class, chance=1 / len(classes), unreadable=int((~ok).sum()))
+
+
+def _bytes(path: Path) -> bytes:
+    """The file's bytes; none where it can't be read, so that its image counts as a miss."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 def retrieval(model_folder: Path, images: Sequence[bytes], texts: Sequence[str]) -> Retrieval:

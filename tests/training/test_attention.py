@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pairs.errors import PairmillError
-from training.attention import BACKENDS, Layout, attend, unsupported
+from training.attention import Layout, attend, unsupported
 
 torch.set_num_threads(1)
 RAGGED = st.lists(st.integers(1, 9), min_size=1, max_size=8)
@@ -84,12 +84,35 @@ def test_half_precision_stays_near_the_oracle_under_autocast() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="varlen has CUDA kernels only")
 @pytest.mark.parametrize("causal", [True, False])
-def test_varlen_equals_the_oracle(causal: bool) -> None:
-    layout = Layout.of([1, 7, 7, 33, 64], causal).to(torch.device("cuda"))
-    q, k, v = (torch.randn(112, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    torch.testing.assert_close(
-        attend(q, k, v, layout, "varlen"), BACKENDS["reference"](q, k, v, layout).bfloat16(), rtol=2e-2, atol=2e-2
-    )
+@pytest.mark.parametrize("width", [32, 64])
+def test_varlen_equals_the_oracle_and_lets_no_document_feel_another(causal: bool, width: int) -> None:
+    lengths = [1, 7, 7, 33, 64]
+    layout = Layout.of(lengths, causal).to(torch.device("cuda"))
+    generator = torch.Generator("cuda").manual_seed(width)
+    qkv = torch.randn(112, 3, 4, width, device="cuda", dtype=torch.bfloat16, generator=generator)
+    toward = torch.randn(112, 4, width, device="cuda", dtype=torch.bfloat16, generator=generator)
+
+    def outcome(backend: str, changed: slice | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        whole = qkv.clone()
+        if changed:
+            whole[changed] += 2.5
+        whole.requires_grad_()
+        q, k, v = whole.unbind(1)  # strided views, as one projection's output gives them
+        assert not q.is_contiguous()
+        out = attend(q, k, v, layout, backend)
+        out.mul(toward).sum().backward()
+        assert whole.grad is not None
+        return out.detach(), whole.grad
+
+    out, grad = outcome("varlen")
+    expected, expected_grad = outcome("reference")
+    torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(grad, expected_grad, rtol=4e-2, atol=4e-2)
+    other, other_grad = outcome("varlen", slice(8, 15))  # the second document of 7
+    rest = [i for i in range(112) if not 8 <= i < 15]
+    torch.testing.assert_close(other[rest], out[rest], rtol=0, atol=0)
+    torch.testing.assert_close(other_grad[rest], grad[rest], rtol=1e-2, atol=1e-2)  # its sums have no fixed order
+    assert not torch.equal(other[8:15], out[8:15])
 
 
 def test_varlen_says_why_it_cannot_run() -> None:

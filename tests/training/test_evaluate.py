@@ -10,8 +10,12 @@ import pytest
 import torch
 
 from pairs.errors import PairmillError
-from tests.training.small import MODEL, encoded, picture
+from tests.training.small import MODEL, SPEC, encoded, picture
 from training import evaluate, export
+from training.loop import make_optimizer
+from training.models.clip import PackedClip
+from training.packing import pack_texts
+from training.tokens import Ids, encode
 
 torch.set_num_threads(1)
 
@@ -38,10 +42,20 @@ def test_retrieval_takes_equal_texts_as_right_and_unreadable_images_as_misses(fo
     images = [encoded(picture(i)) for i in range(8)]
     same = evaluate.retrieval(folder, images, ["a box"] * 8)
     assert same.recalls["image_to_text_at_1"].value == same.chance["image_to_text_at_1"] == 1.0
-    broken = evaluate.retrieval(folder, [b"no image", *images[1:]], ["a box"] * 8)
-    assert broken.unreadable == 1 and broken.recalls["image_to_text_at_1"].right == 7
+    broken = evaluate.retrieval(folder, [b"no image", b"", *images[2:]], ["a box"] * 8)
+    assert broken.unreadable == 2 and broken.recalls["image_to_text_at_1"].right == 6
     with pytest.raises(PairmillError, match="as many images"):
         evaluate.retrieval(folder, images, ["a box"])
+
+
+def test_files_that_cannot_be_read_are_misses(folder: Path, tmp_path: Path) -> None:
+    for name, i in (("red", 0), ("green", 1)):
+        (tmp_path / "classes" / name).mkdir(parents=True)
+        (tmp_path / "classes" / name / "whole.png").write_bytes(encoded(picture(i)))
+    (tmp_path / "classes" / "red" / "empty.png").touch()
+    (tmp_path / "classes" / "green" / "folder.png").mkdir()
+    result = evaluate.zero_shot(folder, tmp_path / "classes", ["a {}"])
+    assert result.unreadable == 2 and result.accuracy.n == 4 and result.accuracy.right <= 2
 
 
 def test_a_model_that_tells_classes_apart_is_seen_to(
@@ -89,11 +103,48 @@ np.savez(sys.argv[3], **out)
 """
 
 
+def _trained(texts: list[str], rows: Ids | None) -> PackedClip:
+    """A model after two steps of AdamW on `texts` alone, with the `rows` of its token table or all of them."""
+    model = export.build(MODEL, 3)
+    ids = [torch.from_numpy(encode(text, MODEL.context)[0]) for text in texts]
+    if rows is not None:
+        model.with_vocabulary(model.token_embedding.weight[torch.from_numpy(rows)])
+        ids = [torch.from_numpy(np.searchsorted(rows, i.numpy())) for i in ids]
+    optimizer = make_optimizer(model, SPEC)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model.encode_text(pack_texts(ids)).square().sum().backward()
+        optimizer.step()
+    return model.eval()
+
+
+def test_rows_that_no_text_holds_are_put_back_as_if_all_had_been_trained(tmp_path: Path) -> None:
+    texts, others = ["a red box", "two green boats"], ["a purple elephant", "Ünïcode boats & red wine"]
+    used = np.unique(np.concatenate([encode(text, MODEL.context)[0] for text in texts]))
+    assert any(set(encode(text, MODEL.context)[0]) - set(used) for text in others)
+    whole, part = _trained(texts, None), _trained(texts, used)
+    weights = dict(part.state_dict())
+    rows = weights["token_embedding.weight"]
+    assert len(rows) == len(used) < 20 and not torch.equal(rows, export.build(MODEL, 3).token_embedding.weight[used])
+    weights["token_embedding.weight"] = export.whole_table(MODEL, 3, used, rows)
+    export.save(tmp_path / "model", MODEL, weights, {})
+    loaded, _ = export.load(tmp_path / "model")
+    torch.testing.assert_close(
+        evaluate.embed_texts(loaded, texts + others), evaluate.embed_texts(whole, texts + others), rtol=0, atol=1e-5
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-def test_open_clip_gives_the_same_features_in_a_fresh_process(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows", ["all", "used"])
+def test_open_clip_gives_the_same_features_in_a_fresh_process(rows: str, folder: Path, tmp_path: Path) -> None:
     images = np.stack([picture(i)[:32, :32] for i in range(4)])
     texts = ["a red box", "Ünïcode & more", "word " * 40]
+    if rows == "used":
+        used = np.unique(encode(texts[0], MODEL.context)[0])
+        weights = dict(_trained(texts[:1], used).state_dict())
+        table = export.whole_table(MODEL, 3, used, weights["token_embedding.weight"])
+        export.save(folder, MODEL, weights | {"token_embedding.weight": table}, {})
     np.savez(tmp_path / "in.npz", images=images, texts=texts)
     command = [sys.executable, "-c", SCRIPT, str(folder), str(tmp_path / "in.npz"), str(tmp_path / "out.npz")]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=tmp_path, capture_output=True)
