@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -19,6 +18,7 @@ from torchvision.transforms.v2 import functional as V
 from transformers import BatchEncoding, BertTokenizerFast
 
 from pairs.errors import PairmillError
+from training.data import decode
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"]
 LETTERS = np.array(list(string.ascii_lowercase))
@@ -59,10 +59,10 @@ def load_pairs(pairs: Iterable[tuple[bytes, str]], side_px: int) -> TrustedPairs
 
 def _decode(data: bytes, side_px: int) -> torch.Tensor | None:
     """(3, side, side) uint8 RGB, resized as BlipImageProcessor does it; None where the image is damaged."""
-    found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
+    found = decode(data, None, (1, 1), 1)
     if found is None:
         return None
-    picture = torch.from_numpy(np.ascontiguousarray(found[:, :, ::-1])).permute(2, 0, 1)
+    picture = torch.from_numpy(np.ascontiguousarray(found)).permute(2, 0, 1)
     return V.resize(picture, [side_px, side_px], V.InterpolationMode.BICUBIC, antialias=True)
 
 
