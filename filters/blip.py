@@ -1,7 +1,8 @@
-"""What `blip_caption` and `blip_match` share: finding, hashing and loading a BLIP in transformers' format, and its pictures.
+"""What `blip_caption` and `blip_match` share: finding, hashing and loading a BLIP of transformers' format, and its
+pictures.
 
-A folder, or a published name with its revision ("Salesforce/blip-itm-base-coco@<commit>"). A model is loaded once per process
-and again only where its files change; it computes in fp32 unless the filter says bf16. No code of a model's own is run, no pickle is read.
+A folder, or a published name with its revision ("Salesforce/blip-itm-base-coco@<commit>"). A model is loaded once per
+process and again only where its files change; it computes in fp32. No code of a model's own is run, no pickle is read.
 """
 
 import functools

@@ -1,12 +1,11 @@
 """What the small BLIP learns from: trusted pairs as small pictures in memory, and a tokenizer made of their texts.
 
-Pictures are decoded once, squashed to a square and held as uint8 (12 kB each at 64 px). They are jittered by small
-zooms and shifts only: captions say left and right, and name colours, so nothing is mirrored or tinted. Every draw of chance
-comes from a generator keyed by (seed, what for, step), so a resumed training sees what an unbroken one saw.
+Pictures are decoded once, squashed to a square and held as uint8 (12 kB each at 64 px). They are turned, zoomed and
+shifted a little, never mirrored or tinted: captions say left and right, and name colours. Every draw of chance comes
+from a generator keyed by seed, stage and step, so a resumed training sees what an unbroken one saw.
 """
 
 import re
-import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from pairs.errors import PairmillError
 from training.data import decode
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"]
-LETTERS = np.array(list(string.ascii_lowercase))
 
 
 @dataclass(frozen=True)
@@ -67,19 +65,18 @@ def _decode(data: bytes, side_px: int) -> torch.Tensor | None:
 
 
 def make_tokenizer(texts: Sequence[str], vocabulary: int, max_tokens: int) -> BertTokenizerFast:
-    """A lower-casing WordPiece tokenizer: letters, and the most frequent words while there is room in `vocabulary`.
+    """A lower-casing WordPiece tokenizer of the most frequent words, at most `vocabulary` pieces in all.
 
-    [DEC] begins what the decoder writes. The vocabulary is counted here, because the tokenizers library's trainer
-    breaks ties by chance, and two trainings on the same pairs would differ.
+    Any other word is [UNK], one piece long: spelled out, it would be a row of pieces that mean nothing to a model that
+    has never met them. [DEC] begins what the decoder writes. The words are counted here, because the tokenizers
+    library's trainer breaks ties by chance: two trainings on the same pairs would differ.
     """
     base = BertTokenizerFast().backend_tokenizer
     words = Counter(
         word for text in texts for word, _ in base.pre_tokenizer.pre_tokenize_str(base.normalizer.normalize_str(text))
     )
-    letters = sorted({*string.ascii_lowercase, *string.digits, *string.punctuation, *"".join(words)})
-    often = sorted((word for word in words if len(word) > 1), key=lambda word: (-words[word], word))
-    fixed = [*SPECIAL, *letters, *(f"##{letter}" for letter in letters)]
-    pieces = [*fixed, *often[: max(0, vocabulary - len(fixed))]]
+    often = sorted(words, key=lambda word: (-words[word], word))[: max(0, vocabulary - len(SPECIAL))]
+    pieces = [*SPECIAL, *often]
     return BertTokenizerFast(
         vocab={piece: i for i, piece in enumerate(pieces)}, model_max_length=max_tokens, bos_token="[DEC]",
         additional_special_tokens=["[ENC]"],
@@ -111,7 +108,7 @@ def jitter(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
 def vary(text: str, rng: np.random.Generator, share: float = 0.4) -> str:
     """Part of a caption, among words that mean nothing: web texts say less than captions, in words never met.
 
-    "a red boat to the left of a star" may become "red boat to" or "qev a red boat ljto to the left of a star".
+    "a red boat to the left of a star" may become "red boat to" or "[UNK] a red boat [UNK] to the left of a star".
     Right and wrong texts are varied alike, so that neither length nor strange words tell them apart.
     """
     words = text.split()
@@ -120,13 +117,9 @@ def vary(text: str, rng: np.random.Generator, share: float = 0.4) -> str:
         start = int(rng.integers(len(words) - length + 1))
         words = words[start : start + length]
     if rng.random() < share:
-        for _ in range(int(rng.integers(1, 3))):
-            words.insert(int(rng.integers(len(words) + 1)), _strange_word(rng))
+        for _ in range(int(rng.integers(1, 4))):
+            words.insert(int(rng.integers(len(words) + 1)), "[UNK]")
     return " ".join(words)
-
-
-def _strange_word(rng: np.random.Generator) -> str:
-    return "".join(rng.choice(LETTERS, int(rng.integers(2, 6))))
 
 
 def same_text(texts: Sequence[str]) -> torch.Tensor:

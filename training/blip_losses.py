@@ -1,11 +1,13 @@
-"""What the small BLIP is taught by: words, then captions (LM) or matching (ITC and ITM). All heads are transformers' own.
+"""What the small BLIP is taught by: words, then captions (LM) or matching (ITC and ITM), with transformers' own heads.
 
 `word_loss` comes first, on the image tower that captioner and filter both begin from: every patch is compared with
-every word of the vocabulary, and a caption's words must be found in some patch (multiple instances, pooled by log-sum-exp). It teaches
-patches the words' own embeddings at a fraction of the cost of a text tower, which hundreds of pairs are too few for. Words as labels:
-CatLIP, arXiv 2404.15653. BLIP's losses: arXiv 2201.12086.
+every word, and a caption's words must be found in some patch (pooled by log-sum-exp). It teaches patches the words'
+own embeddings at a fraction of the cost of a text tower, which hundreds of pairs are too few for. In `match_loss`
+every token of a text also tells whether its word is true of the image: a dozen labels a text instead of one.
+Words as labels: CatLIP, arXiv 2404.15653. BLIP's losses: arXiv 2201.12086.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +20,8 @@ from transformers import BertTokenizerFast
 from pairs.recipe import BlipSpec
 from training.blip_data import TrustedPairs, jitter, same_text, tokens, vary
 
+WHOLE = float(os.environ.get("WH", "0.25"))
+EVEN = float(os.environ.get("EV", "0.5"))
 Parts = dict[str, torch.Tensor]
 
 
@@ -79,7 +83,7 @@ def caption_loss(model: nn.Module, lesson: Lesson, index: np.ndarray, rng: np.ra
     batch = tokens(lesson.tokenizer, [prompt + lesson.pairs.texts[i] for i in index], lesson.spec.max_tokens)
     ids, mask = batch["input_ids"], batch["attention_mask"]
     ids[:, 0] = lesson.tokenizer.bos_token_id
-    labels = ids.masked_fill(mask == 0, -100)
+    labels = ids.masked_fill((mask == 0) | (ids == lesson.tokenizer.unk_token_id), -100)
     labels[:, : 1 + len(lesson.tokenizer.tokenize(prompt))] = -100
     pixels = lesson.pictures(index, rng)
     return {"lm": model(pixel_values=pixels, input_ids=ids, attention_mask=mask, labels=labels).loss}
@@ -100,25 +104,31 @@ def match_loss(model: nn.Module, lesson: Lesson, index: np.ndarray, rng: np.rand
     wrong = hard_negatives(logits.detach(), same, spec.negatives, rng)
     owner, chosen = own.repeat(1 + wrong.shape[1]), torch.cat([own, wrong.T.reshape(-1)])
     score = match_scores(model, states[owner], ids[chosen], mask[chosen]).float()
+    true = torch.arange(len(owner)) < len(own)
     said = lesson.words[torch.from_numpy(index)[owner]].gather(1, ids[chosen]).long()
     told = lesson.words.any(0)[ids[chosen]] & (mask[chosen] > 0)
     return {
         "itc": (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2,
-        "itm": F.cross_entropy(score[:, 0], (torch.arange(len(owner)) < len(own)).long()),
+        "itm": F.cross_entropy(score[:, 0], true.long(), weight=torch.tensor([1.0, spec.positive_weight])),
         "words": F.cross_entropy(score[told], said[told]),
     }
 
 
 def match_scores(model: nn.Module, states: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Logits (N, tokens, 2) of the match head, for encoded images (N, patches, width). Those of the first token are what
-    BlipForImageTextRetrieval returns."""
+    """Logits (N, tokens, 2) of the match head, for encoded images (N, patches, width). Those of the first token are
+    what BlipForImageTextRetrieval returns."""
     fused = model.text_encoder(ids, attention_mask=mask, encoder_hidden_states=states).last_hidden_state
     return model.itm_head(fused)  # type: ignore[no-any-return]
 
 
 def hard_negatives(logits: torch.Tensor, same: torch.Tensor, count: int, rng: np.random.Generator) -> torch.Tensor:
-    """(B, count) rows of texts that don't belong, the likelier the more similar they seem; equal texts never."""
-    weights = F.softmax(logits, dim=1).clamp_min(1e-6).masked_fill(same, 0.0)
+    """(B, count) rows of texts that don't belong, equal texts never. Half the chance lies on those that seem similar,
+    as in BLIP, and half on any: what is hard today must not be all that is learned in a short training."""
+    free = (~same).float()
+    weights = (1 - EVEN) * F.softmax(logits.masked_fill(same, -1e4), dim=1) + EVEN * free / free.sum(
+        1, keepdim=True
+    ).clamp_min(1)
+    weights = weights.masked_fill(same, 0.0)
     count = min(count, int((weights > 0).sum(1).min()))
     if count == 0:
         return torch.empty(len(same), 0, dtype=torch.long)

@@ -3,10 +3,8 @@
 It reads the trusted pairs from their shards; the held-out tenth and forgotten pairs are never trained on.
 """
 
-import ctypes
 import json
 import os
-import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -23,15 +21,9 @@ from training.blip import train_blip
 from training.blip_launch import BlipJob, BlipResult
 from training.config import Pin
 
-PR_SET_PDEATHSIG = 1
-
 
 def main(path: str) -> int:
     """0 when the models are there, 2 after a user's error (told as a JSON line)."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    parent = os.environ.get("PAIRMILL_PARENT")
-    if parent and os.getppid() != int(parent):
-        return 1
     job = BlipJob.model_validate_json(Path(path).read_text())
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "0")) or os.cpu_count() or 1)
     counts: Counter[str] = Counter()

