@@ -19,6 +19,8 @@ def serve_schedule(recipe: Path, workspace: str, name: str, cron: str) -> None:
         parameters={"recipe": str(recipe), "workspace": workspace, "new": True},
         global_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
         limit=1,
+        paused=False,  # it isn't served to stand still, and what paused it may be an earlier server's end
+        pause_on_shutdown=False,
         entrypoint_type=EntrypointType.MODULE_PATH,
         print_starting_message=False,
     )
