@@ -96,7 +96,7 @@ def test_trace_tells_the_whole_way_of_a_kept_pair(finished: Finished, say: Say) 
     (verdict,) = [v for name, v in facts["selections"].items() if name.startswith("tiny-")]
     assert verdict["kept"] and verdict["dropped_by"] is None and row["text"] in [t["text"] for t in verdict["texts"]]
     (training,) = facts["training"]
-    assert training["training"].endswith("/round-1") and training["steps"] and max(training["steps"]) < 6
+    assert "/round-1/" in training["training"] and training["steps"] and max(training["steps"]) < 6
     assert training["model"] == finished.report["rounds"][0]["training"]["model"]
     plain = say("trace", row["uid"], "--workspace", finished.workspace)
     assert plain.code == 0 and all(name in plain.out for name in ("candidate", "fetch", "scores", "training"))
@@ -128,7 +128,7 @@ def test_every_step_of_every_training_is_accounted_for(finished: Finished, say: 
     places = []
     for uid in [uid for uid, verdict in selected(finished).items() if verdict["kept"]]:
         facts = say("trace", uid, "--workspace", finished.workspace, "--json").json
-        places += [s for t in facts["training"] if t["training"].endswith("/round-1") for s in t["steps"]]
+        places += [s for t in facts["training"] if "/round-1/" in t["training"] for s in t["steps"]]
     assert sorted(places) == sorted(list(range(6)) * 16)
 
 
