@@ -24,6 +24,7 @@ from training.config import RESULT, TrainConfig, TrainResult
 
 Line = dict[str, Any]
 NVIDIA = Path("/dev/nvidiactl")  # there wherever CUDA can be
+START = "--- this rank starts"  # in its log, which holds those of earlier tries too
 MAX_PIXELS = "200000000"  # what OpenCV may decode
 
 
@@ -94,6 +95,8 @@ def _ranks(count: int, config: Path, meeting: str, logs: Path) -> Iterator[list[
         ranks: list[subprocess.Popen[str]] = []
         for rank in range(count):
             log = stack.enter_context((logs / f"rank{rank}.log").open("a"))
+            log.write(f"{START}\n")
+            log.flush()
             process = subprocess.Popen(
                 [sys.executable, "-m", "training.run", str(config)],
                 env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
@@ -127,7 +130,8 @@ def _lines(ranks: list["subprocess.Popen[str]"], logs: Path) -> Iterator[Line]:
             continue
         elif ranks[rank].wait() != 0:
             log = logs / f"rank{rank}.log"
-            end = [line for line in log.read_text().splitlines() if line.strip()][-3:]
+            own = log.read_text().rpartition(START)[2]
+            end = [line for line in own.splitlines() if line.strip()][-3:]
             raise PairmillError(
                 expected=f"rank {rank} of the training run to finish",
                 found=f"exit code {ranks[rank].returncode}: {' / '.join(end) or 'no message'}",

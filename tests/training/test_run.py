@@ -17,7 +17,8 @@ from pairs.store import Store
 from pairs.strict import strict
 from pairs.workspace import Workspace
 from tests.training.small import SPEC, config, pair
-from training import launch, run
+from training import blip_launch, checkpoint, launch, run
+from training import config as training_config
 from training.config import TrainConfig, TrainResult
 from training.run import train_rank
 
@@ -136,3 +137,28 @@ def test_lines_of_libraries_are_no_lines_of_ours(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert next(launch._lines([process], tmp_path)) == {"step": 1}
     process.communicate()
+
+
+def test_a_rank_that_dies_silently_is_not_given_an_earlier_try_s_last_words(tmp_path: Path) -> None:
+    (tmp_path / "rank0.log").write_text(f"{launch.START}\nan old complaint\n{launch.START}\n")
+    process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"], stdout=subprocess.PIPE, text=True)
+    with pytest.raises(PairmillError, match="exit code 3: no message"):
+        next(launch._lines([process], tmp_path))
+    process.communicate()
+
+
+def test_a_new_version_of_a_training_is_another_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = config(tmp_path, "run")
+    blip = blip_launch.BlipJob(store="", shards=clip.shards, spec=BlipSpec(), out_dir="")
+    before = clip.fingerprint, blip.fingerprint
+    monkeypatch.setattr(training_config, "VERSION", 99)
+    monkeypatch.setattr(blip_launch, "VERSION", 99)
+    assert clip.fingerprint != before[0] and blip.fingerprint != before[1]
+
+
+def test_a_checkpoint_of_a_later_step_of_another_run_is_removed(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in (300, 400, 100, 200):
+        checkpoint.save(tmp_path, model, optimizer, {"step": step})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000100", "step-00000200"]
