@@ -51,9 +51,8 @@ class BlipMatch(Filter):
         if places:
             model, processor = blip.load(self.weights, blip.MATCHES)
             with torch.inference_mode():
-                images = model.vision_model(
-                    blip.pictures(processor, [p for i in seen if (p := batch.pixels[i]) is not None], model.device)
-                )[0]
+                looks = [image for i in seen if (image := batch.pixels[i]) is not None]
+                images = model.vision_model(blip.pictures(processor, looks, model.device))[0]
                 ids = processor.tokenizer([texts[i][j] for i, j in places], verbose=False)["input_ids"]
                 for (i, _), row in zip(places, ids, strict=True):
                     cut[i] += len(row) > self.max_tokens
