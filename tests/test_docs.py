@@ -20,7 +20,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_every_setting_is_explained() -> None:
     told = (ROOT / "docs" / "recipes.md").read_text()
-    specs = [s for s in vars(recipe).values() if isinstance(s, type) and issubclass(s, BaseModel) and s is not recipe.Spec]
+    specs = [
+        s for s in vars(recipe).values() if isinstance(s, type) and issubclass(s, BaseModel) and s is not recipe.Spec
+    ]
     missing = [
         f"{spec.__name__}.{field.alias or name}"
         for spec in specs

@@ -7,7 +7,6 @@ every token of a text also tells whether its word is true of the image: a dozen 
 Words as labels: CatLIP, arXiv 2404.15653. BLIP's losses: arXiv 2201.12086.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,8 +19,8 @@ from transformers import BertTokenizerFast
 from pairs.recipe import BlipSpec
 from training.blip_data import TrustedPairs, jitter, same_text, tokens, vary
 
-WHOLE = float(os.environ.get("WH", "0.25"))
-EVEN = float(os.environ.get("EV", "0.5"))
+WHOLE = 0.25  # of the first token's reading, beside the patches'
+EVEN = 0.5  # of the negatives that are drawn whatever they seem
 Parts = dict[str, torch.Tensor]
 
 

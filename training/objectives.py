@@ -40,7 +40,7 @@ def clip(
 
 
 def words(logits_2BV: Tensor, texts: PackedTexts, valid_B: Tensor) -> Tensor:
-    """Sum over this rank's valid pairs of the binary cross-entropies of each word, summed over words and both readings."""
+    """Sum over this rank's valid pairs of each word's binary cross-entropy, over all words and both readings."""
     segment_T = torch.searchsorted(
         texts.layout.cu_seqlens, torch.arange(len(texts.tokens)).to(texts.tokens), right=True
     )

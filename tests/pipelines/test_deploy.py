@@ -4,8 +4,12 @@ One `pairmill deploy` serves all tests of this file, which ask its server in pla
 on the minute, and each run is a process of its own.
 """
 
+import contextlib
 import itertools
 import json
+import shutil
+import signal
+import subprocess
 import sys
 import time
 import urllib.request
@@ -94,23 +98,37 @@ class Served:
         return found
 
 
+@contextlib.contextmanager
+def serving(root: Path) -> Iterator[Served]:
+    """`pairmill deploy` while the block lasts; then it is told to end, and must not leave a process behind."""
+    port, log = free_port(), root / "deploy.log"
+    command = [sys.executable, "-X", "faulthandler", "-m", "pipelines.cli", "deploy", str(root / "recipe.yaml")]
+    command += ["--cron", "* * * * *", "--port", str(port), "--workspace", str(root / "workspace")]
+    with log.open("ab") as out, child(command, stdout=out, stderr=out, folder=ROOT) as process:
+        below = psutil.Process(process.pid)
+        served = Served(root, f"http://127.0.0.1:{port}/api", below, log)
+        served.until(lambda: answering(served))
+        yield served
+        left = below.children(recursive=True) if below.is_running() else []
+        process.terminate()
+        try:
+            process.wait(40)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)  # it prints where each of its threads is
+            process.wait(10)
+            raise AssertionError(log.read_text()[-6000:]) from None
+    _, alive = psutil.wait_procs(left, timeout=20)
+    assert not alive, "nothing outlives the deployment"
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     root = tmp_path_factory.mktemp("deploy")
     flow.draw_folder(root / "web", 24, 1000)
     flow.draw_folder(root / "trusted", 12)
-    path, port = flow.write_recipe(root / "recipe.yaml", recipe(root)), free_port()
-    command = [sys.executable, "-m", "pipelines.cli", "deploy", str(path), "--cron", "* * * * *", "--port", str(port)]
-    command += ["--workspace", str(root / "workspace")]
-    log = root / "deploy.log"
-    with log.open("wb") as out, child(command, stdout=out, stderr=out, folder=ROOT, patience_s=30) as process:
-        below = psutil.Process(process.pid)
-        yield Served(root, f"http://127.0.0.1:{port}/api", below, log)
-        left = below.children(recursive=True)
-        process.terminate()
-        process.wait(30)
-    _, alive = psutil.wait_procs(left, timeout=20)
-    assert not alive, "nothing outlives the deployment"
+    flow.write_recipe(root / "recipe.yaml", recipe(root))
+    with serving(root) as one:
+        yield one
 
 
 def answering(served: Served) -> bool:
@@ -121,7 +139,6 @@ def answering(served: Served) -> bool:
 
 
 def test_a_schedule_fires_and_its_run_completes(served: Served) -> None:
-    served.until(lambda: answering(served))
     served.until(lambda: set(served.runs().values()) & {"Running", *FINAL}, 75 + 30)
     first = next(run for run, state in served.runs().items() if state in {"Running", *FINAL})
     assert served.ended(first) == "Completed", served.log.read_text()[-3000:]
@@ -182,3 +199,22 @@ def test_the_schedule_goes_on_after_a_cancelled_run(served: Served) -> None:
     flow.write_recipe(served.root / "recipe.yaml", recipe(served.root))
     served.until(lambda: not {"Running", "Pending", "Cancelling"} & set(served.runs().values()))
     assert served.ended(served.trigger()) == "Completed"
+
+
+def test_a_killed_deployment_is_served_again_and_goes_on(served: Served, tmp_path: Path) -> None:
+    """Neither its schedule nor its one place is held by the run that was killed with it."""
+    for name in ("web", "trusted"):
+        shutil.copytree(served.root / name, tmp_path / name)
+    flow.write_recipe(tmp_path / "recipe.yaml", recipe(tmp_path))
+    with contextlib.suppress(psutil.NoSuchProcess), serving(tmp_path) as first:
+        first.ask(f"/deployments/{first.deployment}", {"paused": True}, "PATCH")
+        long_run(first)
+        below = first.process.children(recursive=True)
+        first.process.kill()
+        _, alive = psutil.wait_procs(below, timeout=20)
+        assert not alive, "no child outlives it, however it ends"
+    flow.write_recipe(tmp_path / "recipe.yaml", recipe(tmp_path))
+    with serving(tmp_path) as second:
+        (deployment,) = second.ask("/deployments/filter", {})
+        assert not deployment["paused"], "it isn't served to stand still"
+        second.until(lambda: "Completed" in second.runs().values(), 300)

@@ -23,6 +23,7 @@ from PIL import Image
 
 from pairs.errors import PairmillError
 from pairs.identity import make_uid, sha256_hex, url_key
+from pairs.process import ROOT
 from pairs.recipe import FetchSpec, SourceSpec
 from pairs.schemas import CANDIDATES, LEDGER, PAIRS
 from pairs.shard import read_shard
@@ -33,7 +34,6 @@ from pipelines.fetch.client import Failure
 from pipelines.fetch.decode import Decoded, DecodeSpec, load_resizer
 from pipelines.fetch.pool import Decoder, decoders
 from pipelines.fetch.shards import FetchCounts, fetch_fingerprint, fetch_increment
-from pairs.process import ROOT
 from tests.pipelines.small_web import ALLOW, SmallWeb, picture, redirect, small_web, with_headers
 
 SPEC = DecodeSpec(side_px=64, format="png", quality=92, max_pixels=4_000_000, min_side_px=8)
