@@ -4,8 +4,8 @@ on filtered ones, and on CapFilt's, several seeds each; and the same on a web wi
     python benchmarks/curation.py FOLDER [--seeds 211 212 213] [--noise 0.3] [--clean] [--recipe recipes/demo.yaml]
 
 All arms of a seed share one workspace: the same pairs, the same first filter, the same scores, steps and batch;
-trusted pairs are in every arm. `raw` keeps every pair with its first text, `filter` applies the rules and the text match
-to the web's texts, `capfilt` adds synthetic captions. One round each.
+trusted pairs are in every arm. `raw` keeps every pair with its first text, `filter` applies the rules and the text
+match to the web's texts, `capfilt` adds synthetic captions. One round each.
 """
 
 import argparse
