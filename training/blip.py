@@ -6,6 +6,7 @@ the captioner writes (arXiv 2201.12086, section 4.4). Captioner: language modell
 (ITM). About 115 s of one core's time with the default settings, whatever the number of pairs.
 """
 
+import json
 import math
 import shutil
 import time
@@ -34,6 +35,7 @@ from training.blip_losses import Lesson, Losses, WordReader, caption_loss, match
 from training.blip_start import start_crossing, start_vision
 
 Progress = Callable[[dict[str, object]], None]
+CARD = "model_card.json"  # in a model's folder: which training made it
 SAMPLE = 2000  # pictures that the first weights are fitted to
 SEEDS = {"words": 0, "captioner": 1, "matcher": 2}  # of each stage's draws
 
@@ -83,6 +85,8 @@ def train_blip(pairs: Iterable[tuple[bytes, str]], spec: BlipSpec, out_dir: Path
     start_vision(captioner.vision_model, (data.pixels[:SAMPLE] / 255 - mean) / std)
     start_crossing(captioner.text_decoder.bert)
     words = captioner.text_decoder.get_input_embeddings()
+    if _made(models.captioner, run.identity) and _made(models.matcher, run.identity):
+        return models
     run.fit("words", WordReader(captioner.vision_model, words, lesson.words), word_loss, spec.word_steps, 1.0)
     matcher.vision_model.load_state_dict(captioner.vision_model.state_dict())
     matcher.text_encoder.load_state_dict(captioner.text_decoder.bert.state_dict())
@@ -90,18 +94,25 @@ def train_blip(pairs: Iterable[tuple[bytes, str]], spec: BlipSpec, out_dir: Path
         (models.captioner, captioner, caption_loss, spec.caption_steps, spec.caption_rate),
         (models.matcher, matcher, match_loss, spec.match_steps, spec.match_rate),
     ):
-        if not folder.exists():
+        if not _made(folder, run.identity):
             run.fit(folder.name, model, loss, steps, rate)
             with checkpoint.publishing(folder) as temporary:
                 model.eval().save_pretrained(temporary)
                 BlipProcessor(images, tokenizer).save_pretrained(temporary)
+                (temporary / CARD).write_text(json.dumps({"training": run.identity, "spec": spec.model_dump()}))
     shutil.rmtree(run.folder, ignore_errors=True)
     return models
 
 
+def _made(folder: Path, identity: str) -> bool:
+    """Whether the model in `folder` is of this very training."""
+    card = folder / CARD
+    return card.exists() and json.loads(card.read_text())["training"] == identity
+
+
 def _identity(data: TrustedPairs, spec: BlipSpec) -> str:
     content = sha256_hex(data.pixels.numpy().tobytes() + "\0".join(data.texts).encode())
-    return fingerprint({"pairs": content, "spec": spec.model_dump()})
+    return fingerprint({"pairs": content, "spec": spec.model_dump(exclude={"checkpoint_every"})})
 
 
 @dataclass(frozen=True)

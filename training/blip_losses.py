@@ -19,7 +19,6 @@ from transformers import BertTokenizerFast
 from pairs.recipe import BlipSpec
 from training.blip_data import TrustedPairs, jitter, same_text, tokens, vary
 
-WHOLE = 0.25  # of the first token's reading, beside the patches'
 EVEN = 0.5  # of the negatives that are drawn whatever they seem
 Parts = dict[str, torch.Tensor]
 
