@@ -15,7 +15,7 @@ from tests.training.small import config
 from training import launch
 from training.config import TrainConfig
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 
 
 def _metrics(cfg: TrainConfig) -> list[dict[str, Any]]:
