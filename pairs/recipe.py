@@ -192,7 +192,7 @@ class BlipSpec(Spec):
     temperature: float = Field(0.07, gt=0)
     learning_rate: float = Field(4e-3, gt=0)  # of the word stage; the others' are shares of it
     caption_rate: float = Field(0.8, gt=0)
-    match_rate: float = Field(0.6, gt=0)
+    match_rate: float = Field(0.5, gt=0)
     weight_decay: float = Field(0.05, ge=0)
     precision: Literal["fp32", "bf16"] = "bf16"
     checkpoint_every: int = Field(200, ge=1)

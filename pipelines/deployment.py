@@ -3,16 +3,18 @@
 A run that would start while another is still going is cancelled, not queued: the next tick sees the same web.
 """
 
+import os
 from pathlib import Path
 
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
 from prefect.flows import EntrypointType
 
-from pipelines.flywheel import flywheel
+from pipelines.flywheel import SERVER, flywheel
 
 
 def serve_schedule(recipe: Path, workspace: str, name: str, cron: str) -> None:
-    """Registers the deployment and runs what falls due, until interrupted."""
+    """Registers the deployment and runs what falls due, until interrupted. A flow run ends with this process."""
+    os.environ[SERVER] = str(os.getpid())
     flywheel.serve(
         name=name,
         cron=cron,

@@ -5,6 +5,7 @@ shards, and the Store (not Prefect's cache) owns resumption, so a task that has 
 """
 
 import contextlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_link_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
+from pairs.process import watch_parent
 from pipelines import stages
 from pipelines.console import Console
 from pipelines.run import Run, open_run
 
-STOPS = ("crawl", "fetch", "curate", "pretrain", "evaluate", "report")
+SERVER = "PAIRMILL_SERVER"  # the process that serves the schedule, for the flow runs that it starts
 
 _stage = {"cache_policy": NO_CACHE, "persist_result": False}
 crawl = task(stages.crawl, name="crawl", **_stage)
@@ -52,6 +54,8 @@ def flywheel(
 ) -> dict[str, Any]:
     """Runs `recipe` up to the stage `until`; `new` looks for what the sources have that earlier runs didn't see, and
     scores it with the scorer in force unless `advance` asks for a new one."""
+    if server := os.environ.get(SERVER):
+        watch_parent(int(server))
     options = {"workspace": workspace, "engine": engine, "new": new, "recalibrate": recalibrate, "advance": advance}
     run = open_run(Path(recipe), console=Console(quiet), **options)  # type: ignore[arg-type]
     get_run_logger().info("workspace %s, %s", run.workspace.store.root, run.folder)
