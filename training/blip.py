@@ -6,11 +6,15 @@ the captioner writes (arXiv 2201.12086, section 4.4). Captioner: language modell
 (ITM). About 115 s of one core's time with the default settings, whatever the number of pairs.
 """
 
+import contextlib
+import functools
 import json
 import math
+import multiprocessing
+import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +32,7 @@ from transformers import (
 
 from pairs.fingerprint import fingerprint
 from pairs.identity import sha256_hex
+from pairs.process import die_with_parent
 from pairs.recipe import BlipSpec
 from training import checkpoint
 from training.blip_data import TrustedPairs, load_pairs, make_tokenizer
@@ -90,18 +95,56 @@ def train_blip(pairs: Iterable[tuple[bytes, str]], spec: BlipSpec, out_dir: Path
     run.fit("words", WordReader(captioner.vision_model, words, lesson.words), word_loss, spec.word_steps, 1.0)
     matcher.vision_model.load_state_dict(captioner.vision_model.state_dict())
     matcher.text_encoder.load_state_dict(captioner.text_decoder.bert.state_dict())
-    for folder, model, loss, steps, rate in (
-        (models.captioner, captioner, caption_loss, spec.caption_steps, spec.caption_rate),
-        (models.matcher, matcher, match_loss, spec.match_steps, spec.match_rate),
-    ):
-        if not _made(folder, run.identity):
-            run.fit(folder.name, model, loss, steps, rate)
-            with checkpoint.publishing(folder) as temporary:
-                model.eval().save_pretrained(temporary)
-                BlipProcessor(images, tokenizer).save_pretrained(temporary)
-                (temporary / CARD).write_text(json.dumps({"training": run.identity, "spec": spec.model_dump()}))
+    finish = functools.partial(_finish, run, BlipProcessor(images, tokenizer))
+    rest = (models.matcher, matcher, match_loss, spec.match_steps, spec.match_rate)
+    with _beside(finish, models.captioner, captioner, caption_loss, spec.caption_steps, spec.caption_rate):
+        finish(*rest)
     shutil.rmtree(run.folder, ignore_errors=True)
     return models
+
+
+def _finish(
+    run: "Run", processor: BlipProcessor, folder: Path, model: nn.Module, loss: Losses, steps: int, rate: float
+) -> None:
+    """Trains one of the two to its end and publishes it."""
+    if _made(folder, run.identity):
+        return
+    run.fit(folder.name, model, loss, steps, rate)
+    with checkpoint.publishing(folder) as temporary:
+        model.eval().save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        (temporary / CARD).write_text(json.dumps({"training": run.identity, "spec": run.lesson.spec.model_dump()}))
+
+
+@contextlib.contextmanager
+def _beside(work: Callable[..., None], *arguments: object) -> Iterator[None]:
+    """Does `work` in a copy of this process while the block runs: the two models have nothing more to share. With one
+    thread each they are twice as fast as one after the other with two, whose steps are too small to split."""
+    if torch.get_num_threads() > 1:  # a copy of a process that has more can't compute (OpenMP after fork)
+        work(*arguments)
+        yield
+        return
+    parent, fork = os.getpid(), multiprocessing.get_context("fork")
+    told, tell = fork.Pipe(duplex=False)
+
+    def alone() -> None:
+        die_with_parent(parent)
+        try:
+            work(*arguments)
+        except Exception as error:
+            tell.send(error)
+            raise SystemExit(1) from None
+
+    copy = fork.Process(target=alone)
+    copy.start()
+    try:
+        yield
+        copy.join()
+    finally:
+        copy.kill()
+    if copy.exitcode:
+        lost = RuntimeError(f"the training beside this one ended with exit code {copy.exitcode}: see the log")
+        raise told.recv() if told.poll() else lost
 
 
 def _made(folder: Path, identity: str) -> bool:

@@ -4,7 +4,6 @@ It reads the trusted pairs from their shards; the held-out tenth and forgotten p
 """
 
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from training.config import Pin
 def main(path: str) -> int:
     """0 when the models are there, 2 after a user's error (told as a JSON line)."""
     job = BlipJob.model_validate_json(Path(path).read_text())
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "0")) or os.cpu_count() or 1)
+    torch.set_num_threads(1)  # captioner and matcher train beside each other
     counts: Counter[str] = Counter()
     try:
         models = train_blip(trusted_pairs(Store(job.store), job.shards, counts), job.spec, Path(job.out_dir), _say)

@@ -56,25 +56,36 @@ class Stop(Exception):
     pass
 
 
-def test_a_training_that_is_killed_in_every_stage_ends_in_the_same_bytes(tmp_path: Path) -> None:
-    whole, lines = train_blip(PAIRS_, SPEC, tmp_path / "whole", ignore), []
-    for stage in ("words", "captioner", "matcher"):
+@pytest.mark.parametrize("stage", ["words", "captioner", "matcher"])
+def test_a_training_that_is_killed_in_any_stage_ends_in_the_same_bytes(tmp_path: Path, stage: str) -> None:
+    lines: list[object] = []
 
-        def stop(line: dict[str, object], stage: str = stage) -> None:
-            lines.append((line["stage"], line["step"]))
-            if (line["stage"], line["step"]) == (stage, 3):
-                raise Stop
+    def stop(line: dict[str, object]) -> None:
+        lines.append((line["stage"], line["step"]))
+        if (line["stage"], line["step"]) == (stage, 3):
+            raise Stop
 
-        with pytest.raises(Stop):
-            train_blip(PAIRS_, SPEC, tmp_path / "broken", stop)
-    broken = train_blip(PAIRS_, SPEC, tmp_path / "broken", ignore)
-    assert lines.count(("words", 1)) == 1 and lines.count(("words", 4)) == 1  # nothing is done twice
+    def note(line: dict[str, object]) -> None:
+        lines.append((line["stage"], line["step"]))
+
+    whole = train_blip(PAIRS_, SPEC, tmp_path / "whole", ignore)
+    with pytest.raises(Stop):
+        train_blip(PAIRS_, SPEC, tmp_path / "broken", stop)
+    broken = train_blip(PAIRS_, SPEC, tmp_path / "broken", note)
+    assert lines.count(("words", 1)) == 1, "nothing before the last checkpoint is done twice"
     for a, b in ((whole.captioner, broken.captioner), (whole.matcher, broken.matcher)):
         assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
     assert not (tmp_path / "broken" / "checkpoints").exists()
-    assert train_blip(PAIRS_, SPEC, tmp_path / "broken", lines.append) == broken and len(lines) == 15  # no step more
-    other = train_blip(PAIRS_, SPEC.model_copy(update={"seed": 1}), tmp_path / "broken", ignore)
-    assert (other.matcher / "model.safetensors").read_bytes() != (whole.matcher / "model.safetensors").read_bytes()
+    before = len(lines)
+    assert train_blip(PAIRS_, SPEC, tmp_path / "broken", note) == broken and len(lines) == before, "no step more"
+
+
+def test_another_seed_gives_another_model(tmp_path: Path) -> None:
+    def weights(seed: int) -> bytes:
+        spec = SPEC.model_copy(update={"seed": seed})
+        return (train_blip(PAIRS_, spec, tmp_path, ignore).matcher / "model.safetensors").read_bytes()
+
+    assert weights(0) != weights(1)
 
 
 def test_captioner_and_matcher_are_two_models(tmp_path: Path) -> None:
