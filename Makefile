@@ -56,8 +56,11 @@ check: setup ## lint, format, types, spelling
 	$(BIN)/mypy
 	$(BIN)/codespell $$(git ls-files ':!*.lock')
 
-bench: setup ## run every benchmark; results go to benchmarks/results/
-	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+bench: setup ## the long measurements: kills, and whether curation helps (an hour); results go to workspace/bench
+	mkdir -p workspace/bench
+	$(BIN)/python benchmarks/kills.py workspace/bench/kills | tee workspace/bench/kills.txt
+	$(BIN)/python benchmarks/curation.py workspace/bench/curation | tee workspace/bench/curation.txt
+	$(BIN)/python benchmarks/curation.py workspace/bench/curation --clean | tee workspace/bench/curation-clean.txt
 
 docs: setup ## check that every link inside docs/ and README.md leads somewhere
 	$(BIN)/python -m pytest tests/test_docs.py
