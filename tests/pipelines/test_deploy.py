@@ -7,7 +7,6 @@ on the minute, and each run is a process of its own.
 import contextlib
 import itertools
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -205,12 +204,12 @@ def test_the_schedule_goes_on_after_a_cancelled_run(served: Served) -> None:
     assert served.ended(served.trigger()) == "Completed"
 
 
-def test_a_killed_deployment_is_served_again_and_goes_on(served: Served, tmp_path: Path) -> None:
+def test_a_killed_deployment_is_served_again_and_goes_on(tmp_path: Path) -> None:
     """Neither its schedule nor its one place is held by the run that was killed with it."""
-    for name in ("web", "trusted"):
-        shutil.copytree(served.root / name, tmp_path / name)
+    flow.draw_folder(tmp_path / "web", 24, 1000)
+    flow.draw_folder(tmp_path / "trusted", 12)
     flow.write_recipe(tmp_path / "recipe.yaml", recipe(tmp_path))
-    with contextlib.suppress(psutil.NoSuchProcess), serving(tmp_path) as first:
+    with serving(tmp_path) as first:
         first.ask(f"/deployments/{first.deployment}", {"paused": True}, "PATCH")
         long_run(first)
         below = first.process.children(recursive=True)
