@@ -43,7 +43,7 @@ def write_recipe(folder: Path) -> Path:
     recipe["first_filter"]["blip"] = {"word_steps": 5, "caption_steps": 5, "match_steps": 5, "batch_pairs": 16}
     recipe["pretrain"] |= {"steps": 120, "batch_pairs": 32, "checkpoint_every": 10}
     recipe["texts"]["min"] = 0.2
-    recipe["gates"] = {}
+    recipe["gates"] = {"min_pairs": 0}
     recipe["rounds"] = 1
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
@@ -138,6 +138,8 @@ def main() -> None:
     steps = consumed(folder / "whole"), consumed(folder / "killed")
     print(json.dumps({"kills": kills, "files": len(whole), "differing": differing,
                       "steps": len(steps[0]), "same_uids_in_every_step": steps[0] == steps[1]}, indent=1))  # fmt: skip
+    if differing or steps[0] != steps[1] or any(kill["left_behind"] for kill in kills):
+        sys.exit("the killed run isn't the whole one, or a process was left behind")
 
 
 if __name__ == "__main__":
