@@ -9,6 +9,7 @@ tables, selections and training shards byte by byte; the uids of every training 
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ from pipelines.demo.server import running_server
 from pipelines.demo.web import make_web
 
 PORT = 8793
+PATIENCE_S = 10.0  # in which every process of a killed run has to be gone
 STAGES = ("crawl", "fetch", "curate", "pretrain")
 COMPARED = ("candidates", "pairs", "scores", "canaries", "selections", "shards")
 
@@ -79,9 +81,21 @@ def kill_in(stage: str, recipe: Path, space: Path, typical_s: float, draw: rando
     group = [p.pid for p in psutil.process_iter() if _in_session(p.pid, process.pid)]
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    time.sleep(2.0)
-    left = [pid for pid in group if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
-    return {"stage": stage, "after_s": round(time.monotonic() - began - 2, 2), "left_behind": len(left)}
+    after_s, killed = round(time.monotonic() - began, 2), time.monotonic()
+    while (left := _alive(group)) and time.monotonic() < killed + PATIENCE_S:
+        time.sleep(0.1)
+    gone_s = round(time.monotonic() - killed, 1)
+    return {"stage": stage, "after_s": after_s, "all_gone_after_s": gone_s, "left_behind": left}
+
+
+def _alive(pids: list[int]) -> list[str]:
+    """The command lines of those that run."""
+    found = []
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(pid)
+            found += [" ".join(process.cmdline())[:120]] if process.status() != psutil.STATUS_ZOMBIE else []
+    return found
 
 
 def _in_session(pid: int, leader: int) -> bool:

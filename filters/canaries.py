@@ -67,6 +67,13 @@ def make_canaries(
     return refs
 
 
+def set_apart(store: Store, refs: Sequence[ShardRef]) -> list[str]:
+    """uids of the trusted pairs that the canaries of a `LEARNED` defect in `refs` are made from. A model that is asked
+    about them must not have trained on them, or false drops are flattered and an older model always wins."""
+    facts = (store.read_table(facts_path(ref), ["defect", "origin"]).to_pylist() for ref in refs)
+    return sorted({row["origin"] for rows in facts for row in rows if row["defect"] in LEARNED})
+
+
 def facts_path(ref: ShardRef) -> str:
     """Where the facts (`FACTS`) of a canary shard lie, row by row."""
     return ref.beside(f"scores/canary_facts-{ref.group.rsplit('-', 1)[1]}")
@@ -119,6 +126,7 @@ def _copy(origin: Origin, pixels: np.ndarray, seed: int) -> Planted:
     return pixels[top : height - top, left : width - left], 90, f"cropped by {cut:.3f} of each side"
 
 
+LEARNED = ("swapped_text",)  # defects that trained models tell
 DEFECTS: dict[str, Callable[[Origin, np.ndarray, int], Planted]] = {"swapped_text": _same, "near_duplicate": _copy}
 
 

@@ -4,6 +4,7 @@ Filters measure and the selection judges; this file only brings them together. `
 stands for the model that the scorer (a round's facts) names for that filter's role.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from cluster.session import ray_session
 from filters.base import Filter, Reducer
 from filters.canaries import FACTS, facts_path, make_canaries
+from filters.canaries import set_apart as canary_origins
 from filters.canary_report import Corpus, recall_at_false_drops, report
 from filters.engine import PlannedFilter, missing, plan, score_shards
 from filters.lookup import load_filter, load_reducer
@@ -94,10 +96,20 @@ def select_trusted(run: Run, shards: Shards) -> str:
     return chosen.folder
 
 
+def plant(run: Run, shards: Shards) -> list[ShardRef]:
+    """The canary shards of the run's pairs."""
+    return make_canaries(run.workspace.store, shards, run.recipe.trusted, run.recipe.canaries, run.recipe.seed)
+
+
+def set_apart(run: Run, shards: Shards) -> list[str]:
+    """uids that no model of the run trains on, because canaries are made from them."""
+    return canary_origins(run.workspace.store, plant(run, shards))
+
+
 def curate(run: Run, number: int, scorer: Facts, shards: Shards) -> Facts:
     """One round's curation; returns its selection, counts, and what the canaries tell."""
     recipe, store = run.recipe, run.workspace.store
-    canaries = make_canaries(store, shards, recipe.trusted, recipe.canaries, recipe.seed)
+    canaries = plant(run, shards)
     planned = planned_filters(run, scorer)
     everything = [ref for refs in shards.values() for ref in refs] + list(canaries)
     scored = score(run, planned, everything, f"score round {number}")
@@ -109,6 +121,7 @@ def curate(run: Run, number: int, scorer: Facts, shards: Shards) -> Facts:
         store, recipe.name, recipe.keep, recipe.texts, shards, scores, recipe.trusted, recalibrate=recalibrate
     )
     published = publish_training_shards(run.workspace, chosen.folder, shards, recipe.trusted)
+    apart = published.count(store, canary_origins(store, canaries))
     real = Corpus(shards, recipe.trusted, scores, reducers, chosen.folder)
     told = report(store, canaries, real, recipe.keep, recipe.texts, chosen.manifest["thresholds"])
     recalls = {name: facts["rules"][-1]["recall"]["value"] for name, facts in told["defects"].items()}
@@ -120,7 +133,8 @@ def curate(run: Run, number: int, scorer: Facts, shards: Shards) -> Facts:
         "canaries": told,
         "canary_shards": [ref.folder for ref in canaries],
         "canary_recall": recalls,
-        "training_pairs": published.total,
+        "training_pairs": published.total - apart,
+        "set_apart": apart,
         "reused": not scored and not chosen.written and not published.wrote,
     }
 
@@ -132,13 +146,15 @@ def score(run: Run, planned: Sequence[PlannedFilter], refs: Sequence[ShardRef], 
     if not left:
         return 0
     show = run.console.progress(told)
-    if run.engine == "ray":
+    # One shard is scored here: starting Ray on this machine would take longer. On a cluster its workers have the GPUs.
+    engine = "inline" if len(left) == 1 and "RAY_ADDRESS" not in os.environ else run.engine
+    if engine == "ray":
         run.hold("ray", ray_session(run.recipe.workers))
     score_shards(
         store,
         planned,
         refs,
-        engine=run.engine,  # type: ignore[arg-type]
+        engine=engine,  # type: ignore[arg-type]
         workers=run.recipe.workers,
         progress=lambda done, total: show(done, total, "shards"),
         dead=run.workspace.tombstones(),

@@ -197,7 +197,7 @@ def _training(workspace: Workspace, uid: str) -> list[dict[str, Any]]:
         told = {"training": record["folder"], "model": record["models"]["clip"]}
         if not any(uid in _uids(workspace, pin.ref.table) for pin in config.shards):
             continue
-        plan, left_out = make_plan(workspace.store, config.shards, config.spec)
+        plan, left_out = make_plan(workspace.store, config.shards, config.spec, config.apart)
         if plan.fingerprint != record["result"]["plan"]:
             rows.append(told | {"steps": [], "note": _changed(left_out, record["result"]["left_out"])})
         elif steps := list(steps_of(plan, uid, config.spec.steps)):

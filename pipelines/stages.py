@@ -133,11 +133,11 @@ def first_filter(run: Run) -> Facts:
             return held
         known = {name: refs for name, refs in shards(run).items() if name in run.recipe.trusted}
         selection = curation.select_trusted(run, known)
-        records = []
+        apart, records = curation.set_apart(run, shards(run)), []
         if spec.clip:
-            records.append(training_jobs.pretrain(run, "first-filter/clip", selection, known, spec.clip))
+            records.append(training_jobs.pretrain(run, "first-filter/clip", selection, known, spec.clip, apart))
         if spec.blip:
-            records.append(training_jobs.train_blip(run, "first-filter/blip", known, spec.blip))
+            records.append(training_jobs.train_blip(run, "first-filter/blip", known, spec.blip, apart))
         models = {role: sha for record in records for role, sha in record["models"].items()}
         facts |= {"reused": all(r["reused"] for r in records), "models": models}
         facts["note"] = ", ".join(f"{role} {sha[:12]}" for role, sha in models.items())
@@ -190,7 +190,8 @@ def pretrain(run: Run, number: int, picked: Facts) -> Facts:
     """Trains the round's model on the selection's training shards."""
     with run.stage(f"round-{number}/pretrain") as facts:
         name, spec = f"round-{number}", run.recipe.pretrain
-        record = training_jobs.pretrain(run, name, picked["selection"], shards(run), spec)
+        apart = curation.set_apart(run, shards(run))
+        record = training_jobs.pretrain(run, name, picked["selection"], shards(run), spec, apart)
         facts |= {"reused": record["reused"], "training": record["fingerprint"]}
         result = record["result"]
         facts["note"] = f"{result['steps']} steps, {result['pairs']} pairs, model {record['models']['clip'][:12]}"

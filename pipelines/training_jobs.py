@@ -60,9 +60,10 @@ def pins(run: Run, selection: str, shards: Shards) -> list[Pin]:
     return [Pin(folder=ref.folder, index=ref.index, tar_sha256=meta["tar_sha256"]) for ref, meta in full]
 
 
-def pretrain(run: Run, name: str, selection: str, shards: Shards, spec: PretrainSpec) -> Facts:
+def pretrain(run: Run, name: str, selection: str, shards: Shards, spec: PretrainSpec, apart: Sequence[str]) -> Facts:
     """Trains a CLIP on the selection's training shards of `shards`; returns its record (models, result, config)."""
-    config = TrainConfig(store=run.workspace.store.root, shards=pins(run, selection, shards), spec=spec, out_dir="")
+    pinned = pins(run, selection, shards)
+    config = TrainConfig(store=run.workspace.store.root, shards=pinned, spec=spec, out_dir="", apart=list(apart))
     folder = f"{name}/{config.fingerprint}"  # other settings or shards never meet these checkpoints
     out = run.scratch / folder
     config = config.model_copy(update={"out_dir": str(out)})
@@ -88,9 +89,10 @@ def trusted_pins(run: Run, known: dict[str, list[ShardRef]]) -> list[Pin]:
     return [Pin(folder=r.folder, index=r.index, tar_sha256=m["tar_sha256"]) for r, m in zip(refs, metas, strict=True)]
 
 
-def train_blip(run: Run, name: str, known: dict[str, list[ShardRef]], spec: BlipSpec) -> Facts:
+def train_blip(run: Run, name: str, known: dict[str, list[ShardRef]], spec: BlipSpec, apart: Sequence[str]) -> Facts:
     """Trains a captioner and a match filter on the trusted pairs; returns their record."""
-    job = BlipJob(store=run.workspace.store.root, shards=trusted_pins(run, known), spec=spec, out_dir="")
+    pinned = trusted_pins(run, known)
+    job = BlipJob(store=run.workspace.store.root, shards=pinned, spec=spec, out_dir="", apart=list(apart))
     folder = f"{name}/{job.fingerprint}"
     out = run.scratch / folder
     job = job.model_copy(update={"out_dir": str(out)})

@@ -8,6 +8,7 @@ needed: the loader shuffles. A group of which nothing is kept is a shard of no r
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from pairs.errors import PairmillError
@@ -32,6 +33,12 @@ class TrainingCounts:
     @property
     def total(self) -> int:
         return sum(self.pairs.values())
+
+    def count(self, store: Store, uids: Collection[str]) -> int:
+        """How many of `uids` stand in the shards."""
+        wanted = pa.array(list(uids), pa.string())
+        tables = (store.read_table(path, ["uid"]) for path, pairs in self.pairs.items() if pairs and len(wanted))
+        return sum(pc.sum(pc.is_in(table["uid"], wanted)).as_py() for table in tables)
 
 
 def publish_training_shards(

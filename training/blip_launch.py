@@ -25,19 +25,22 @@ VERSION = 1  # of what a training makes of the same job: raise it with any chang
 
 
 class BlipJob(BaseModel):
-    """`store` is the workspace's root, `shards` the pair shards of the trusted sources, `out_dir` a local folder."""
+    """`store` is the workspace's root, `shards` the pair shards of the trusted sources, `out_dir` a local folder,
+    `apart` uids that aren't trained on."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     store: str
     shards: list[Pin]
     spec: BlipSpec
     out_dir: str
+    apart: list[str] = []
 
     @property
     def fingerprint(self) -> str:
         """Over the shards' content and the settings; not over where they lie."""
         spec = self.spec.model_dump(exclude={"checkpoint_every"})
-        return fingerprint({"version": VERSION, "shards": [pin.model_dump() for pin in self.shards], "blip": spec})
+        shards = [pin.model_dump() for pin in self.shards]
+        return fingerprint({"version": VERSION, "shards": shards, "apart": self.apart, "blip": spec})
 
 
 class BlipResult(BaseModel):

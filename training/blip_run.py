@@ -28,7 +28,7 @@ def main(path: str) -> int:
     torch.set_num_threads(1)  # captioner and matcher train beside each other
     counts: Counter[str] = Counter()
     try:
-        models = train_blip(trusted_pairs(Store(job.store), job.shards, counts), job.spec, Path(job.out_dir), _say)
+        models = train_blip(trusted_pairs(job, counts), job.spec, Path(job.out_dir), _say)
     except PairmillError as error:
         _say({"error": {"expected": error.expected, "found": error.found, "remedy": error.remedy}})
         return 2
@@ -40,10 +40,11 @@ def main(path: str) -> int:
     return 0
 
 
-def trusted_pairs(store: Store, pins: list[Pin], counts: Counter[str]) -> Iterator[tuple[bytes, str]]:
-    """(encoded image, first text) in order of uid; `counts` gets what is left out: forgotten, held_out."""
+def trusted_pairs(job: BlipJob, counts: Counter[str]) -> Iterator[tuple[bytes, str]]:
+    """(encoded image, first text) in order of uid; `counts` gets what is left out: forgotten, held_out, canary."""
+    store, apart = Store(job.store), set(job.apart)
     found: list[tuple[str, Pin, int, int, str]] = []
-    for pin in pins:
+    for pin in job.shards:
         table = store.read_table(pin.ref.table)
         if table_metadata(table).get("tar_sha256") != pin.tar_sha256:
             raise PairmillError(
@@ -53,7 +54,7 @@ def trusted_pairs(store: Store, pins: list[Pin], counts: Counter[str]) -> Iterat
             )
         columns = (table[name].to_pylist() for name in ("uid", "image_offset", "image_size", "text"))
         for alive, uid, offset, size, text in zip(Workspace(store).alive(table), *columns, strict=True):
-            reason = "forgotten" if not alive else "held_out" if held_out(uid) else "read"
+            reason = "forgotten" if not alive else "held_out" if held_out(uid) else "canary" if uid in apart else "read"
             counts[reason] += 1
             if reason == "read":
                 found.append((uid, pin, offset, size, text or ""))

@@ -24,19 +24,22 @@ class Pin(BaseModel):
 
 
 class TrainConfig(BaseModel):
-    """`store` is the workspace's root (a path or an fsspec URL); `out_dir` a local folder, one for each run."""
+    """`store` is the workspace's root (a path or an fsspec URL); `out_dir` a local folder, one for each run;
+    `apart` are uids that aren't trained on, as canaries are made from them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     store: str
     shards: list[Pin]
     spec: PretrainSpec
     out_dir: str
+    apart: list[str] = []
 
     @property
     def fingerprint(self) -> str:
         """Over the shards' content and the settings; not over where they lie, nor over the number of workers."""
         spec = self.spec.model_dump(exclude={"workers", "checkpoint_every"})
-        return fingerprint({"version": VERSION, "shards": [pin.model_dump() for pin in self.shards], "spec": spec})
+        shards = [pin.model_dump() for pin in self.shards]
+        return fingerprint({"version": VERSION, "shards": shards, "apart": self.apart, "spec": spec})
 
 
 class TrainResult(BaseModel):

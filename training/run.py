@@ -59,7 +59,7 @@ def train_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device)
     """Plan, model, last checkpoint, steps, export."""
     began, spec, out = time.perf_counter(), config.spec, Path(config.out_dir)
     store = Store(config.store)
-    plan, left_out = make_plan(store, config.shards, spec)
+    plan, left_out = make_plan(store, config.shards, spec, config.apart)
     model = export.build(spec.model, spec.seed, spec.attention)
     model.with_vocabulary(model.token_embedding.weight[torch.from_numpy(plan.tokens.used)])
     if spec.word_weight:

@@ -1,7 +1,7 @@
 """From training tables to a Plan: what may be trained on, with every row that is left out counted by reason."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,11 @@ COLUMNS = ["uid", "url_key", "status", "text", "texts", "width", "height", "imag
 VERSION = 1  # of the order that a plan gives; enters its fingerprint
 
 
-def make_plan(store: Store, pins: Sequence[Pin], spec: PretrainSpec) -> tuple[Plan, dict[str, int]]:
-    """The plan over the pinned shards, and the counts of rows left out: forgotten, no_text, no_size."""
+def make_plan(
+    store: Store, pins: Sequence[Pin], spec: PretrainSpec, apart: Collection[str] = ()
+) -> tuple[Plan, dict[str, int]]:
+    """The plan over the pinned shards without the uids `apart`, and the counts of rows left out: forgotten, canary,
+    no_text, no_size."""
     tokeniser, left_out = Tokeniser(spec.model.context), Counter[str]()
     columns: dict[str, list[int]] = {name: [] for name in ("image_offset", "image_size", "width", "height")}
     uids: list[str] = []
@@ -30,7 +33,7 @@ def make_plan(store: Store, pins: Sequence[Pin], spec: PretrainSpec) -> tuple[Pl
     blocks: list[Block] = []
     for pin in pins:
         table = _table(store, pin)
-        kept = _usable(table, Workspace(store).alive(table), left_out)
+        kept = _usable(table, Workspace(store).alive(table), frozenset(apart), left_out)
         blocks += _blocks(pin.ref, kept, len(uids))
         for row in kept:
             uids.append(row["uid"])
@@ -99,14 +102,15 @@ def _table(store: Store, pin: Pin) -> pa.Table:
     return table.select(COLUMNS)
 
 
-def _usable(table: pa.Table, alive: list[bool], left_out: Counter[str]) -> list[dict[str, Any]]:
+def _usable(table: pa.Table, alive: list[bool], apart: frozenset[str], left_out: Counter[str]) -> list[dict[str, Any]]:
     """The rows that can be trained on, with `choices`, their texts."""
     kept = []
     for row, lives in zip(table.to_pylist(), alive, strict=True):
         texts = [t["text"] for t in row["texts"] or [] if t["text"]]
         row["choices"] = texts or ([row["text"]] if row["text"] else [])
         whole = all(row[name] and row[name] > 0 for name in ("width", "height", "image_size", "image_offset"))
-        reason = "forgotten" if not lives else "no_text" if not row["choices"] else "" if whole else "no_size"
+        checks = {"forgotten": lives, "canary": row["uid"] not in apart, "no_text": row["choices"], "no_size": whole}
+        reason = next((name for name, fine in checks.items() if not fine), None)
         if reason:
             left_out[reason] += 1
         else:

@@ -65,8 +65,8 @@ def _rounds(run: Run) -> Iterator[Facts]:
             "round": number,
             "scorer": curated["scorer"]["name"],
             "selection": curated["selection"],
-            "funnel": funnel_rows(total, curated["training_pairs"]),
-            "adds_up": adds_up(total, curated["training_pairs"]),
+            "funnel": funnel_rows(total, curated["training_pairs"], curated["set_apart"]),
+            "adds_up": adds_up(total, curated["training_pairs"], curated["set_apart"]),
             "thresholds": [
                 {"rule": name, "threshold": t["value"], "found": t["found"], "now": t["now"]}
                 for name, t in manifest["thresholds"].items()
@@ -78,7 +78,7 @@ def _rounds(run: Run) -> Iterator[Facts]:
         }
 
 
-def funnel_rows(total: Facts, training: int) -> list[Facts]:
+def funnel_rows(total: Facts, training: int, apart: int = 0) -> list[Facts]:
     """The funnel from candidates to training examples, one row a step."""
     left = total["candidates"] if total["candidates"] is not None else total["pairs"]
     rows: list[Facts] = [{"step": "candidates", "dropped": None, "would_drop": None, "left": left}]
@@ -90,16 +90,18 @@ def funnel_rows(total: Facts, training: int) -> list[Facts]:
     for rule in total["rules"]:
         keys = ("dropped", "would_drop", "left")
         rows.append({"step": rule["name"]} | {key: rule[key] for key in keys})
+    if apart:
+        rows.append({"step": "canary originals", "dropped": apart, "would_drop": None, "left": total["kept"] - apart})
     rows.append({"step": "training examples", "dropped": None, "would_drop": None, "left": training})
     return rows
 
 
-def adds_up(total: Facts, training: int) -> bool:
+def adds_up(total: Facts, training: int, apart: int = 0) -> bool:
     """Whether candidates minus everything that was dropped are the training examples."""
     lost = sum(count for reason, count in total["fetch"].items() if reason != "pair")
     dropped = sum(rule["dropped"] for rule in total["rules"])
     start = total["candidates"] is None or total["candidates"] - lost == total["pairs"]
-    return bool(start and total["pairs"] - dropped == total["kept"] == training)
+    return bool(start and total["pairs"] - dropped == total["kept"] == training + apart)
 
 
 def _canaries(told: Facts) -> Facts:

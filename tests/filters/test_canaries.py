@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from filters.canaries import facts_path, make_canaries
+from filters.canaries import facts_path, make_canaries, set_apart
 from filters.canary_report import Corpus, precision, recall_at_false_drops, report, roc_auc, wilson
 from filters.engine import plan, score_shards
 from filters.exact_duplicates import ExactDuplicates
@@ -107,6 +107,13 @@ def test_canaries_come_from_trusted_pairs_that_are_not_held_out(workspace: Works
     assert make_canaries(workspace.store, shards, ["clean"], SPEC, seed=0) == refs
     assert contents(workspace.store) == before
     assert make_canaries(workspace.store, shards, ["clean"], SPEC, seed=1) != refs
+
+
+def test_the_originals_of_swapped_texts_are_set_apart(workspace: Workspace) -> None:
+    refs = make_canaries(workspace.store, fill(workspace), ["clean"], SPEC, seed=0)
+    origins = [{f["origin"] for f in workspace.store.read_table(facts_path(ref)).to_pylist()} for ref in refs]
+    assert set_apart(workspace.store, refs) == sorted(origins[0]) and origins[0] != origins[1]
+    assert set_apart(workspace.store, refs[1:]) == set_apart(workspace.store, []) == []
 
 
 def test_no_trusted_pairs_or_none_asked_for_give_no_canaries(workspace: Workspace) -> None:

@@ -164,6 +164,21 @@ def test_webdataset_and_datasets_read_it_without_pairmill(tmp_path: Path) -> Non
     assert outside(code, tmp_path) == [expected, expected]
 
 
+def test_open_clip_reads_it_for_training_and_validation(tmp_path: Path) -> None:
+    code = """if True:
+        from types import SimpleNamespace
+        from open_clip_train.data import get_wds_dataset
+        found = []
+        for train in (True, False):
+            args = SimpleNamespace(train_data=PATTERN, val_data=PATTERN, train_num_samples=5, val_num_samples=5, seed=0)
+            vars(args).update(batch_size=1, workers=0, world_size=1, train_data_upsampling_factors=None)
+            loader = get_wds_dataset(args, lambda image: image.width, train, tokenizer=lambda text: [text]).dataloader
+            found.append(sorted([int(image[0]), text[0]] for image, text in loader))
+        print(json.dumps(found))"""
+    expected = [[8 + i, r["text"]] for i, r in enumerate(map(pair_row, range(5)))]
+    assert outside(code, tmp_path) == [expected, expected]
+
+
 def test_the_fresh_process_really_lacks_pairmill(tmp_path: Path) -> None:
     code = "try:\n    import pairs.tar\nexcept ImportError as error:\n    print(json.dumps(str(error)))"
     assert "pairs" in outside(code, tmp_path)

@@ -82,6 +82,8 @@ def test_a_lost_pair_shows() -> None:
     assert adds_up(total, 5) and not adds_up(total, 4)
     assert not adds_up(total | {"candidates": 11}, 5) and not adds_up(total | {"kept": 6}, 6)
     assert [row["left"] for row in funnel_rows(total, 5)] == [10, 8, 8, 5, 5]
+    assert adds_up(total, 3, 2) and not adds_up(total, 5, 2)
+    assert [row["left"] for row in funnel_rows(total, 3, 2)] == [10, 8, 8, 5, 3, 3]
 
 
 def test_the_page_shows_the_same_numbers(finished: Finished) -> None:

@@ -188,12 +188,16 @@ def shard(workspace: Workspace, count: int = 24) -> Pin:
 
 def test_held_out_and_forgotten_pairs_are_never_read(workspace: Workspace) -> None:
     pin, counts = shard(workspace, 60), Counter[str]()
+    job = BlipJob(store=workspace.store.root, shards=[pin], spec=SPEC, out_dir="")
     uids = [pair(i)[0]["uid"] for i in range(60)]
     kept = [uid for uid in uids if not held_out(uid)]
     assert 0 < len(kept) < 60
     workspace.bury("uid", kept[:2], "asked")
-    read = list(trusted_pairs(workspace.store, [pin], counts))
+    read = list(trusted_pairs(job, counts))
     assert counts["forgotten"] == 2 and counts["read"] == len(kept) - 2 == len(read)
+    apart = list(trusted_pairs(job.model_copy(update={"apart": kept[2:5]}), counts))
+    by_uid = zip(sorted(kept[2:]), read, strict=True)
+    assert counts["canary"] == 3 and apart == [entry for uid, entry in by_uid if uid not in kept[2:5]]
     expected = sorted((uid, i) for i, uid in enumerate(uids) if uid in kept[2:])
     assert [text for _, text in read] == [pair(i)[0]["text"] for _, i in expected]
 

@@ -82,6 +82,13 @@ def test_what_is_left_out_is_counted(tmp_path: object) -> None:
     assert sum(b.count for b in plan.blocks) == 58
 
 
+def test_what_canaries_are_made_from_is_not_trained_on(memory_store: Store) -> None:
+    pins, apart = shards(memory_store), [pair(n)[0]["uid"] for n in (0, 30)]
+    plan, left_out = make_plan(memory_store, pins, SPEC, apart)
+    assert left_out == {"canary": 2} and len(plan) == 58 and not set(apart) & set(plan.uids)
+    assert plan.fingerprint != make_plan(memory_store, pins, SPEC)[0].fingerprint
+
+
 def test_bad_shards_are_named(memory_store: Store) -> None:
     pins = shards(memory_store)
     other = pins[0].model_copy(update={"tar_sha256": "f" * 64})
