@@ -2,10 +2,12 @@
 and exits with 0 only when the work is done (2: a mistake or a gate; 1: a bug of ours or a failure; 130: interrupted).
 """
 
+import contextlib
 import json
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +26,7 @@ app = typer.Typer(
     help="From web pages to a pretrained vision-language model, and back into the next round's data filter.",
 )
 INTERRUPTED = 130
+DEMO_PORT, DEMO_WEB = 8765, Path("workspace/demo-web")  # recipes/demo.yaml names them
 _err = Rich(stderr=True, highlight=False)
 
 RecipeArg = Annotated[Path, typer.Argument(help="A recipe: one YAML file that states one run (see recipes/).")]
@@ -47,27 +50,36 @@ def _run(
     advance: bool = False,
 ) -> None:
     from pipelines import stages
-    from pipelines.prefect_server import orchestration
 
     if engine not in (None, "ray", "inline"):
         raise PairmillError(expected="--engine ray or inline", found=engine, remedy="leave it out for the recipe's own")
     spec = load_recipe(recipe)
     stages.check(spec)  # a mistake in the recipe is told before anything is written or started
     root = workspace or f"workspace/{spec.name}"
-    space = Workspace.open(root, create=True)
-    home = (space.store.local or Path.home() / ".cache" / "pairmill") / "prefect"
-    _probe(space)
-    with orchestration(home):
-        from pipelines.flywheel import flywheel
-
-        result = flywheel(str(recipe), root, engine, until, new, cal, js, advance)
+    with _server(root, _load_flow):
+        result = _load_flow()(str(recipe), root, engine, until, new, cal, js, advance)
     _tell(result, js)
 
 
-def _probe(space: Workspace) -> None:
-    """A second writer is told at once, before a server starts on the first one's database."""
+@contextlib.contextmanager
+def _server(root: str, meanwhile: Callable[[], object], port: int | None = None) -> Iterator[tuple[Workspace, str]]:
+    """The workspace `root` and Prefect's server in it, by its address. A second writer is told at once, before a server
+    starts on the first one's database."""
+    from pipelines.prefect_server import orchestration
+
+    space = Workspace.open(root, create=True)
+    home = (space.store.local or Path.home() / ".cache" / "pairmill") / "prefect"
     with space.lock():
         pass
+    with orchestration(home, port, meanwhile) as url:
+        yield space, url
+
+
+def _load_flow() -> Callable[..., dict[str, Any]]:
+    """The flow. Importing it takes 2 s, and only then is Prefect's address read."""
+    from pipelines.flywheel import flywheel
+
+    return flywheel
 
 
 def _tell(result: dict[str, Any], js: bool) -> None:
@@ -113,9 +125,15 @@ def demo(
     engine: EngineOpt = None,
 ) -> None:
     """Draw the demo web, serve it on loopback, and run the whole flywheel on it."""
-    from pipelines.demo.run import run_demo
+    from pipelines.demo.server import running_server
+    from pipelines.demo.web import make_web
 
-    run_demo(recipe, workspace, seed, noise, lambda root: _run("all", recipe, root, engine, False, False, False))
+    root = workspace or f"workspace/{load_recipe(recipe).name}"
+    with (
+        _server(root, lambda: make_web(DEMO_WEB, seed=seed, noise=noise, port=DEMO_PORT)),
+        running_server(DEMO_WEB, DEMO_PORT),
+    ):
+        _run("all", recipe, root, engine, False, False, False)
 
 
 @app.command("demo-web")
@@ -148,15 +166,11 @@ def deploy(
 ) -> None:
     """Serve a schedule in the foreground: each run adds only what is new, and never overlaps another."""
     from pipelines import stages
-    from pipelines.prefect_server import orchestration
 
     spec = load_recipe(recipe)
     stages.check(spec)
     root = workspace or f"workspace/{spec.name}"
-    space = Workspace.open(root, create=True)
-    home = (space.store.local or Path.home() / ".cache" / "pairmill") / "prefect"
-    _probe(space)
-    with orchestration(home, port) as url:
+    with _server(root, _load_flow, port) as (space, url):
         from pipelines.deployment import serve_schedule
 
         _err.print(f"schedule {cron!r} of {spec.name}; UI at {url.removesuffix('/api')}", markup=False)

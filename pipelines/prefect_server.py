@@ -32,11 +32,12 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def orchestration(home: Path, port: int | None = None) -> Iterator[str]:
+def orchestration(home: Path, port: int | None = None, meanwhile: Callable[[], object] = lambda: None) -> Iterator[str]:
     """The API's address while the block lasts; also set in this process's environment, for Prefect to read.
-    Call it before Prefect is imported."""
+    Call it before Prefect is imported; `meanwhile` is called while the server starts, and may import it."""
     os.environ.update(QUIET)
     if url := os.environ.get("PREFECT_API_URL"):
+        meanwhile()
         yield url
         return
     home.mkdir(parents=True, exist_ok=True)
@@ -52,9 +53,10 @@ def orchestration(home: Path, port: int | None = None) -> Iterator[str]:
         (home / "server.log").open("ab") as log,
         child(command, environment=QUIET | ours, stdout=log, stderr=log) as process,
     ):
-        _wait(url, process.poll, home / "server.log")
         os.environ.update(ours)
         try:
+            meanwhile()
+            _wait(url, process.poll, home / "server.log")
             yield url
         finally:
             _flush()

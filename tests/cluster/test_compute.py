@@ -55,14 +55,6 @@ def test_inline_computes_with_one_thread_and_gives_the_others_back() -> None:
         assert torch.get_num_threads() == 1
 
 
-def test_setup_runs_once_before_the_first_item() -> None:
-    calls: list[str] = []
-    list(
-        map_shards(lambda n: calls.append("item"), [1, 2], engine="inline", workers=1, setup=lambda: calls.append("up"))
-    )
-    assert calls == ["up", "item", "item"]
-
-
 def test_nothing_to_do_starts_nothing() -> None:
     assert list(map_shards(square, [], engine="ray", workers=2)) == []
 
@@ -88,8 +80,14 @@ def test_ray_gives_the_same_and_ends_what_it_started() -> None:
         found = list(map_shards(square, range(12), engine="ray", workers=2))
         assert sorted(row[:3] for row in found) == [(n * n, 1, 1) for n in range(12)]
         assert os.getpid() not in {row[3] for row in found}
+        again = list(map_shards(square, range(4), engine="ray", workers=2))
+        assert {row[3] for row in again} <= {row[3] for row in found}, "the actors stay warm"
         with pytest.raises(PairmillError, match="another number"):
             list(map_shards(refuse, [1, 2, 3], engine="ray", workers=1))
+        with pytest.raises(PairmillError, match="it died"):
+            list(map_shards(os._exit, [1], engine="ray", workers=1))
+        anew = list(map_shards(square, range(4), engine="ray", workers=2))
+        assert sorted(row[0] for row in anew) == [0, 1, 4, 9], "a pool that failed is made anew"
         with ray_session(2):
             assert ray.is_initialized()
         assert ray.is_initialized()

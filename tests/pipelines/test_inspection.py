@@ -114,7 +114,9 @@ def test_trace_names_no_steps_once_a_pair_of_the_training_is_forgotten(
     finished: Finished, tmp_path: Path, say: Say
 ) -> None:
     space = flow.copied(finished.workspace, tmp_path / "workspace")
-    one, other = [uid for uid, verdict in selected(finished).items() if verdict["kept"]][:2]
+    kept = [uid for uid, verdict in selected(finished).items() if verdict["kept"]]
+    trained = (uid for uid in kept if say("trace", uid, "--workspace", space, "--json").json["training"])
+    one, other = next(trained), next(trained)
     dropped = rows(finished)["box"]["uid"]
     Workspace.open(space).bury("uid", [other], "asked for")
     for uid in (one, other):
