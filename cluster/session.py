@@ -22,7 +22,6 @@ def _environment() -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "0" if sys.stderr.isatty() else "1",
         "RAY_DATA_LOG_LEVEL": "ERROR",
-        "RAY_BACKEND_LOG_LEVEL": "fatal",  # its warnings about our pool's arguments are no news to a user
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }
     if "RAY_ADDRESS" in os.environ or "RAY_AUTH_MODE" in os.environ:
