@@ -70,10 +70,8 @@ def train_steps(
             group["lr"] = rate
 
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            image_BE, text_BE, scale, words_2BV = run(batch.images, batch.texts)
+            image_BE, text_BE, scale = run(batch.images, batch.texts)
         total, count = objectives.clip(image_BE, text_BE, scale, batch.valid, batch.same, batch.counts, rank)
-        if words_2BV is not None:
-            total = total + spec.word_weight * objectives.words(words_2BV, batch.texts, batch.valid)
 
         tokens = batch.images.useful + batch.texts.useful
         computed = len(batch.images.place) + len(batch.texts.tokens)
@@ -126,7 +124,7 @@ def train_steps(
 
 def make_optimizer(model: PackedClip, spec: PretrainSpec) -> torch.optim.Optimizer:
     """AdamW with weight decay on the matrices of the layers alone."""
-    bare = ("embedding", "ln_", "logit_scale", "bias", "word_head")
+    bare = ("embedding", "ln_", "logit_scale", "bias")
     groups: dict[bool, list[Tensor]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         groups[parameter.ndim >= 2 and not any(part in name for part in bare)].append(parameter)

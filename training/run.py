@@ -27,7 +27,6 @@ from training.attention import chosen
 from training.config import RESULT, TrainConfig, TrainResult
 from training.data import Loader
 from training.loop import Totals, make_optimizer, train_steps
-from training.models.clip import WordHead
 from training.plan import Cost
 from training.tables import make_plan
 
@@ -62,8 +61,6 @@ def train_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device)
     plan, left_out = make_plan(store, config.shards, spec, config.apart)
     model = export.build(spec.model, spec.seed, spec.attention)
     model.with_vocabulary(model.token_embedding.weight[torch.from_numpy(plan.tokens.used)])
-    if spec.word_weight:
-        model.word_head = WordHead(spec.model.vision.width, torch.from_numpy(plan.tokens.shares()))
     model.to(device)
     optimizer = make_optimizer(model, spec)
     identity = {"plan": plan.fingerprint, "config": config.fingerprint}
@@ -78,7 +75,7 @@ def train_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device)
 
     m = spec.model
     cost = Cost((m.vision.layers, m.vision.width), (m.text.layers, m.text.width))
-    loader = Loader(plan, store, rank, ranks, cost, m.patch_px, spec.jitter, spec.row_tokens)
+    loader = Loader(plan, store, rank, ranks, cost, m.patch_px, spec.jitter)
     emit = metrics.add if metrics else _nothing
     train_steps(model, optimizer, plan, loader, spec, start, totals, device, dtype, emit, save)
     facts = {
@@ -93,7 +90,7 @@ def train_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device)
     result = result.model_copy(update={"seconds": time.perf_counter() - began})
     if rank == 0:
         Store(out).write(RESULT, result.model_dump_json(indent=2))  # before the model, which tells that all is done
-        weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("word_head")}
+        weights = model.state_dict()
         rows = weights["token_embedding.weight"]
         weights["token_embedding.weight"] = export.whole_table(m, spec.seed, plan.tokens.used, rows)
         export.save(out / "model", m, weights, facts)

@@ -30,7 +30,7 @@ class Counted(Store):
 
 def _loader(store: Store, rank: int = 0, ranks: int = 1, jitter: float = 0.0) -> Loader:
     plan, _ = make_plan(store, shards(store), SPEC)
-    return Loader(plan, store, rank, ranks, COST, 8, jitter, 0)
+    return Loader(plan, store, rank, ranks, COST, 8, jitter)
 
 
 def test_a_batch_holds_the_planned_pixels_and_tokens(memory_store: Store) -> None:
@@ -123,7 +123,7 @@ def test_what_is_no_image_is_none(nothing: bytes) -> None:
 
 
 def _again(loader: Loader) -> Loader:
-    return Loader(loader.plan, loader.store, 0, 1, COST, 8, 0.0, 0)
+    return Loader(loader.plan, loader.store, 0, 1, COST, 8, 0.0)
 
 
 def test_ranks_together_hold_the_step(memory_store: Store) -> None:
