@@ -138,8 +138,9 @@ def _read(store: Store, block: Block) -> bytes:
     )
 
 
-def decode(data: bytes, size: tuple[int, int] | None, grid: Grid, patch_px: int) -> Pixels | None:
-    """The picture (height, width, 3), RGB, perhaps reduced; None where it can't be decoded or isn't of `size`."""
+def decode(data: bytes, size: tuple[int, int] | None = None, grid: Grid = (1, 1), patch_px: int = 1) -> Pixels | None:
+    """The picture (height, width, 3), RGB. Where `size` (width, height) is given, it may be reduced to no less than
+    `grid` holds. None where it can't be decoded or isn't of `size`."""
     flag, shrink = cv2.IMREAD_COLOR, 1
     if size and data[:2] == JPEG:  # other decoders make the whole picture first
         spare = min(size[0] / (grid[1] * patch_px), size[1] / (grid[0] * patch_px))

@@ -133,7 +133,7 @@ def embed_images(model: PackedClip, images: Sequence[bytes]) -> tuple[Tensor, Te
     for start in range(0, len(images), BATCH):
         grids, patches = [], []
         for data in images[start : start + BATCH]:
-            picture = decode(data, None, (1, 1), patch_px)
+            picture = decode(data)
             ok.append(picture is not None)
             grid = grid_of(picture.shape[1], picture.shape[0], budget) if picture is not None else (1, 1)
             grids.append(grid)

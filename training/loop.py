@@ -44,6 +44,16 @@ class Totals:
     computed: int = 0
     seconds: float = 0.0
 
+    def figures(self) -> dict[str, Any]:
+        """What a result tells of them, by its fields' names."""
+        return {
+            "damaged": self.damaged,
+            "skipped": self.skipped,
+            "loss": sum(self.losses) / len(self.losses) if self.losses else None,
+            "pairs_per_s": self.pairs / self.seconds if self.seconds else None,
+            "fill": self.useful / self.computed if self.computed else None,
+        }
+
 
 def train_steps(
     model: PackedClip,

@@ -119,7 +119,7 @@ def test_a_store_that_is_away_is_asked_again_and_in_the_end_stops_the_run(
 
 @pytest.mark.parametrize("nothing", [b"", b"no image"])
 def test_what_is_no_image_is_none(nothing: bytes) -> None:
-    assert decode(nothing, None, (4, 4), 8) is None
+    assert decode(nothing) is None
 
 
 def _again(loader: Loader) -> Loader:
@@ -136,7 +136,7 @@ def test_ranks_together_hold_the_step(memory_store: Store) -> None:
 def test_big_pictures_may_be_decoded_small(ext: str) -> None:
     big = np.kron(picture(2), np.ones((8, 8, 1), np.uint8))  # 640 x 640
     big_bytes = encoded(big, ext)
-    reduced, whole = decode(big_bytes, (640, 640), (4, 4), 8), decode(big_bytes, None, (4, 4), 8)
+    reduced, whole = decode(big_bytes, (640, 640), (4, 4), 8), decode(big_bytes)
     assert reduced is not None and whole is not None and whole.shape == (640, 640, 3)
     near = [resize(p, (4, 4), 8).astype(float) for p in (reduced, whole)]
     assert np.abs(near[0] - near[1]).mean() < 3
