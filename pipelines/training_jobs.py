@@ -19,7 +19,7 @@ from pairs.shard import ShardRef
 from pairs.store import table_metadata
 from pipelines.models import model_folder, publish_models, trained
 from pipelines.run import Run
-from pipelines.training_shards import training_groups
+from pipelines.training_shards import training_shard
 from training import launch
 from training.config import BlipJob, BlipResult, Job, Pin, TrainConfig, TrainResult
 
@@ -48,7 +48,7 @@ def pins(run: Run, selection: str, shards: Shards) -> list[Pin]:
     """A selection's training shards of the pair `shards` that the run is pinned to, pinned by their tars' hashes; what
     later runs have added beside them is theirs."""
     store, folder = run.workspace.store, f"shards/{selection.split('/')[1]}"
-    refs = sorted(target for refs in shards.values() for target in training_groups(folder, refs))
+    refs = sorted(training_shard(folder, ref) for refs in shards.values() for ref in refs)
     tables = ((ref, store.read_table(ref.table, ["uid"])) for ref in refs)
     full = [(ref, table_metadata(table)) for ref, table in tables if table.num_rows]
     if not full:

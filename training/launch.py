@@ -32,11 +32,7 @@ START = "--- this rank starts"  # in its log, which holds those of earlier tries
 MAX_PIXELS = "200000000"  # what OpenCV may decode
 
 
-def _ignore(line: Line) -> None:
-    """Lines that nobody asked for."""
-
-
-def train(config: TrainConfig, on_line: OnLine = _ignore) -> TrainResult:
+def train(config: TrainConfig, on_line: OnLine = lambda line: None) -> TrainResult:
     """Trains to the end, from the last checkpoint in `out_dir` where there is one. `on_line` gets a dict per step.
 
     Leaving it by an exception (also one that `on_line` raises) ends every rank. Raises PairmillError for what
@@ -48,7 +44,7 @@ def train(config: TrainConfig, on_line: OnLine = _ignore) -> TrainResult:
     return TrainResult.model_validate(_run(config, config.spec.workers, on_line))
 
 
-def train_blip(job: BlipJob, on_line: OnLine = _ignore) -> BlipResult:
+def train_blip(job: BlipJob, on_line: OnLine = lambda line: None) -> BlipResult:
     """Trains captioner and match filter as `train` trains a CLIP."""
     return BlipResult.model_validate(_run(job, 1, on_line))
 

@@ -88,7 +88,7 @@ def train_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device)
     m = spec.model
     cost = Cost((m.vision.layers, m.vision.width), (m.text.layers, m.text.width))
     loader = Loader(plan, store, rank, ranks, cost, m.patch_px, spec.jitter)
-    emit = metrics.add if metrics else _nothing
+    emit = metrics.add if metrics else lambda line: None  # the other ranks stay silent
     train_steps(model, optimizer, plan, loader, spec, start, totals, device, dtype, emit, save)
     facts: dict[str, Any] = {
         "spec": spec.model_dump(exclude={"workers", "checkpoint_every"}),
@@ -212,10 +212,6 @@ def _join(rank: int, ranks: int) -> torch.device:
 
 def _say(line: dict[str, Any]) -> None:
     os.write(1, json.dumps(line).encode() + b"\n")  # in one piece: two processes may write into the same pipe
-
-
-def _nothing(line: dict[str, Any]) -> None:
-    """The other ranks stay silent."""
 
 
 if __name__ == "__main__":
