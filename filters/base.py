@@ -106,6 +106,13 @@ class Reducer(Measurement):
         raise NotImplementedError
 
 
+def settings_of(measurement: Measurement) -> dict[str, Any]:
+    """The fields of a filter or reducer, by name."""
+    if not dataclasses.is_dataclass(measurement):
+        return {}
+    return {field.name: getattr(measurement, field.name) for field in dataclasses.fields(measurement)}
+
+
 def fingerprint_of(name: str, measurement: Measurement, needed: Mapping[str, str]) -> str:
     """12 hex digits that change with whatever may change the values.
 
@@ -113,11 +120,10 @@ def fingerprint_of(name: str, measurement: Measurement, needed: Mapping[str, str
     that name content are left out: its hash stands for them.
     """
     contents = measurement.content_hashes()
-    names = [field.name for field in dataclasses.fields(measurement)] if dataclasses.is_dataclass(measurement) else []
     parts: dict[str, object] = {
         "name": name,
         "version": measurement.version,
-        "settings": {name: getattr(measurement, name) for name in names if name not in contents},
+        "settings": {key: value for key, value in settings_of(measurement).items() if key not in contents},
         "contents": contents,
         "needed": dict(needed),
     }
