@@ -38,13 +38,13 @@ FALSE_DROPS = 0.05  # at which two scorers are compared
 def check(recipe: Recipe) -> None:
     """Names every filter, setting or column that doesn't exist, before anything runs."""
     made: list[str] = [f"pairs.{name}" for name in PAIRS.names]
-    loaded: list[Filter | Reducer] = [load_filter(name, s) for name, s in recipe.filters.items()]
-    loaded += [load_reducer(name, s) for name, s in recipe.reducers.items()]
-    for name, one in _named(recipe, loaded):
+    loaded: dict[str, Filter | Reducer] = {name: load_filter(name, s) for name, s in recipe.filters.items()}
+    loaded |= {name: load_reducer(name, s) for name, s in recipe.reducers.items()}
+    for name, one in loaded.items():
         made += [f"{name}.{column}" for column in one.columns]
     wanted = [("keep", column) for column in rule_columns(recipe.keep)]
     wanted += [("texts", column) for column in column_names(recipe.texts)]
-    wanted += [(name, need) for name, one in _named(recipe, loaded) for need in one.needs if "." in need]
+    wanted += [(name, need) for name, one in loaded.items() for need in one.needs if "." in need]
     for where, column in wanted:
         if column not in made:
             raise PairmillError(
@@ -52,7 +52,7 @@ def check(recipe: Recipe) -> None:
                 found=f"{column!r}, which none makes",
                 remedy=nearest(column, made),
             )
-    matcher = next((one for name, one in _named(recipe, loaded) if f"{name}." in (recipe.texts.match or "")), None)
+    matcher = loaded.get((recipe.texts.match or "").partition(".")[0])
     if (of := getattr(matcher, "of", None)) and list(of) != recipe.texts.sources:
         raise PairmillError(
             expected=f"texts.from to name what {recipe.texts.match} is measured of: {list(of)}",
@@ -66,10 +66,6 @@ def check(recipe: Recipe) -> None:
                 found=f"{PREVIOUS!r}, and no first_filter that trains a {ROLES[name]}",
                 remedy="add first_filter to the recipe, or name published weights or a folder",
             )
-
-
-def _named(recipe: Recipe, loaded: Sequence[Filter | Reducer]) -> list[tuple[str, Filter | Reducer]]:
-    return list(zip([*recipe.filters, *recipe.reducers], loaded, strict=True))
 
 
 def _trains(recipe: Recipe, role: str) -> bool:

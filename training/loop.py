@@ -24,7 +24,6 @@ from pairs.recipe import PretrainSpec
 from training import objectives
 from training.data import Loader
 from training.models.clip import PackedClip
-from training.plan import Plan
 
 PATIENCE = 10
 MAX_LOGIT_SCALE = math.log(100)
@@ -58,7 +57,6 @@ class Totals:
 def train_steps(
     model: PackedClip,
     optimizer: torch.optim.Optimizer,
-    plan: Plan,
     loader: Loader,
     spec: PretrainSpec,
     start: int,
@@ -125,7 +123,7 @@ def train_steps(
                 "tokens_per_s": useful / seconds,
                 "fill": useful / all_tokens,
                 "wait_fraction": wait_s / ranks / seconds,
-                "uids_sha256": plan.digest(step),
+                "uids_sha256": loader.plan.digest(step),
             }
         )
         if (step + 1) % spec.checkpoint_every == 0 or step + 1 == spec.steps:
