@@ -1,80 +1,32 @@
-"""What `blip_caption` and `blip_match` share: finding, hashing and loading a BLIP of transformers' format, and its
-pictures.
+"""What `blip_caption` and `blip_match` share: loading a BLIP of transformers' format, and its pictures.
 
-A folder, or a published name with its revision ("Salesforce/blip-itm-base-coco@<commit>"). A model is loaded once per
-process and again only where its files change; it computes in fp32. No code of a model's own is run, no pickle is read.
+A model is loaded once per process and again only where its files change; it computes in fp32. No code of a model's own
+is run, no pickle is read.
 """
 
 import functools
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pairs.errors import PairmillError
-from pairs.fingerprint import content_hash
+from filters.weights import Stamp, blip_folder, stamp
 
 if TYPE_CHECKING:
     import torch
 
-FILES = ["config.json", "model.safetensors", "preprocessor_config.json", "processor_config.json"]
-FILES += ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"]
 CAPTIONS, MATCHES = "BlipForConditionalGeneration", "BlipForImageTextRetrieval"
-
-
-def blip_folder(weights: str, architecture: str) -> Path:
-    """The folder of `weights`, which must hold a BLIP of that class with its tokenizer."""
-    if weights == "previous":
-        raise PairmillError(
-            expected="a folder or a published name as `weights`",
-            found="'previous', and there is no previous model",
-            remedy="set `first_filter: {blip: {}}` in the recipe, so that one is trained on the trusted pairs",
-        )
-    folder = Path(weights) if os.path.isdir(weights) or weights.startswith(("/", ".")) else _published(weights)
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    missing = [name for name in ("config.json", "model.safetensors") if name not in names]
-    missing += [] if names & {"tokenizer.json", "vocab.txt"} else ["tokenizer.json"]
-    made = [] if missing else json.loads((folder / "config.json").read_text()).get("architectures") or []
-    if missing or architecture not in made:
-        raise PairmillError(
-            expected=f"a {architecture} with its tokenizer, as save_pretrained leaves it, in {weights}",
-            found=f"no {', '.join(missing)}" if missing else f"a model of {made}",
-            remedy="name the folder of a trained captioner for blip_caption, of a matcher for blip_match",
-        )
-    return folder.resolve()
-
-
-@functools.cache
-def _published(weights: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    name, _, revision = weights.partition("@")
-    try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=FILES))
-    except Exception as error:
-        raise PairmillError(
-            expected=f"the published BLIP {name} in the local cache or from its hub, or a folder of that name",
-            found=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
-            remedy="check the name; where no hub can be reached, copy the files and set `weights` to their folder",
-        ) from error
-
-
-def blip_hash(weights: str, architecture: str) -> dict[str, str]:
-    """The content hash of what `weights` names, by setting."""
-    return {"weights": content_hash(blip_folder(weights, architecture))}
 
 
 def load(weights: str, architecture: str) -> tuple[Any, Any]:
     """(model, BlipProcessor), in evaluation mode, on the GPU where there is one."""
     folder = blip_folder(weights, architecture)
-    return _load(folder, architecture, tuple((p.name, p.stat().st_mtime_ns) for p in sorted(folder.iterdir())))
+    return _load(folder, architecture, stamp(folder))
 
 
 @functools.lru_cache(maxsize=4)
-def _load(folder: Path, architecture: str, stamp: tuple[tuple[str, int], ...]) -> tuple[Any, Any]:
+def _load(folder: Path, architecture: str, _stamp: Stamp) -> tuple[Any, Any]:
     import torch
     import transformers
 

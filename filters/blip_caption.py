@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from filters import blip
 from filters.base import Batch, Filter
+from filters.weights import blip_hashes
 from pairs.identity import unit_hash
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class BlipCaption(Filter):
     dtype = "fp32"
 
     def content_hashes(self) -> dict[str, str]:
-        return blip.blip_hash(self.weights, blip.CAPTIONS)
+        return blip_hashes(self.weights, blip.CAPTIONS)
 
     def score(self, batch: Batch) -> Mapping[str, list[Any]]:
         texts: list[list[str] | None] = [None] * len(batch)

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from filters import blip
 from filters.base import Batch, Filter
+from filters.weights import blip_hashes
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,7 @@ class BlipMatch(Filter):
         return ("pixels", *self.of)
 
     def content_hashes(self) -> dict[str, str]:
-        return blip.blip_hash(self.weights, blip.MATCHES)
+        return blip_hashes(self.weights, blip.MATCHES)
 
     def score(self, batch: Batch) -> Mapping[str, list[Any]]:
         import torch

@@ -70,8 +70,19 @@ def make_canaries(
 def set_apart(store: Store, refs: Sequence[ShardRef]) -> list[str]:
     """uids of the trusted pairs that the canaries of a `LEARNED` defect in `refs` are made from. A model that is asked
     about them must not have trained on them, or false drops are flattered and an older model always wins."""
-    facts = (store.read_table(facts_path(ref), ["defect", "origin"]).to_pylist() for ref in refs)
-    return sorted({row["origin"] for rows in facts for row in rows if row["defect"] in LEARNED})
+    return sorted({row["origin"] for ref in refs for row in facts(store, ref).to_pylist() if row["defect"] in LEARNED})
+
+
+def facts(store: Store, ref: ShardRef) -> pa.Table:
+    """What each row of a canary shard is (`FACTS`)."""
+    return store.read_table(facts_path(ref)).cast(FACTS)
+
+
+def reporting(facts: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Where canaries of the half that reports stand, and where their twins."""
+    reports = np.array(facts["half"].to_pylist()) == "report"
+    twin = np.array(facts["twin"].to_pylist(), bool)
+    return reports & ~twin, reports & twin
 
 
 def facts_path(ref: ShardRef) -> str:
@@ -138,7 +149,7 @@ def _publish(
     ref = ShardRef(f"canaries/{name}/0000", 0)
     if store.has(ref.table) and store.has(facts_path(ref)):
         return ref
-    rows, facts = [], []
+    rows, told = [], []
     for origin, partner in plan:
         pixels = origin.picture(store)
         if pixels is None:
@@ -149,11 +160,11 @@ def _publish(
             text = partner.row["text"] if defect == "swapped_text" and partner and not twin else origin.row["text"]
             row, data = _pair(defect, origin, copy, quality, text, twin)
             rows.append((row, data))
-            facts.append(
+            told.append(
                 {"uid": row["uid"], "defect": defect, "twin": twin, "origin": origin.uid, "half": half, "how": how}
             )
     write_shard(store, ref, rows, PAIRS)
-    store.write_table(facts_path(ref), pa.Table.from_pylist(facts, schema=FACTS))
+    store.write_table(facts_path(ref), pa.Table.from_pylist(told, schema=FACTS))
     return ref
 
 

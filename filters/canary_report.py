@@ -18,11 +18,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from filters.base import Reducer
-from filters.canaries import FACTS, facts_path
-from filters.columns import Frame, load_frame
+from filters.canaries import facts, reporting
+from filters.columns import load_frame
 from filters.reduce import corpus
-from filters.rules import Threshold, numbers, passes
-from filters.selection import TEXTS, rule_columns
+from filters.rules import Threshold, numbers
+from filters.selection import TEXTS, drops, rule_columns
 from filters.texts import SYNTHETIC, choose_texts, column_names
 from pairs.recipe import Rule, TextsSpec
 from pairs.shard import ShardRef
@@ -34,37 +34,31 @@ NUMBERS = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_float32, pa.typ
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """The real pairs that canaries are asked against."""
+class Judged:
+    """The real pairs that canaries are asked against, and the rules that judged them."""
 
+    store: Store
     shards: Mapping[str, Sequence[ShardRef]]
     trusted: Collection[str]
     scores: Mapping[str, str]  # folders of filters and reducers
     reducers: Mapping[str, Reducer]
+    keep: Sequence[Rule]
+    texts: TextsSpec
     selection: str  # folder
+    thresholds: Mapping[str, Mapping[str, Any]]  # the selection's manifest's
 
 
-def report(
-    store: Store,
-    canaries: Sequence[ShardRef],
-    real: Corpus,
-    keep: Sequence[Rule],
-    texts: TextsSpec,
-    thresholds: Mapping[str, Mapping[str, Any]],
-    prevalence: float = 0.1,
-) -> dict[str, Any]:
+def report(canaries: Sequence[ShardRef], real: Judged, prevalence: float = 0.1) -> dict[str, Any]:
     """Per defect: `canaries` and `twins` counted, `rules` (name, recall, false_drops; the last one is the selection as
-    a whole), `auc` of each numeric score, `precision` at `prevalence`. `thresholds` is the manifest's.
+    a whole), `auc` of each numeric score, `precision` at `prevalence`.
 
     A figure is {value, low, high, n}. Empty `defects` where there are no canaries.
     """
     defects = {}
     for ref in canaries:
-        facts = store.read_table(facts_path(ref)).cast(FACTS)
-        caught, columns = _caught(store, ref, facts, real, keep, texts, thresholds)
-        mine = np.array(facts["half"].to_pylist()) == "report"
-        twin = np.array(facts["twin"].to_pylist(), bool)
-        defects[facts["defect"][0].as_py()] = _figures(caught, columns, mine & ~twin, mine & twin, prevalence)
+        told = facts(real.store, ref)
+        caught, columns = _caught(real, ref, told)
+        defects[told["defect"][0].as_py()] = _figures(caught, columns, *reporting(told), prevalence)
     return {"half": "report", "prevalence": prevalence, "defects": defects}
 
 
@@ -85,54 +79,38 @@ def _figures(
     }
 
 
-def _caught(
-    store: Store,
-    ref: ShardRef,
-    facts: pa.Table,
-    real: Corpus,
-    keep: Sequence[Rule],
-    texts: TextsSpec,
-    thresholds: Mapping[str, Mapping[str, Any]],
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def _caught(real: Judged, ref: ShardRef, told: pa.Table) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Which rows of a canary shard each rule would drop, and the numeric scores of all of them."""
-    scored = {name: path for name, path in real.scores.items() if store.has(ref.beside(path))}
-    read = [c for c in [*rule_columns(keep), *column_names(texts)] if c.partition(".")[0] not in real.reducers]
-    found = _numeric(store, ref, scored)
-    table = load_frame(store, {"canaries": [ref]}, [*read, *found], scored, []).table
-    swapped = facts["defect"][0].as_py() == "swapped_text"
-    exclude = [None if not twin and not swapped else origin for origin, twin in _rows(facts, "origin", "twin")]
-    caught: dict[str, np.ndarray] = {}
-    table, unmeasured = _ask_reducers(store, ref, real, keep, scored, exclude, table)
-    for rule in keep:
+    scored = {name: path for name, path in real.scores.items() if real.store.has(ref.beside(path))}
+    read = [
+        c for c in [*rule_columns(real.keep), *column_names(real.texts)] if c.partition(".")[0] not in real.reducers
+    ]
+    found = _numeric(real.store, ref, scored)
+    table = load_frame(real.store, {"canaries": [ref]}, [*read, *found], scored, []).table
+    swapped = told["defect"][0].as_py() == "swapped_text"
+    exclude = [None if not twin and not swapped else origin for origin, twin in _rows(told, "origin", "twin")]
+    table, unmeasured = _ask_reducers(real, ref, scored, exclude, table)
+    caught = drops(real.keep, table, {name: Threshold(pin["value"], 0) for name, pin in real.thresholds.items()})
+    for rule in real.keep:
         if rule.one_per is not None:
-            taken = _taken(store, real, rule.one_per, table[rule.one_per], exclude)
+            taken = _taken(real, rule.one_per, table[rule.one_per], exclude)
             caught[rule.name] = taken | unmeasured[rule.one_per.partition(".")[0]]
-        else:
-            pin = thresholds.get(rule.name)
-            caught[rule.name] = ~passes(rule, table[rule.column], Threshold(pin["value"], 0) if pin else None)
-    kept = choose_texts(texts, table, np.zeros(table.num_rows, bool)).to_pylist()
+    kept = choose_texts(real.texts, table, np.zeros(table.num_rows, bool)).to_pylist()
     caught[TEXTS] = np.array([all(swapped and t["kind"] == SYNTHETIC for t in row) for row in kept], bool)
     caught[SELECTION_AS_A_WHOLE] = np.logical_or.reduce(list(caught.values()))
     return caught, {name: numbers(table[name], name) for name in found}
 
 
 def _ask_reducers(
-    store: Store,
-    ref: ShardRef,
-    real: Corpus,
-    keep: Sequence[Rule],
-    scored: Mapping[str, str],
-    exclude: Sequence[str | None],
-    table: pa.Table,
+    real: Judged, ref: ShardRef, scored: Mapping[str, str], exclude: Sequence[str | None], table: pa.Table
 ) -> tuple[pa.Table, dict[str, np.ndarray]]:
     """`table` with the columns that reducers answer, and for each reducer where it had nothing to go by."""
     unmeasured = {}
-    for name in sorted({column.partition(".")[0] for column in rule_columns(keep)} & set(real.reducers)):
+    for name in sorted({column.partition(".")[0] for column in rule_columns(real.keep)} & set(real.reducers)):
         reducer = real.reducers[name]
-        queries = corpus(store, reducer, {"canaries": [ref]}, scored, [])[1]
-        answers = reducer.query(
-            corpus(store, reducer, real.shards, real.scores, real.trusted, name)[1], queries, exclude
-        )
+        queries = corpus(real.store, reducer, {"canaries": [ref]}, scored, [])[1]
+        known = corpus(real.store, reducer, real.shards, real.scores, real.trusted, name)[1]
+        answers = reducer.query(known, queries, exclude)
         unmeasured[name] = np.logical_or.reduce([queries[need].is_null().to_numpy() for need in reducer.needs])
         for column in answers.column_names:
             table = table.append_column(f"{name}.{column}", answers[column])
@@ -154,13 +132,11 @@ def _numeric(store: Store, ref: ShardRef, scores: Mapping[str, str]) -> list[str
     return found
 
 
-def _taken(
-    store: Store, real: Corpus, column: str, groups: pa.ChunkedArray, exclude: Sequence[str | None]
-) -> np.ndarray:
+def _taken(real: Judged, column: str, groups: pa.ChunkedArray, exclude: Sequence[str | None]) -> np.ndarray:
     """Whether the selection keeps a pair of each query's group, the excluded one left aside."""
-    frame: Frame = load_frame(store, real.shards, [column], real.scores, real.trusted)
-    kept = [store.read_table(ref.beside(real.selection), ["kept"])["kept"] for _, ref in frame.shards]
-    part = frame.table.filter(pa.chunked_array([c for k in kept for c in k.chunks], pa.bool_()))
+    frame = load_frame(real.store, real.shards, [column], real.scores, real.trusted)
+    judged = [real.store.read_table(ref.beside(real.selection), ["kept"]) for _, ref in frame.shards]
+    part = frame.table.filter(pa.concat_tables(judged)["kept"])
     count = Counter(part[column].to_pylist())
     own = part.filter(pc.is_in(part["uid"], pa.array([e for e in exclude if e], pa.string())))
     group_of = dict(_rows(own, "uid", column))

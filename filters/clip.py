@@ -13,8 +13,8 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from filters import clip_weights
 from filters.base import Batch, Filter, Values
+from filters.weights import clip_hashes
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Clip(Filter):
         return self.precision
 
     def content_hashes(self) -> dict[str, str]:
-        return clip_weights.content_hashes(self.model, self.weights)
+        return clip_hashes(self.model, self.weights)
 
     def score(self, batch: Batch) -> Mapping[str, Values]:
         from filters import clip_model  # torch and open_clip: seconds

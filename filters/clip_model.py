@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from filters.clip_weights import SEED, Stamp, stamp, weights_path
+from filters.weights import SEED, Stamp, clip_path, stamp
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _fit(pixels_3HW: torch.Tensor, height: int, width: int, fill: int) -> torch.
 
 def load(model: str, weights: str | None, precision: str) -> Loaded:
     """The model, loaded once per process and again only where the weights' files have changed."""
-    path = weights_path(model, weights)
+    path = clip_path(model, weights)
     return _load(model, weights, path, precision, stamp(path))
 
 

@@ -70,6 +70,16 @@ def as_bool(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
     return pc.fill_null(column, False).to_numpy(zero_copy_only=False).astype(bool)
 
 
+def one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    """The column as one array."""
+    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+
+
+def list_lengths(lists: pa.Array) -> np.ndarray:
+    """How many values each list holds, int64; 0 where it is null."""
+    return pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
 def read_columns(store: Store, ref: ShardRef, names: Sequence[str], scores: Mapping[str, str]) -> pa.Table:
     """`uid, url_key, status` and the columns `names` of one shard."""
     own = [name.partition(".")[2] for name in names if name.startswith(f"{OWN}.")]
@@ -101,13 +111,18 @@ def _scores(
         made = store.read_table(path).column_names
         check_columns(wanted, [f"{filter_name}.{column}" for column in made if column != "uid"])
         raise
+    check_same_pairs(ref, uid, table, path)
+    return {name: table[name.partition(".")[2]] for name in wanted}
+
+
+def check_same_pairs(ref: ShardRef, uid: pa.ChunkedArray, table: pa.Table, path: str) -> None:
+    """Row i of `table` is the pair `uid[i]` of the shard, or the user is told which table isn't the shard's."""
     if table.num_rows != len(uid) or pc.any(pc.not_equal(table["uid"], uid)).as_py():  # a forgotten pair's null is none
         raise PairmillError(
             expected=f"the uids of {ref.table} in {path}, in the same order",
             found="others",
             remedy=f"delete {path}, then run the same command again; it is made anew",
         )
-    return {name: table[name.partition(".")[2]] for name in wanted}
 
 
 def check_columns(names: Iterable[str], made: Iterable[str]) -> None:

@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from cluster.compute import Engine, map_shards
 from filters.base import PIXELS, Batch, Filter, fingerprint_of, needed_filters, pair_fields
+from filters.columns import check_same_pairs
 from filters.measure import FilterStats, measure
 from pairs.errors import PairmillError
 from pairs.shard import Shard, ShardRef, read_shard
@@ -170,20 +171,11 @@ def _needed_columns(
         needed = sorted({n for other in filters for n in other.filter.needs if n.partition(".")[0] == one.name})
         if not needed or one.name in running:
             continue
-        table = store.read_table(shard.ref.beside(one.folder), ["uid", *(need.partition(".")[2] for need in needed)])
-        check_same_pairs(shard, table, shard.ref.beside(one.folder))
+        path = shard.ref.beside(one.folder)
+        table = store.read_table(path, ["uid", *(need.partition(".")[2] for need in needed)])
+        check_same_pairs(shard.ref, shard.table["uid"], table, path)
         columns |= {need: table[need.partition(".")[2]].to_pylist() for need in needed}
     return columns
-
-
-def check_same_pairs(shard: Shard, table: pa.Table, path: str) -> None:
-    """Row i of both tables is the same pair, or the user is told which table isn't the shard's."""
-    if table["uid"].to_pylist() != shard.table["uid"].to_pylist():
-        raise PairmillError(
-            expected=f"the uids of {shard.ref.table} in {path}, in the same order",
-            found="others",
-            remedy=f"delete {path}, then run the same command again; it is made anew",
-        )
 
 
 def _decode(shard: Shard, rows: Sequence[int], stats: Stats) -> dict[int, np.ndarray | None]:

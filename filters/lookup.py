@@ -24,16 +24,6 @@ def class_name(name: str) -> str:
     return "".join(part.capitalize() for part in name.split("_"))
 
 
-def filter_names() -> list[str]:
-    """Every filter there is, sorted."""
-    return _names(Filter)
-
-
-def reducer_names() -> list[str]:
-    """Every reducer there is, sorted."""
-    return _names(Reducer)
-
-
 def load_filter(name: str, settings: Mapping[str, Any]) -> Filter:
     """The filter of that name with its settings checked."""
     return _load(Filter, name, settings)  # type: ignore[type-abstract]
@@ -44,7 +34,9 @@ def load_reducer(name: str, settings: Mapping[str, Any]) -> Reducer:
     return _load(Reducer, name, settings)  # type: ignore[type-abstract]
 
 
-def _names(kind: type[Measurement]) -> list[str]:
+def names(kind: type[Measurement]) -> list[str]:
+    """Every filter, or every reducer, there is, sorted."""
+
     def holds(path: Path) -> bool:
         pattern = rf"^class {class_name(path.stem)}\([^)]*\b{kind.__name__}\b"
         return re.search(pattern, path.read_text(), re.MULTILINE) is not None
@@ -54,11 +46,11 @@ def _names(kind: type[Measurement]) -> list[str]:
 
 def _load(kind: type[M], name: str, settings: Mapping[str, Any]) -> M:
     word = kind.__name__.lower()
-    if name not in _names(kind):
+    if name not in names(kind):
         raise PairmillError(
             expected=f"a {word} that exists: a module filters/{name}.py with a class {class_name(name)}",
             found=f"no {word} named {name!r}",
-            remedy=nearest(name, _names(kind)),
+            remedy=nearest(name, names(kind)),
         )
     cls = getattr(importlib.import_module(f"filters.{name}"), class_name(name))
     return strict(cls, settings, f"{word}s.{name}")

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from filters.base import Reducer
+from filters.columns import one_chunk
 from filters.exact_duplicates import in_order
 from filters.hamming import HammingIndex, distance, first_equal, leaders
 from pairs.errors import PairmillError
@@ -72,7 +73,7 @@ class NearDuplicates(Reducer):
         places = np.unique(first)  # rows that show their hashes first
         found = leaders(values[places], int((places < led).sum()), self.max_distance, self.confirm_distance)
         leader = places[found[np.searchsorted(places, first)]][led:]
-        names = pa.concat_arrays([_flat(old["uid"]), _flat(new["uid"])]).take(pa.array(turn[leader]))
+        names = pa.concat_arrays([one_chunk(old["uid"]), one_chunk(new["uid"])]).take(pa.array(turn[leader]))
         rows = turn[led:] - old.num_rows
         return _scatter(new.num_rows, rows, names, distance(values[led:, 0], values[leader, 0]))
 
@@ -143,10 +144,6 @@ def _parse(chunk: pa.StringArray, digits: int, setting: str) -> np.ndarray:
 
 def _places(order: pa.Array) -> np.ndarray:
     return order.to_numpy().astype(np.int64)
-
-
-def _flat(column: pa.ChunkedArray) -> pa.Array:
-    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
 
 
 def _scatter(count: int, rows: np.ndarray, groups: pa.Array, distance_N: np.ndarray) -> pa.Table:

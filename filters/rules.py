@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from filters.columns import as_bool
+from filters.columns import as_bool, list_lengths, one_chunk
 from pairs.errors import PairmillError
 from pairs.recipe import Rule
 
@@ -57,15 +57,13 @@ def nulls(column: Column) -> np.ndarray:
     """Where there is no value: null, NaN or an empty list."""
     flat = _plain(column)
     if pa.types.is_list(flat.type):
-        return pc.fill_null(pc.list_value_length(flat), 0).to_numpy(zero_copy_only=False) == 0
+        return list_lengths(flat) == 0
     return ~as_bool(pc.is_valid(flat))
 
 
 def _plain(column: Column) -> pa.Array:
     """One chunk, NaN as null."""
-    flat = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if isinstance(flat, pa.ChunkedArray):
-        flat = pa.concat_arrays(flat.chunks) if flat.num_chunks else pa.array([], flat.type)
+    flat = one_chunk(column) if isinstance(column, pa.ChunkedArray) else column
     if pa.types.is_floating(flat.type):
         return pc.if_else(pc.is_nan(flat), pa.scalar(None, flat.type), flat)
     return flat
@@ -106,7 +104,7 @@ def _lists(rule: Rule, flat: pa.Array) -> np.ndarray:
 
 def _starts(flat: pa.Array) -> np.ndarray:
     """Where each list begins among the flattened values (null lists hold none)."""
-    lengths = pc.fill_null(pc.list_value_length(flat), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    lengths = list_lengths(flat)
     return np.cumsum(lengths) - lengths
 
 

@@ -91,8 +91,7 @@ def select(
     folder, pins = _pin(store, base, folder, now, recalibrate)
     there = set(store.files(folder, ".parquet"))
     old = {r: store.read_table(r.beside(folder)).cast(SELECTION) for _, r in frame.shards if r.beside(folder) in there}
-    drops = {rule.name: ~passes(rule, frame.table[rule.column], pins.get(rule.name)) for rule in _tests(keep)}
-    tables = _verdicts(keep, frame, drops, _texts(store, texts, frame, old, scores), old)
+    tables = _verdicts(keep, frame, drops(keep, frame.table, pins), _texts(store, texts, frame, old, scores), old)
     for ref, table in tables.items():
         if ref not in old:
             store.write_table(ref.beside(folder), table)
@@ -103,8 +102,9 @@ def select(
     return SelectionResult(folder, manifest, funnel, len(tables) - len(old))
 
 
-def _tests(keep: Sequence[Rule]) -> list[Rule]:
-    return [rule for rule in keep if rule.one_per is None]
+def drops(keep: Sequence[Rule], table: pa.Table, pins: Thresholds) -> dict[str, np.ndarray]:
+    """Which rows of `table` each rule over a column would drop, by its name; `pins` are the quantiles' thresholds."""
+    return {rule.name: ~passes(rule, table[rule.column], pins.get(rule.name)) for rule in keep if rule.one_per is None}
 
 
 def _identity(
@@ -154,7 +154,7 @@ def _finished(store: Store, folder: str, inputs: str) -> SelectionResult | None:
 def _quantiles(keep: Sequence[Rule], frame: Frame) -> Thresholds:
     """What each quantile is now, over all real scored rows but the held-out ones."""
     counts = frame.alive & ~frame.held_out
-    found = {r.name: quantile(r, frame.table[r.column], counts) for r in _tests(keep) if r.top_fraction is not None}
+    found = {r.name: quantile(r, frame.table[r.column], counts) for r in keep if r.top_fraction is not None}
     return {name: threshold for name, threshold in found.items() if threshold is not None}
 
 

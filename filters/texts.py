@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from filters.columns import as_bool
+from filters.columns import as_bool, list_lengths, one_chunk
 from pairs.errors import PairmillError
 from pairs.recipe import TextsSpec
 from pairs.schemas import KEPT_TEXT
@@ -30,7 +30,7 @@ def choose_texts(spec: TextsSpec, table: pa.Table, trusted: np.ndarray) -> pa.Ar
     """
     names = column_names(spec)
     lists = [_as_lists(table[name], name) for name in names[: len(spec.sources)]]
-    lengths = [_lengths(part) for part in lists]
+    lengths = [list_lengths(part) for part in lists]
     count = np.sum(lengths, axis=0) if table.num_rows else np.zeros(0, np.int64)
     row_T = np.repeat(np.arange(table.num_rows), count)
     flat = _joined(lists, lengths, count)
@@ -67,7 +67,7 @@ def _pick(
 
 def _as_lists(column: pa.ChunkedArray, name: str) -> pa.Array:
     """A list column of texts as lists of (text, kind, language); plain strings are synthetic ones."""
-    flat = _one(column)
+    flat = one_chunk(column)
     if not pa.types.is_list(flat.type):
         raise PairmillError(
             expected=f"lists of texts in {name}, which `texts.from` names",
@@ -80,16 +80,8 @@ def _as_lists(column: pa.ChunkedArray, name: str) -> pa.Array:
     kind = pa.array([SYNTHETIC], pa.string()).take(pa.array(np.zeros(len(inner), np.int64)))
     unknown = pa.nulls(len(inner), pa.string())
     texts = pa.StructArray.from_arrays([inner, kind, unknown], names=["text", "kind", "language"])
-    offsets = np.concatenate([[0], np.cumsum(_lengths(flat))])
+    offsets = np.concatenate([[0], np.cumsum(list_lengths(flat))])
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), texts)
-
-
-def _one(column: pa.ChunkedArray) -> pa.Array:
-    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
-
-
-def _lengths(lists: pa.Array) -> np.ndarray:
-    return pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def _joined(lists: list[pa.Array], lengths: list[np.ndarray], count: np.ndarray) -> pa.StructArray:
@@ -105,8 +97,8 @@ def _joined(lists: list[pa.Array], lengths: list[np.ndarray], count: np.ndarray)
 
 def _probabilities(table: pa.Table, name: str, count: np.ndarray) -> np.ndarray:
     """One float per text, NaN where the row wasn't matched."""
-    lists = _one(table[name])
-    lengths = _lengths(lists)
+    lists = one_chunk(table[name])
+    lengths = list_lengths(lists)
     wrong = np.flatnonzero((lengths != count) & as_bool(pc.is_valid(lists)))
     if len(wrong):
         uid = table["uid"][int(wrong[0])]

@@ -158,8 +158,6 @@ class PretrainSpec(Spec):
     clip_norm: float = Field(1.0, gt=0)
     max_patches: int = Field(64, ge=1)  # token budget of an image; its aspect stays
     jitter: float = Field(0.15, ge=0, lt=0.5)  # turn, stretch, zoom and shift; no mirror: captions say left and right
-    word_weight: float = Field(0.0, ge=0)  # of predicting the text's words from the image, beside the objective
-    row_tokens: int = Field(0, ge=0)  # a stream of tokens is rounded up to a multiple of this; 0: not at all
     attention: Literal["auto", "reference", "sdpa", "varlen"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     checkpoint_every: int = Field(100, ge=1)

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from cluster.session import ray_session
+from filters import canaries
 from filters.base import Filter, Reducer
-from filters.canaries import FACTS, facts_path, make_canaries
-from filters.canaries import set_apart as canary_origins
-from filters.canary_report import Corpus, recall_at_false_drops, report
+from filters.canary_report import Judged, recall_at_false_drops, report
 from filters.engine import PlannedFilter, missing, plan, score_shards
 from filters.lookup import load_filter, load_reducer
 from filters.reduce import run_reducers
@@ -39,13 +38,13 @@ FALSE_DROPS = 0.05  # at which two scorers are compared
 def check(recipe: Recipe) -> None:
     """Names every filter, setting or column that doesn't exist, before anything runs."""
     made: list[str] = [f"pairs.{name}" for name in PAIRS.names]
-    loaded: list[Filter | Reducer] = [load_filter(name, s) for name, s in recipe.filters.items()]
-    loaded += [load_reducer(name, s) for name, s in recipe.reducers.items()]
-    for name, one in _named(recipe, loaded):
+    loaded: dict[str, Filter | Reducer] = {name: load_filter(name, s) for name, s in recipe.filters.items()}
+    loaded |= {name: load_reducer(name, s) for name, s in recipe.reducers.items()}
+    for name, one in loaded.items():
         made += [f"{name}.{column}" for column in one.columns]
     wanted = [("keep", column) for column in rule_columns(recipe.keep)]
     wanted += [("texts", column) for column in column_names(recipe.texts)]
-    wanted += [(name, need) for name, one in _named(recipe, loaded) for need in one.needs if "." in need]
+    wanted += [(name, need) for name, one in loaded.items() for need in one.needs if "." in need]
     for where, column in wanted:
         if column not in made:
             raise PairmillError(
@@ -53,7 +52,7 @@ def check(recipe: Recipe) -> None:
                 found=f"{column!r}, which none makes",
                 remedy=nearest(column, made),
             )
-    matcher = next((one for name, one in _named(recipe, loaded) if f"{name}." in (recipe.texts.match or "")), None)
+    matcher = loaded.get((recipe.texts.match or "").partition(".")[0])
     if (of := getattr(matcher, "of", None)) and list(of) != recipe.texts.sources:
         raise PairmillError(
             expected=f"texts.from to name what {recipe.texts.match} is measured of: {list(of)}",
@@ -67,10 +66,6 @@ def check(recipe: Recipe) -> None:
                 found=f"{PREVIOUS!r}, and no first_filter that trains a {ROLES[name]}",
                 remedy="add first_filter to the recipe, or name published weights or a folder",
             )
-
-
-def _named(recipe: Recipe, loaded: Sequence[Filter | Reducer]) -> list[tuple[str, Filter | Reducer]]:
-    return list(zip([*recipe.filters, *recipe.reducers], loaded, strict=True))
 
 
 def _trains(recipe: Recipe, role: str) -> bool:
@@ -98,32 +93,31 @@ def select_trusted(run: Run, shards: Shards) -> str:
 
 def plant(run: Run, shards: Shards) -> list[ShardRef]:
     """The canary shards of the run's pairs."""
-    return make_canaries(run.workspace.store, shards, run.recipe.trusted, run.recipe.canaries, run.recipe.seed)
+    return canaries.make_canaries(run.workspace.store, shards, run.recipe.trusted, run.recipe.canaries, run.recipe.seed)
 
 
 def set_apart(run: Run, shards: Shards) -> list[str]:
     """uids that no model of the run trains on, because canaries are made from them."""
-    return canary_origins(run.workspace.store, plant(run, shards))
+    return canaries.set_apart(run.workspace.store, plant(run, shards))
 
 
 def curate(run: Run, number: int, scorer: Facts, shards: Shards) -> Facts:
     """One round's curation; returns its selection, counts, and what the canaries tell."""
     recipe, store = run.recipe, run.workspace.store
-    canaries = plant(run, shards)
+    planted = plant(run, shards)
     planned = planned_filters(run, scorer)
-    everything = [ref for refs in shards.values() for ref in refs] + list(canaries)
+    everything = [ref for refs in shards.values() for ref in refs] + planted
     scored = score(run, planned, everything, f"score round {number}")
     scores = {one.name: one.folder for one in planned}
     reducers = {name: load_reducer(name, settings) for name, settings in recipe.reducers.items()}
     scores |= run_reducers(store, reducers, shards, scores, recipe.trusted)
-    recalibrate = run.recalibrate
-    chosen = select(
-        store, recipe.name, recipe.keep, recipe.texts, shards, scores, recipe.trusted, recalibrate=recalibrate
-    )
+    again = run.recalibrate
+    chosen = select(store, recipe.name, recipe.keep, recipe.texts, shards, scores, recipe.trusted, recalibrate=again)
     published = publish_training_shards(run.workspace, chosen.folder, shards, recipe.trusted)
-    apart = published.count(store, canary_origins(store, canaries))
-    real = Corpus(shards, recipe.trusted, scores, reducers, chosen.folder)
-    told = report(store, canaries, real, recipe.keep, recipe.texts, chosen.manifest["thresholds"])
+    apart = published.count(store, canaries.set_apart(store, planted))
+    pins = chosen.manifest["thresholds"]
+    real = Judged(store, shards, recipe.trusted, scores, reducers, recipe.keep, recipe.texts, chosen.folder, pins)
+    told = report(planted, real)
     recalls = {name: facts["rules"][-1]["recall"]["value"] for name, facts in told["defects"].items()}
     return {
         "selection": chosen.folder,
@@ -131,7 +125,7 @@ def curate(run: Run, number: int, scorer: Facts, shards: Shards) -> Facts:
         "kept_untrusted": sum(f["kept"] for s, f in chosen.funnel["sources"].items() if s not in recipe.trusted),
         "scores": scores,
         "canaries": told,
-        "canary_shards": [ref.folder for ref in canaries],
+        "canary_shards": [ref.folder for ref in planted],
         "canary_recall": recalls,
         "training_pairs": published.total - apart,
         "set_apart": apart,
@@ -187,9 +181,7 @@ def compare_scorers(run: Run, number: int, scorer: Facts, model: str) -> Facts:
 
 
 def _canary_recall(run: Run, folder: str, ref: ShardRef) -> Facts:
-    facts = run.workspace.store.read_table(facts_path(ref)).cast(FACTS)
     cosine = run.workspace.store.read_table(ref.beside(folder), ["cosine"])["cosine"]
     values = np.array(cosine.to_pylist(), float)
-    reports = np.array(facts["half"].to_pylist()) == "report"
-    twin = np.array(facts["twin"].to_pylist(), bool)
-    return recall_at_false_drops(values[reports & ~twin], values[reports & twin], FALSE_DROPS)
+    canary, twin = canaries.reporting(canaries.facts(run.workspace.store, ref))
+    return recall_at_false_drops(values[canary], values[twin], FALSE_DROPS)

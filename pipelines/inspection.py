@@ -195,7 +195,8 @@ def _training(workspace: Workspace, uid: str) -> list[dict[str, Any]]:
             continue
         config = TrainConfig(store=workspace.store.root, out_dir="", **record["train_config"])
         told = {"training": record["folder"], "model": record["models"]["clip"]}
-        if not any(uid in _uids(workspace, pin.ref.table) for pin in config.shards):
+        tables = (workspace.store.read_table(pin.ref.table, ["uid"]) for pin in config.shards)
+        if not any(uid in table["uid"].to_pylist() for table in tables):
             continue
         plan, left_out = make_plan(workspace.store, config.shards, config.spec, config.apart)
         if plan.fingerprint != record["result"]["plan"]:
@@ -203,10 +204,6 @@ def _training(workspace: Workspace, uid: str) -> list[dict[str, Any]]:
         elif steps := list(steps_of(plan, uid, config.spec.steps)):
             rows.append(told | {"steps": steps})
     return rows
-
-
-def _uids(workspace: Workspace, path: str) -> set[str]:
-    return set(workspace.store.read_table(path, ["uid"])["uid"].to_pylist())
 
 
 def _changed(now: dict[str, int], then: dict[str, int]) -> str:

@@ -6,9 +6,9 @@ import functools
 import json
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pairs import __version__
 from pairs.errors import PairmillError
@@ -19,13 +19,13 @@ from pairs.shard import ShardRef
 from pairs.store import table_metadata
 from pipelines.models import model_folder, publish_models, trained
 from pipelines.run import Run
-from pipelines.training_shards import training_groups
-from training.blip_launch import BlipJob, train_blip_job
-from training.config import Pin, TrainConfig
-from training.launch import train
+from pipelines.training_shards import training_shard
+from training import launch
+from training.config import BlipJob, BlipResult, Job, Pin, TrainConfig, TrainResult
 
 Facts = dict[str, Any]
 Shards = Mapping[str, Sequence[ShardRef]]  # by source
+J = TypeVar("J", bound=Job)
 
 
 @functools.cache
@@ -48,7 +48,7 @@ def pins(run: Run, selection: str, shards: Shards) -> list[Pin]:
     """A selection's training shards of the pair `shards` that the run is pinned to, pinned by their tars' hashes; what
     later runs have added beside them is theirs."""
     store, folder = run.workspace.store, f"shards/{selection.split('/')[1]}"
-    refs = sorted(target for refs in shards.values() for target in training_groups(folder, refs))
+    refs = sorted(training_shard(folder, ref) for refs in shards.values() for ref in refs)
     tables = ((ref, store.read_table(ref.table, ["uid"])) for ref in refs)
     full = [(ref, table_metadata(table)) for ref, table in tables if table.num_rows]
     if not full:
@@ -64,18 +64,8 @@ def pretrain(run: Run, name: str, selection: str, shards: Shards, spec: Pretrain
     """Trains a CLIP on the selection's training shards of `shards`; returns its record (models, result, config)."""
     pinned = pins(run, selection, shards)
     config = TrainConfig(store=run.workspace.store.root, shards=pinned, spec=spec, out_dir="", apart=list(apart))
-    folder = f"{name}/{config.fingerprint}"  # other settings or shards never meet these checkpoints
-    out = run.scratch / folder
-    config = config.model_copy(update={"out_dir": str(out)})
-    if record := trained(run.workspace, config.fingerprint):
-        return record | {"reused": True}
-    show = run.console.progress(f"train {name}")
-    result = train(config, lambda line: show(line["step"] + 1, spec.steps, _loss(line)))
-    told = config.model_dump(mode="json", exclude={"store", "out_dir"})
-    facts = {"result": result.model_dump(), "train_config": told, "folder": f"{run.folder}/{folder}"}
-    record = publish_models(run.workspace, config.fingerprint, {"clip": Path(result.model)}, facts)
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    return record | {"reused": False}
+    told = {"train_config": config.model_dump(mode="json", exclude={"store", "out_dir"})}
+    return _record(run, name, config, launch.train, lambda line: (line["step"] + 1, spec.steps, _loss(line)), told)
 
 
 def _loss(line: Facts) -> str:
@@ -93,16 +83,27 @@ def train_blip(run: Run, name: str, known: dict[str, list[ShardRef]], spec: Blip
     """Trains a captioner and a match filter on the trusted pairs; returns their record."""
     pinned = trusted_pins(run, known)
     job = BlipJob(store=run.workspace.store.root, shards=pinned, spec=spec, out_dir="", apart=list(apart))
-    folder = f"{name}/{job.fingerprint}"
-    out = run.scratch / folder
-    job = job.model_copy(update={"out_dir": str(out)})
+    return _record(run, name, job, launch.train_blip, lambda line: (line["step"] + 1, line["steps"], line["stage"]), {})
+
+
+def _record(
+    run: Run,
+    name: str,
+    job: J,
+    train: Callable[[J, launch.OnLine], TrainResult | BlipResult],
+    tell: Callable[[Facts], tuple[int, int, str]],
+    told: Facts,
+) -> Facts:
+    """The record of the job: of a training that was done before, or of one that is done now, with what is `told`
+    beside its result. `tell` makes of each line what the console shows."""
     if record := trained(run.workspace, job.fingerprint):
         return record | {"reused": True}
+    folder = f"{name}/{job.fingerprint}"  # other settings or shards never meet these checkpoints
+    out = run.scratch / folder
     show = run.console.progress(f"train {name}")
-    result = train_blip_job(job, lambda line: show(int(line["step"]) + 1, int(line["steps"]), line.get("stage", "")))
-    facts = {"result": result.model_dump(), "folder": f"{run.folder}/{folder}"}
-    folders = {"captioner": Path(result.captioner), "matcher": Path(result.matcher)}
-    record = publish_models(run.workspace, job.fingerprint, folders, facts)
+    result = train(job.model_copy(update={"out_dir": str(out)}), lambda line: show(*tell(line)))
+    facts = {"result": result.model_dump(mode="json"), "folder": f"{run.folder}/{folder}"} | told
+    record = publish_models(run.workspace, job.fingerprint, result.models, facts)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return record | {"reused": False}
 

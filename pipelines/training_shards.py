@@ -1,8 +1,8 @@
-"""Training shards: what training reads. The kept pairs of a fixed group of pair shards, with their kept texts.
+"""Training shards: what training reads. The kept pairs of a pair shard, with their kept texts.
 
-They mirror the pair shards (`group_size` consecutive ones of a source's increment become one), so an increment
-or a moved threshold rewrites only what changed. Image bytes are copied, nothing is encoded again, and no shuffle is
-needed: the loader shuffles. A group of which nothing is kept is a shard of no rows, so that it counts as made.
+They mirror the pair shards, so an increment or a moved threshold rewrites only what changed. Image bytes are copied,
+nothing is encoded again, and no shuffle is needed: the loader shuffles. A pair shard of which nothing is kept gives a
+shard of no rows, so that it counts as made.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -42,11 +42,7 @@ class TrainingCounts:
 
 
 def publish_training_shards(
-    workspace: Workspace,
-    selection: str,
-    shards: Mapping[str, Sequence[ShardRef]],
-    trusted: Collection[str] = (),
-    group_size: int = 1,
+    workspace: Workspace, selection: str, shards: Mapping[str, Sequence[ShardRef]], trusted: Collection[str] = ()
 ) -> TrainingCounts:
     """Writes the training shards of a selection (its folder) that are missing, below `shards/<its name>`."""
     store = workspace.store
@@ -54,24 +50,21 @@ def publish_training_shards(
     there, dead = set(store.files(folder, ".parquet")), workspace.tombstones()
     counts, wrote = {}, 0
     for source, refs in shards.items():
-        for target, members in training_groups(folder, refs, group_size).items():
+        for ref in sorted(refs):
+            target = training_shard(folder, ref)
             if target.table in there:
                 table = store.read_table(target.table, ["uid", "url_key", "status"])
                 counts[target.table] = pc.sum(alive(table, dead)).as_py() or 0
                 continue
-            rows = (row for ref in members for row in _kept(workspace, selection, ref, source, source in trusted))
+            rows = _kept(workspace, selection, ref, source, source in trusted)
             counts[target.table] = write_shard(store, target, rows, TRAINING)
             wrote += 1
     return TrainingCounts(folder, counts, wrote)
 
 
-def training_groups(folder: str, refs: Sequence[ShardRef], group_size: int = 1) -> dict[ShardRef, list[ShardRef]]:
-    """Which pair shards go into which training shard: by increment, `group_size` consecutive indices each."""
-    groups: dict[ShardRef, list[ShardRef]] = {}
-    for ref in sorted(refs):
-        target = ShardRef(f"{folder}/{ref.group}/{ref.increment}", ref.index // group_size)
-        groups.setdefault(target, []).append(ref)
-    return groups
+def training_shard(folder: str, ref: ShardRef) -> ShardRef:
+    """Which training shard below `folder` holds the kept pairs of the pair shard `ref`."""
+    return ShardRef(f"{folder}/{ref.group}/{ref.increment}", ref.index)
 
 
 def _kept(

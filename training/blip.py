@@ -38,21 +38,12 @@ from training import checkpoint
 from training.blip_data import TrustedPairs, load_pairs, make_tokenizer
 from training.blip_losses import Lesson, Losses, WordReader, caption_loss, match_loss, pieces_held, word_loss
 from training.blip_start import start_crossing, start_vision
+from training.config import BlipResult
 
 Progress = Callable[[dict[str, object]], None]
 CARD = "model_card.json"  # in a model's folder: which training made it
 SAMPLE = 2000  # pictures that the first weights are fitted to
 SEEDS = {"words": 0, "captioner": 1, "matcher": 2}  # of each stage's draws
-
-
-@dataclass(frozen=True)
-class BlipModels:
-    """Folders that `from_pretrained` loads, how many pairs they learned from, and what was left out, by reason."""
-
-    captioner: Path
-    matcher: Path
-    pairs: int
-    left_out: dict[str, int]
 
 
 def blip_config(spec: BlipSpec, tokenizer: BertTokenizerFast) -> BlipConfig:
@@ -71,14 +62,16 @@ def blip_config(spec: BlipSpec, tokenizer: BertTokenizerFast) -> BlipConfig:
     return BlipConfig(text_config=text, vision_config=vision, image_text_hidden_size=spec.embed_dim)
 
 
-def train_blip(pairs: Iterable[tuple[bytes, str]], spec: BlipSpec, out_dir: Path, progress: Progress) -> BlipModels:
+def train_blip(pairs: Iterable[tuple[bytes, str]], spec: BlipSpec, out_dir: Path, progress: Progress) -> BlipResult:
     """Trains both from the last checkpoint in `out_dir`, where there is one; returns at once where both are there.
 
     `pairs` are (encoded image, text). `progress` gets a dict per step: stage, step, steps, losses. Raises
     PairmillError where fewer than two pairs are usable.
     """
     data = load_pairs(pairs, spec.image_px)
-    models = BlipModels(out_dir / "captioner", out_dir / "matcher", len(data), data.left_out)
+    models = BlipResult(
+        captioner=out_dir / "captioner", matcher=out_dir / "matcher", pairs=len(data), left_out=data.left_out
+    )
     tokenizer = make_tokenizer([*data.texts, spec.prompt], spec.vocabulary, spec.max_tokens)
     images = BlipImageProcessor(size={"height": spec.image_px, "width": spec.image_px})
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (images.image_mean, images.image_std))

@@ -1,13 +1,14 @@
 """What the small BLIP learns from: trusted pairs as small pictures in memory, and a tokenizer made of their texts.
 
-Pictures are decoded once, squashed to a square and held as uint8 (12 kB each at 64 px). They are turned, zoomed and
-shifted a little, never mirrored or tinted: captions say left and right, and name colours. Every draw of chance comes
-from a generator keyed by seed, stage and step, so a resumed training sees what an unbroken one saw.
+Forgotten pairs and the held-out tenth are never among them. Pictures are decoded once, squashed to a square and held as
+uint8 (12 kB each at 64 px). They are turned, zoomed and shifted a little, never mirrored or tinted: captions say left
+and right, and name colours. Every draw of chance comes from a generator keyed by seed, stage and step, so a resumed
+training sees what an unbroken one saw.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,13 @@ from torchvision.transforms.v2 import functional as V
 from transformers import BatchEncoding, BertTokenizerFast
 
 from pairs.errors import PairmillError
+from pairs.identity import held_out
+from pairs.shard import ShardRef
+from pairs.store import Store
+from pairs.workspace import Workspace
+from training.config import BlipJob
 from training.data import decode
+from training.tables import pinned_table
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"]
 
@@ -55,9 +62,25 @@ def load_pairs(pairs: Iterable[tuple[bytes, str]], side_px: int) -> TrustedPairs
     return TrustedPairs(torch.stack(pictures), texts, left_out)
 
 
+def trusted_pairs(job: BlipJob, counts: Counter[str]) -> Iterator[tuple[bytes, str]]:
+    """(encoded image, first text) in order of uid; `counts` gets what is left out: forgotten, held_out, canary."""
+    store, apart = Store(job.store), set(job.apart)
+    found: list[tuple[str, ShardRef, int, int, str]] = []
+    for pin in job.shards:
+        table = pinned_table(store, pin)
+        columns = (table[name].to_pylist() for name in ("uid", "image_offset", "image_size", "text"))
+        for alive, uid, offset, size, text in zip(Workspace(store).alive(table), *columns, strict=True):
+            reason = "forgotten" if not alive else "held_out" if held_out(uid) else "canary" if uid in apart else "read"
+            counts[reason] += 1
+            if reason == "read":
+                found.append((uid, pin.ref, offset, size, text or ""))
+    for _, ref, offset, size, text in sorted(found, key=lambda pair: pair[0]):
+        yield store.read(ref.tar, offset, size), text
+
+
 def _decode(data: bytes, side_px: int) -> torch.Tensor | None:
     """(3, side, side) uint8 RGB, resized as BlipImageProcessor does it; None where the image is damaged."""
-    found = decode(data, None, (1, 1), 1)
+    found = decode(data)
     if found is None:
         return None
     picture = torch.from_numpy(np.ascontiguousarray(found)).permute(2, 0, 1)

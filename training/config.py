@@ -1,12 +1,15 @@
 """What a training run is told and what it tells: JSON both ways, so that any launcher can start one."""
 
+from pathlib import Path
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
 
 from pairs.fingerprint import fingerprint
-from pairs.recipe import PretrainSpec
+from pairs.recipe import BlipSpec, PretrainSpec
 from pairs.shard import ShardRef
 
-VERSION = 1  # of what a training makes of the same config: raise it with any change that reaches the weights
+VERSION, BLIP_VERSION = 1, 1  # of what a training makes of the same job: raise with any change that reaches the weights
 RESULT = "result.json"  # in the run's folder, beside its model: what varies from run to run
 
 
@@ -23,23 +26,61 @@ class Pin(BaseModel):
         return ShardRef(self.folder, self.index)
 
 
-class TrainConfig(BaseModel):
-    """`store` is the workspace's root (a path or an fsspec URL); `out_dir` a local folder, one for each run;
-    `apart` are uids that aren't trained on, as canaries are made from them."""
+class Job(BaseModel):
+    """What any training is told. `store` is the workspace's root (a path or an fsspec URL); `out_dir` a local folder,
+    one for each run; `apart` are uids that aren't trained on, as canaries are made from them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     store: str
     shards: list[Pin]
-    spec: PretrainSpec
     out_dir: str
     apart: list[str] = []
 
     @property
     def fingerprint(self) -> str:
-        """Over the shards' content and the settings; not over where they lie, nor over the number of workers."""
+        """What a training is known by: over the shards' content and the settings, but not the number of workers."""
+        raise NotImplementedError
+
+    def _content(self) -> dict[str, Any]:
+        """What a fingerprint covers beside the settings: the shards' content, not where they lie."""
+        return {"shards": [pin.model_dump() for pin in self.shards], "apart": self.apart}
+
+
+class TrainConfig(Job):
+    """A CLIP, trained on training shards."""
+
+    spec: PretrainSpec
+
+    @property
+    def fingerprint(self) -> str:
         spec = self.spec.model_dump(exclude={"workers", "checkpoint_every"})
-        shards = [pin.model_dump() for pin in self.shards]
-        return fingerprint({"version": VERSION, "shards": shards, "apart": self.apart, "spec": spec})
+        return fingerprint(self._content() | {"version": VERSION, "spec": spec})
+
+
+class BlipJob(Job):
+    """A captioner and a match filter, trained on the pair shards of the trusted sources."""
+
+    spec: BlipSpec
+
+    @property
+    def fingerprint(self) -> str:
+        spec = self.spec.model_dump(exclude={"checkpoint_every"})
+        return fingerprint(self._content() | {"version": BLIP_VERSION, "blip": spec})
+
+
+class BlipResult(BaseModel):
+    """Folders that transformers loads, and how many pairs were learned from or left out, by reason."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    captioner: Path
+    matcher: Path
+    pairs: int
+    left_out: dict[str, int]
+
+    @property
+    def models(self) -> dict[str, Path]:
+        """The folders by role."""
+        return {"captioner": self.captioner, "matcher": self.matcher}
 
 
 class TrainResult(BaseModel):
@@ -63,3 +104,8 @@ class TrainResult(BaseModel):
     precision: str
     attention: str
     torch: str  # its version
+
+    @property
+    def models(self) -> dict[str, Path]:
+        """The folder by role."""
+        return {"clip": Path(self.model)}

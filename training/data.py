@@ -51,10 +51,10 @@ class Loader:
     """Batches of one rank, step after step; `wait_s` is how long the last one was waited for."""
 
     def __init__(
-        self, plan: Plan, store: Store, rank: int, ranks: int, cost: Cost, patch_px: int, jitter: float, multiple: int
+        self, plan: Plan, store: Store, rank: int, ranks: int, cost: Cost, patch_px: int, jitter: float
     ) -> None:
         self.plan, self.store, self.rank, self.ranks, self.cost = plan, store, rank, ranks, cost
-        self.patch_px, self.jitter, self.multiple = patch_px, jitter, multiple
+        self.patch_px, self.jitter = patch_px, jitter
         self.wait_s = 0.0
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
         self._lock = threading.Lock()
@@ -85,8 +85,8 @@ class Loader:
             patches.append(torch.from_numpy(patchify(pixels, grid, self.patch_px)))
         texts = [torch.from_numpy(self.plan.tokens.ids[self.plan.text(e, r)]) for e, r in parts[self.rank]]
         return Batch(
-            images=pack_images(patches, [self.plan.grid(r) for _, r in parts[self.rank]], self.multiple),
-            texts=pack_texts(texts, self.multiple),
+            images=pack_images(patches, [self.plan.grid(r) for _, r in parts[self.rank]]),
+            texts=pack_texts(texts),
             valid=torch.tensor(valid),
             same=torch.tensor([[r, self.plan.text(e, r)] for part in parts for e, r in part]),
             counts=tuple(len(part) for part in parts),
@@ -138,8 +138,9 @@ def _read(store: Store, block: Block) -> bytes:
     )
 
 
-def decode(data: bytes, size: tuple[int, int] | None, grid: Grid, patch_px: int) -> Pixels | None:
-    """The picture (height, width, 3), RGB, perhaps reduced; None where it can't be decoded or isn't of `size`."""
+def decode(data: bytes, size: tuple[int, int] | None = None, grid: Grid = (1, 1), patch_px: int = 1) -> Pixels | None:
+    """The picture (height, width, 3), RGB. Where `size` (width, height) is given, it may be reduced to no less than
+    `grid` holds. None where it can't be decoded or isn't of `size`."""
     flag, shrink = cv2.IMREAD_COLOR, 1
     if size and data[:2] == JPEG:  # other decoders make the whole picture first
         spare = min(size[0] / (grid[1] * patch_px), size[1] / (grid[0] * patch_px))

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
@@ -133,13 +134,11 @@ def embed_images(model: PackedClip, images: Sequence[bytes]) -> tuple[Tensor, Te
     for start in range(0, len(images), BATCH):
         grids, patches = [], []
         for data in images[start : start + BATCH]:
-            picture = decode(data, None, (1, 1), patch_px)
-            ok.append(picture is not None)
-            grid = grid_of(picture.shape[1], picture.shape[0], budget) if picture is not None else (1, 1)
-            grids.append(grid)
-            empty = torch.zeros(1, 3 * patch_px**2, dtype=torch.uint8)
-            cells = patchify(resize(picture, grid, patch_px), grid, patch_px) if picture is not None else None
-            patches.append(empty if cells is None else torch.from_numpy(cells))
+            found = decode(data)
+            ok.append(found is not None)
+            picture = np.zeros((1, 1, 3), np.uint8) if found is None else found
+            grids.append(grid := grid_of(picture.shape[1], picture.shape[0], budget if ok[-1] else 1))
+            patches.append(torch.from_numpy(patchify(resize(picture, grid, patch_px), grid, patch_px)))
         features.append(F.normalize(model.encode_image(pack_images(patches, grids)), dim=-1))
     return torch.cat(features), torch.tensor(ok)
 

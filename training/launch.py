@@ -1,9 +1,10 @@
-"""Starts a training run in processes of its own, streams its lines, and leaves none of them behind.
+"""Starts a training in processes of its own, streams its lines, and leaves none of them behind.
 
-The ranks are started directly, with the variables that torchrun sets (`torchrun -m training.run` works too):
-torchrun's agent would cost another import of torch and a socket that listens on every interface. Here ranks meet
-through a file, and gloo is bound to loopback. A rank dies with this process, and all die with any one.
-Calling `train` again after a kill resumes; after the end it returns at once.
+Of its own, because training takes all cores' threads and its memory must go with it. The ranks of a CLIP are started
+directly, with the variables that torchrun sets (`torchrun -m training.run` works too): torchrun's agent would cost
+another import of torch and a socket that listens on every interface. Here ranks meet through a file, and gloo is bound
+to loopback. A rank dies with this process, and all die with any one.
+Calling it again after a kill resumes; after the end it returns at once.
 """
 
 import contextlib
@@ -19,16 +20,19 @@ from pathlib import Path
 from typing import Any
 
 from pairs.errors import PairmillError
+from pairs.process import ROOT, child
 from pairs.recipe import PretrainSpec
-from training.config import RESULT, TrainConfig, TrainResult
+from training.config import RESULT, BlipJob, BlipResult, Job, TrainConfig, TrainResult
 
 Line = dict[str, Any]
+OnLine = Callable[[Line], None]
+Process = subprocess.Popen[bytes]
 NVIDIA = Path("/dev/nvidiactl")  # there wherever CUDA can be
 START = "--- this rank starts"  # in its log, which holds those of earlier tries too
 MAX_PIXELS = "200000000"  # what OpenCV may decode
 
 
-def train(config: TrainConfig, on_line: Callable[[Line], None] = lambda line: None) -> TrainResult:
+def train(config: TrainConfig, on_line: OnLine = lambda line: None) -> TrainResult:
     """Trains to the end, from the last checkpoint in `out_dir` where there is one. `on_line` gets a dict per step.
 
     Leaving it by an exception (also one that `on_line` raises) ends every rank. Raises PairmillError for what
@@ -37,14 +41,24 @@ def train(config: TrainConfig, on_line: Callable[[Line], None] = lambda line: No
     finished = _finished(config)
     if finished:
         return finished
-    out = Path(config.out_dir)
+    return TrainResult.model_validate(_run(config, config.spec.workers, on_line))
+
+
+def train_blip(job: BlipJob, on_line: OnLine = lambda line: None) -> BlipResult:
+    """Trains captioner and match filter as `train` trains a CLIP."""
+    return BlipResult.model_validate(_run(job, 1, on_line))
+
+
+def _run(job: Job, ranks: int, on_line: OnLine) -> Line:
+    """Starts the job's processes and hands on their lines; what they have done."""
+    out = Path(job.out_dir)
     (out / "logs").mkdir(parents=True, exist_ok=True)
     path = out / "config.json"
-    path.write_text(config.model_dump_json(indent=2))
-    with tempfile.TemporaryDirectory() as meeting, _ranks(config.spec.workers, path, meeting, out / "logs") as ranks:
-        for line in _lines(ranks, out / "logs"):
+    path.write_text(job.model_dump_json(indent=2))
+    with tempfile.TemporaryDirectory() as meeting, _ranks(ranks, path, meeting, out / "logs") as processes:
+        for line in _lines(processes, out / "logs"):
             if "done" in line:
-                return TrainResult.model_validate(line["done"])
+                return dict(line["done"])
             if "error" in line:
                 raise PairmillError(**line["error"])
             on_line(line)
@@ -80,51 +94,38 @@ def _finished(config: TrainConfig) -> TrainResult | None:
 
 
 @contextlib.contextmanager
-def _ranks(count: int, config: Path, meeting: str, logs: Path) -> Iterator[list[subprocess.Popen[str]]]:
+def _ranks(count: int, config: Path, meeting: str, logs: Path) -> Iterator[list[Process]]:
     """`count` running ranks; when the block is left, however, they are gone."""
     shared = {
         "WORLD_SIZE": str(count),
         "PAIRMILL_RENDEZVOUS": f"file://{meeting}/ranks",
-        "PAIRMILL_PARENT": str(os.getpid()),
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)),
         "OPENCV_IO_MAX_IMAGE_PIXELS": MAX_PIXELS,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
+    command = [sys.executable, "-m", "training.run", str(config)]
     with contextlib.ExitStack() as stack:
-        ranks: list[subprocess.Popen[str]] = []
+        ranks: list[Process] = []
         for rank in range(count):
-            log = stack.enter_context((logs / f"rank{rank}.log").open("a"))
-            log.write(f"{START}\n")
+            log = stack.enter_context((logs / f"rank{rank}.log").open("ab"))
+            log.write(f"{START}\n".encode())
             log.flush()
-            process = subprocess.Popen(
-                [sys.executable, "-m", "training.run", str(config)],
-                env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
-            ranks.append(process)
-            stack.callback(_end, process)
+            own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            running = child(command, environment=own, stdout=subprocess.PIPE, stderr=log, patience_s=0)
+            ranks.append(stack.enter_context(running))
         yield ranks
 
 
-def _end(process: "subprocess.Popen[str]") -> None:
-    process.kill()
-    process.wait()
-    if process.stdout:
-        process.stdout.close()
-
-
-def _lines(ranks: list["subprocess.Popen[str]"], logs: Path) -> Iterator[Line]:
+def _lines(ranks: list[Process], logs: Path) -> Iterator[Line]:
     """The JSON lines of all ranks as they come, until rank 0 is done; raises where a rank dies without one."""
-    lines: queue.Queue[tuple[int, str]] = queue.Queue()
+    lines: queue.Queue[tuple[int, bytes]] = queue.Queue()
     for rank, process in enumerate(ranks):
         threading.Thread(target=_read, args=(rank, process, lines), daemon=True).start()
     while True:
         rank, text = lines.get()
-        if text.startswith("{"):  # libraries print too
+        if text.startswith(b"{"):  # libraries print too
             yield json.loads(text)
         elif text:
             continue
@@ -133,14 +134,15 @@ def _lines(ranks: list["subprocess.Popen[str]"], logs: Path) -> Iterator[Line]:
             own = log.read_text().rpartition(START)[2]
             end = [line for line in own.splitlines() if line.strip()][-3:]
             raise PairmillError(
-                expected=f"rank {rank} of the training run to finish",
+                expected=f"rank {rank} of the training to finish",
                 found=f"exit code {ranks[rank].returncode}: {' / '.join(end) or 'no message'}",
                 remedy=f"see {log}; the same command resumes after the last checkpoint",
             )
 
 
-def _read(rank: int, process: "subprocess.Popen[str]", lines: "queue.Queue[tuple[int, str]]") -> None:
+def _read(rank: int, process: Process, lines: "queue.Queue[tuple[int, bytes]]") -> None:
     assert process.stdout
-    for text in process.stdout:
-        lines.put((rank, text))
-    lines.put((rank, ""))
+    with process.stdout:
+        for text in process.stdout:
+            lines.put((rank, text))
+    lines.put((rank, b""))

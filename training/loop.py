@@ -24,7 +24,6 @@ from pairs.recipe import PretrainSpec
 from training import objectives
 from training.data import Loader
 from training.models.clip import PackedClip
-from training.plan import Plan
 
 PATIENCE = 10
 MAX_LOGIT_SCALE = math.log(100)
@@ -44,11 +43,20 @@ class Totals:
     computed: int = 0
     seconds: float = 0.0
 
+    def figures(self) -> dict[str, Any]:
+        """What a result tells of them, by its fields' names."""
+        return {
+            "damaged": self.damaged,
+            "skipped": self.skipped,
+            "loss": sum(self.losses) / len(self.losses) if self.losses else None,
+            "pairs_per_s": self.pairs / self.seconds if self.seconds else None,
+            "fill": self.useful / self.computed if self.computed else None,
+        }
+
 
 def train_steps(
     model: PackedClip,
     optimizer: torch.optim.Optimizer,
-    plan: Plan,
     loader: Loader,
     spec: PretrainSpec,
     start: int,
@@ -70,10 +78,8 @@ def train_steps(
             group["lr"] = rate
 
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            image_BE, text_BE, scale, words_2BV = run(batch.images, batch.texts)
+            image_BE, text_BE, scale = run(batch.images, batch.texts)
         total, count = objectives.clip(image_BE, text_BE, scale, batch.valid, batch.same, batch.counts, rank)
-        if words_2BV is not None:
-            total = total + spec.word_weight * objectives.words(words_2BV, batch.texts, batch.valid)
 
         tokens = batch.images.useful + batch.texts.useful
         computed = len(batch.images.place) + len(batch.texts.tokens)
@@ -117,7 +123,7 @@ def train_steps(
                 "tokens_per_s": useful / seconds,
                 "fill": useful / all_tokens,
                 "wait_fraction": wait_s / ranks / seconds,
-                "uids_sha256": plan.digest(step),
+                "uids_sha256": loader.plan.digest(step),
             }
         )
         if (step + 1) % spec.checkpoint_every == 0 or step + 1 == spec.steps:
@@ -126,7 +132,7 @@ def train_steps(
 
 def make_optimizer(model: PackedClip, spec: PretrainSpec) -> torch.optim.Optimizer:
     """AdamW with weight decay on the matrices of the layers alone."""
-    bare = ("embedding", "ln_", "logit_scale", "bias", "word_head")
+    bare = ("embedding", "ln_", "logit_scale", "bias")
     groups: dict[bool, list[Tensor]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         groups[parameter.ndim >= 2 and not any(part in name for part in bare)].append(parameter)

@@ -15,8 +15,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.packing import PackedTexts
-
 
 def clip(
     image_BE: Tensor, text_BE: Tensor, scale: Tensor, valid_B: Tensor, same: Tensor, counts: Sequence[int], rank: int
@@ -37,21 +35,6 @@ def clip(
         logits = (scale * query @ keys.T).masked_fill(others, -torch.inf)
         total = total + (F.cross_entropy(logits, place, reduction="none") * valid_B).sum() / 2
     return total, valid_B.sum()
-
-
-def words(logits_2BV: Tensor, texts: PackedTexts, valid_B: Tensor) -> Tensor:
-    """Sum over this rank's valid pairs of each word's binary cross-entropy, over all words and both readings."""
-    segment_T = torch.searchsorted(
-        texts.layout.cu_seqlens, torch.arange(len(texts.tokens)).to(texts.tokens), right=True
-    )
-    ends_S = texts.layout.cu_seqlens[1:].long() - 1
-    example_S = torch.full_like(ends_S, -1)
-    example_S[torch.searchsorted(ends_S, texts.pool)] = torch.arange(len(texts.pool)).to(ends_S)
-    example_T = example_S[segment_T - 1]
-    held_BV = torch.zeros_like(logits_2BV[0])
-    held_BV[example_T[example_T >= 0], texts.tokens[example_T >= 0]] = 1.0
-    each = F.binary_cross_entropy_with_logits(logits_2BV, held_BV.expand_as(logits_2BV), reduction="none")
-    return (each.sum((0, 2)) * valid_B).sum()
 
 
 def gather(x_BE: Tensor, counts: Sequence[int], rank: int) -> Tensor:

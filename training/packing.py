@@ -1,9 +1,8 @@
 """Packed batches: images as patches at their own aspect and texts as tokens, one stream each, no padding.
 
 Segments are sorted by length inside a stream, so that equal lengths are neighbours (see `attention`); `pool`
-finds each example's pooled token again, in the examples' own order. A stream may be rounded up to a multiple of
-`multiple` tokens, so that shapes recur for compiled kernels: the tail is a segment of its own that nothing reads.
-Fill = useful / computed tokens. Cost: index arithmetic on the host. NaViT: arXiv 2307.06304.
+finds each example's pooled token again, in the examples' own order. Fill = useful / computed tokens. Cost: index
+arithmetic on the host. NaViT: arXiv 2307.06304.
 """
 
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ Grid = tuple[int, int]  # rows and columns of patches
 
 @dataclass(frozen=True)
 class PackedImages:
-    """`patches` (T, 3·P·P) with a zero row where a class token (or a tail) goes; `place` says what each row is."""
+    """`patches` (T, 3·P·P) with a zero row where a class token goes; `place` says what each row is."""
 
     patches: Tensor  # uint8 pixels in [0, 255], or float already normalised; channel, row, column order
     grids: tuple[Grid, ...]  # the different grids of the batch
@@ -48,7 +47,7 @@ class PackedTexts:
         return PackedTexts(tokens, positions, pool, self.layout.to(device), self.useful)
 
 
-def pack_images(patches: Sequence[Tensor], grids: Sequence[Grid], multiple: int = 0) -> PackedImages:
+def pack_images(patches: Sequence[Tensor], grids: Sequence[Grid]) -> PackedImages:
     """Packs images given as (h·w, 3·P·P) patches in row-major order of their (h, w) `grids`."""
     assert len(patches) == len(grids) and all(len(p) == h * w for p, (h, w) in zip(patches, grids, strict=True))
     order = sorted(range(len(grids)), key=lambda i: (grids[i][0] * grids[i][1], grids[i]))
@@ -58,8 +57,7 @@ def pack_images(patches: Sequence[Tensor], grids: Sequence[Grid], multiple: int 
         first[kind] = cells
         cells += kind[0] * kind[1]
     lengths = [1 + grids[i][0] * grids[i][1] for i in order]
-    tail = _tail(sum(lengths), multiple)
-    rows = patches[0].new_zeros(sum(lengths) + tail, patches[0].shape[1])
+    rows = patches[0].new_zeros(sum(lengths), patches[0].shape[1])
     place = torch.zeros(len(rows), dtype=torch.int64)
     pool = torch.zeros(len(grids), dtype=torch.int64)
     start = 0
@@ -68,22 +66,15 @@ def pack_images(patches: Sequence[Tensor], grids: Sequence[Grid], multiple: int 
         place[start + 1 : start + length] = torch.arange(first[grids[i]], first[grids[i]] + length - 1)
         pool[i] = start
         start += length
-    layout = Layout.of(lengths + [tail] * (tail > 0))
-    return PackedImages(rows, kinds, place, pool, layout, start)
+    return PackedImages(rows, kinds, place, pool, Layout.of(lengths), start)
 
 
-def pack_texts(texts: Sequence[Tensor], multiple: int = 0) -> PackedTexts:
+def pack_texts(texts: Sequence[Tensor]) -> PackedTexts:
     """Packs texts given as (length,) token ids, pooled at the last token (EOT)."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     lengths = [len(texts[i]) for i in order]
-    tail = _tail(sum(lengths), multiple)
-    segments = lengths + [tail] * (tail > 0)
-    tokens = torch.cat([*(texts[i] for i in order), texts[0].new_zeros(tail)]).long()
-    positions = torch.cat([torch.arange(n) for n in lengths] + [torch.zeros(tail, dtype=torch.int64)])
+    tokens = torch.cat([texts[i] for i in order]).long()
+    positions = torch.cat([torch.arange(n) for n in lengths])
     pool = torch.zeros(len(texts), dtype=torch.int64)
     pool[torch.tensor(order)] = torch.tensor(lengths).cumsum(0) - 1
-    return PackedTexts(tokens, positions, pool, Layout.of(segments, causal=True), sum(lengths))
-
-
-def _tail(total: int, multiple: int) -> int:
-    return -total % multiple if multiple else 0
+    return PackedTexts(tokens, positions, pool, Layout.of(lengths, causal=True), sum(lengths))

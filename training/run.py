@@ -1,7 +1,8 @@
-"""One rank of a training run: `python -m training.run CONFIG.json`, alone, by `training.launch` or under torchrun.
+"""A training as a process: `python -m training.run JOB.json`, alone, by `training.launch` or under torchrun.
 
-Ranks come from torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK); they meet at PAIRMILL_RENDEZVOUS, or where
-torchrun says. Rank 0 writes metrics, checkpoints and the model, and a JSON line for each step to standard output.
+The job is a `TrainConfig`, of which this is one rank, or a `BlipJob`, which has one process. Ranks come from torchrun's
+variables (RANK, WORLD_SIZE, LOCAL_RANK); they meet at PAIRMILL_RENDEZVOUS, or where torchrun says. Rank 0 writes
+metrics, checkpoints and the model, and a JSON line for each step to standard output.
 """
 
 import dataclasses
@@ -12,40 +13,38 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import TypeAdapter
 
 from pairs.errors import PairmillError
-from pairs.process import die_with_parent
 from pairs.recipe import PretrainSpec
 from pairs.store import Store
 from training import checkpoint, export
 from training.attention import chosen
-from training.config import RESULT, TrainConfig, TrainResult
+from training.config import RESULT, BlipJob, BlipResult, TrainConfig, TrainResult
 from training.data import Loader
 from training.loop import Totals, make_optimizer, train_steps
-from training.models.clip import WordHead
 from training.plan import Cost
 from training.tables import make_plan
 
 log = logging.getLogger("pairmill.training")
+JOBS: TypeAdapter[TrainConfig | BlipJob] = TypeAdapter(TrainConfig | BlipJob)
 
 
 def main(path: str) -> int:
-    """Runs this rank; 0 when the work is done, 2 after a user's error, which is printed as a JSON line."""
+    """Does this process's part; 0 when the work is done, 2 after a user's error, which is printed as a JSON line."""
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", stream=sys.stderr)
-    if parent := os.environ.get("PAIRMILL_PARENT"):
-        die_with_parent(int(parent))
+    job = JOBS.validate_json(Path(path).read_text())
     try:
-        config = TrainConfig.model_validate_json(Path(path).read_text())
-        device = _join(rank, ranks)
-        result = train_rank(config, rank, ranks, device)
+        result = train_pair(job) if isinstance(job, BlipJob) else train_rank(job, rank, ranks, _join(rank, ranks))
         if rank == 0:
-            _say({"done": result.model_dump()})
+            _say({"done": result.model_dump(mode="json")})
         if ranks > 1:
             dist.barrier()
             dist.destroy_process_group()
@@ -55,6 +54,18 @@ def main(path: str) -> int:
         return 2
 
 
+def train_pair(job: BlipJob) -> BlipResult:
+    """Captioner and match filter."""
+    from training.blip import train_blip  # transformers: seconds
+    from training.blip_data import trusted_pairs
+
+    torch.set_num_threads(1)  # the two train beside each other
+    counts: Counter[str] = Counter()
+    result = train_blip(trusted_pairs(job, counts), job.spec, Path(job.out_dir), _say)
+    del counts["read"]
+    return result.model_copy(update={"left_out": dict(counts) | result.left_out})
+
+
 def train_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device) -> TrainResult:
     """Plan, model, last checkpoint, steps, export."""
     began, spec, out = time.perf_counter(), config.spec, Path(config.out_dir)
@@ -62,8 +73,6 @@ def train_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device)
     plan, left_out = make_plan(store, config.shards, spec, config.apart)
     model = export.build(spec.model, spec.seed, spec.attention)
     model.with_vocabulary(model.token_embedding.weight[torch.from_numpy(plan.tokens.used)])
-    if spec.word_weight:
-        model.word_head = WordHead(spec.model.vision.width, torch.from_numpy(plan.tokens.shares()))
     model.to(device)
     optimizer = make_optimizer(model, spec)
     identity = {"plan": plan.fingerprint, "config": config.fingerprint}
@@ -78,22 +87,34 @@ def train_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device)
 
     m = spec.model
     cost = Cost((m.vision.layers, m.vision.width), (m.text.layers, m.text.width))
-    loader = Loader(plan, store, rank, ranks, cost, m.patch_px, spec.jitter, spec.row_tokens)
-    emit = metrics.add if metrics else _nothing
-    train_steps(model, optimizer, plan, loader, spec, start, totals, device, dtype, emit, save)
-    facts = {
+    loader = Loader(plan, store, rank, ranks, cost, m.patch_px, spec.jitter)
+    emit = metrics.add if metrics else lambda line: None  # the other ranks stay silent
+    train_steps(model, optimizer, loader, spec, start, totals, device, dtype, emit, save)
+    facts: dict[str, Any] = {
         "spec": spec.model_dump(exclude={"workers", "checkpoint_every"}),
         "plan": plan.fingerprint,
         "config": config.fingerprint,
         "steps": spec.steps,
         "precision": str(dtype).removeprefix("torch."),
     }
-    ran_with = facts | {"attention": chosen(spec.attention, device.type, dtype)}
-    result = _result(config, plan.fingerprint, ran_with, totals, start, len(plan), left_out, plan.tokens.truncated)
-    result = result.model_copy(update={"seconds": time.perf_counter() - began})
+    result = TrainResult(
+        model=str(out / "model"),
+        fingerprint=config.fingerprint,
+        plan=plan.fingerprint,
+        steps=spec.steps,
+        resumed_from=start,
+        pairs=len(plan),
+        left_out=left_out,
+        truncated=plan.tokens.truncated,
+        seconds=time.perf_counter() - began,
+        precision=facts["precision"],
+        attention=chosen(spec.attention, device.type, dtype),
+        torch=torch.__version__,
+        **totals.figures(),
+    )
     if rank == 0:
         Store(out).write(RESULT, result.model_dump_json(indent=2))  # before the model, which tells that all is done
-        weights = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("word_head")}
+        weights = model.state_dict()
         rows = weights["token_embedding.weight"]
         weights["token_embedding.weight"] = export.whole_table(m, spec.seed, plan.tokens.used, rows)
         export.save(out / "model", m, weights, facts)
@@ -165,37 +186,6 @@ def _resume(
     return int(step), Totals(**found[1]["totals"]) if found else Totals()
 
 
-def _result(
-    config: TrainConfig,
-    plan: str,
-    facts: dict[str, Any],
-    totals: Totals,
-    start: int,
-    pairs: int,
-    left_out: dict[str, int],
-    truncated: int,
-) -> TrainResult:
-    return TrainResult(
-        model=str(Path(config.out_dir) / "model"),
-        fingerprint=config.fingerprint,
-        plan=plan,
-        steps=config.spec.steps,
-        resumed_from=start,
-        pairs=pairs,
-        left_out=left_out,
-        truncated=truncated,
-        damaged=totals.damaged,
-        skipped=totals.skipped,
-        loss=sum(totals.losses) / len(totals.losses) if totals.losses else None,
-        seconds=0.0,
-        pairs_per_s=totals.pairs / totals.seconds if totals.seconds else None,
-        fill=totals.useful / totals.computed if totals.computed else None,
-        precision=str(facts["precision"]),
-        attention=str(facts["attention"]),
-        torch=torch.__version__,
-    )
-
-
 def check_gpus(workers: int) -> None:
     """Raises PairmillError where there are GPUs, but fewer than workers."""
     if torch.cuda.is_available() and workers > torch.cuda.device_count():
@@ -221,11 +211,7 @@ def _join(rank: int, ranks: int) -> torch.device:
 
 
 def _say(line: dict[str, Any]) -> None:
-    print(json.dumps(line), flush=True)
-
-
-def _nothing(line: dict[str, Any]) -> None:
-    """The other ranks stay silent."""
+    os.write(1, json.dumps(line).encode() + b"\n")  # in one piece: two processes may write into the same pipe
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def make_plan(
     texts: list[list[int]] = []
     blocks: list[Block] = []
     for pin in pins:
-        table = _table(store, pin)
+        table = pinned_table(store, pin)
         kept = _usable(table, Workspace(store).alive(table), frozenset(apart), left_out)
         blocks += _blocks(pin.ref, kept, len(uids))
         for row in kept:
@@ -78,19 +78,19 @@ def make_plan(
     return plan, dict(left_out)
 
 
-def _table(store: Store, pin: Pin) -> pa.Table:
-    """The shard's table, which must belong to the pinned tar, and the tar must be whole."""
+def pinned_table(store: Store, pin: Pin) -> pa.Table:
+    """`COLUMNS` of the shard's table, which must belong to the pinned tar, and the tar must be whole."""
     again = "run the same command again: missing shards are made anew"
     for path in (pin.ref.table, pin.ref.tar):
         if not store.has(path):
-            raise PairmillError(expected=f"the training shard {path}", found="no such file", remedy=again)
+            raise PairmillError(expected=f"the shard {path}", found="no such file", remedy=again)
     table = store.read_table(pin.ref.table)
     recorded = table_metadata(table)
     if recorded.get("tar_sha256") != pin.tar_sha256:
         raise PairmillError(
             expected=f"{pin.ref.table} to describe a tar of sha256 {pin.tar_sha256}",
             found=str(recorded.get("tar_sha256")),
-            remedy="start a new run: this one is pinned to shards that were rewritten since",
+            remedy="run the same command again: the shards were rewritten since this training was planned",
         )
     size = store.size(pin.ref.tar)
     if recorded.get("tar_size") != str(size):

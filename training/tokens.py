@@ -26,11 +26,6 @@ class Tokens:
     used: Ids  # sorted ids of open_clip's vocabulary that any text holds
     truncated: int  # different texts that were longer than the context
 
-    def shares(self) -> npt.NDArray[np.float32]:
-        """Of each used token the share of different texts that hold it, in (0, 1]."""
-        held = np.concatenate([np.unique(ids) for ids in self.ids])
-        return (np.bincount(held, minlength=len(self.used)) / len(self.ids)).astype(np.float32)
-
 
 class Tokeniser:
     """Numbers texts: two texts of the same tokens have the same number, as nothing downstream can tell them apart."""

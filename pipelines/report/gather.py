@@ -120,9 +120,8 @@ def _measured(run: Run, curated: Facts, manifest: Facts) -> Facts:
     """Histograms, samples and captions: what needs the tables of all shards."""
     recipe, store = run.recipe, run.workspace.store
     shards = stages.shards(run)
-    wanted = list(dict.fromkeys([*rule_columns(recipe.keep), *_shown(recipe), "pairs.text", "pairs.texts"]))
-    wanted += [name for name in ("blip_caption.texts",) if "blip_caption" in recipe.filters]
-    wanted = list(dict.fromkeys([*wanted, *column_names(recipe.texts)]))
+    wanted = [*rule_columns(recipe.keep), *_shown(recipe), *column_names(recipe.texts), "pairs.text", "pairs.texts"]
+    wanted += ["blip_caption.texts"] if "blip_caption" in recipe.filters else []
     frame = load_frame(store, shards, wanted, curated["scores"], recipe.trusted)
     tables = [store.read_table(ref.beside(curated["selection"])).cast(SELECTION) for _, ref in frame.shards]
     sampler = Sampler(store, frame, tables)

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from filters.canaries import facts_path, make_canaries, set_apart
-from filters.canary_report import Corpus, precision, recall_at_false_drops, report, roc_auc, wilson
+from filters.canary_report import Judged, precision, recall_at_false_drops, report, roc_auc, wilson
 from filters.engine import plan, score_shards
 from filters.exact_duplicates import ExactDuplicates
 from filters.image_hash import ImageHash
@@ -126,8 +126,9 @@ def test_the_report_counts_what_the_rules_catch(workspace: Workspace) -> None:
     shards = fill(workspace)
     canaries = make_canaries(workspace.store, shards, ["clean"], SPEC, seed=0)
     result, scores = curate(workspace, canaries)
-    real = Corpus(shards, ["clean"], scores, REDUCERS, result.folder)
-    told = report(workspace.store, canaries, real, KEEP, TextsSpec(), result.manifest["thresholds"])
+    pins = result.manifest["thresholds"]
+    real = Judged(workspace.store, shards, ["clean"], scores, REDUCERS, KEEP, TextsSpec(), result.folder, pins)
+    told = report(canaries, real)
     swapped, copies = told["defects"]["swapped_text"], told["defects"]["near_duplicate"]
     by_rule = {rule["rule"]: (rule["recall"]["value"], rule["false_drops"]["value"]) for rule in swapped["rules"]}
     n = swapped["twins"]
@@ -157,7 +158,7 @@ def test_a_swapped_text_is_caught_where_only_a_synthetic_one_is_kept(workspace: 
         workspace.store.write_table(canaries[0].beside(folder(name)), pa.table({"uid": table["uid"], **columns}))
         scores[name] = folder(name)
     spec = TextsSpec.model_validate({"from": ["texts", "blip_caption.texts"], "match": "blip_match.probability"})
-    told = report(workspace.store, canaries, Corpus(shards, ["clean"], scores, {}, ""), [], spec, {})
+    told = report(canaries, Judged(workspace.store, shards, ["clean"], scores, {}, [], spec, "", {}))
     (texts, _) = told["defects"]["swapped_text"]["rules"]
     assert (texts["rule"], texts["recall"]["value"], texts["false_drops"]["value"]) == ("texts", 1.0, 0.0)
 

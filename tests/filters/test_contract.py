@@ -15,9 +15,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from filters.base import PIXELS, fingerprint_of
+from filters.base import PIXELS, Filter, fingerprint_of
 from filters.engine import score_shards
-from filters.lookup import filter_names, load_filter
+from filters.lookup import load_filter, names
 from pairs.schemas import PAIRS
 from pairs.shard import ShardRef, write_shard
 from pairs.store import Store
@@ -28,7 +28,7 @@ from tests.filters.weights import WEIGHTS
 GOLDEN = Path(__file__).parent / "golden"
 NO_IMAGE, FORGOTTEN, NO_TEXT = 2, 3, 4  # rows of `write_shards`
 
-every_filter = pytest.mark.parametrize("name", filter_names())
+every_filter = pytest.mark.parametrize("name", names(Filter))
 
 
 @functools.cache

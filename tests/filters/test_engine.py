@@ -12,7 +12,7 @@ from cluster.session import ray_session
 from filters import engine as engine_module
 from filters.base import Batch, Filter, fingerprint_of
 from filters.engine import missing, plan, score_shards
-from filters.lookup import filter_names, load_filter
+from filters.lookup import load_filter, names
 from pairs.errors import PairmillError
 from pairs.shard import ShardRef
 from pairs.store import Store
@@ -193,7 +193,7 @@ def test_an_empty_shard_gets_empty_tables(store: Store) -> None:
 
 
 def test_names_are_found_without_a_registry() -> None:
-    assert {"clip", "image_hash", "image_stats", "language", "text_stats"} <= set(filter_names())
+    assert {"clip", "image_hash", "image_stats", "language", "text_stats"} <= set(names(Filter))
     with pytest.raises(PairmillError, match="text_stats"):
         load_filter("text_stat", {})
     with pytest.raises(PairmillError, match="precision"):

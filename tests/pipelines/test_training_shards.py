@@ -34,14 +34,14 @@ def made(workspace: Workspace) -> tuple[str, dict[str, list[ShardRef]]]:
 
 def test_kept_pairs_are_copied_with_their_texts(workspace: Workspace) -> None:
     selection, shards = made(workspace)
-    counts = publish_training_shards(workspace, selection, shards, ["clean"], group_size=2)
+    counts = publish_training_shards(workspace, selection, shards, ["clean"])
     refs = list_shards(workspace.store, counts.folder)
-    assert [workspace.store.read_table(ref.table).num_rows for ref in refs] == [2, 3, 0]
-    assert (counts.total, counts.wrote) == (5, 3)
+    assert [workspace.store.read_table(ref.table).num_rows for ref in refs] == [2, 2, 1, 0]
+    assert (counts.total, counts.wrote) == (5, 4)
     shard = read_shard(workspace.store, refs[1])
-    assert shard.table["uid"].to_pylist() == [uid_of("web", n) for n in (0, 2, 3)]
-    assert list(shard.images()) == [b"0", b"2", b"3"]
-    assert shard.table["text"].to_pylist() == ["text 0", "text 2", "text 3"]
+    assert shard.table["uid"].to_pylist() == [uid_of("web", n) for n in (0, 2)]
+    assert list(shard.images()) == [b"0", b"2"]
+    assert shard.table["text"].to_pylist() == ["text 0", "text 2"]
     assert [text["text"] for text in shard.table["texts"][0].as_py()] == ["text 0", "b"]
     clean = workspace.store.read_table(refs[0].table)
     assert clean["uid"].to_pylist() == [uid_of("clean", n) for n in numbers(2)]
@@ -50,14 +50,14 @@ def test_kept_pairs_are_copied_with_their_texts(workspace: Workspace) -> None:
 
 def test_made_again_the_bytes_are_the_same_and_finished_ones_are_left(workspace: Workspace) -> None:
     selection, shards = made(workspace)
-    first = publish_training_shards(workspace, selection, shards, ["clean"], group_size=2)
+    first = publish_training_shards(workspace, selection, shards, ["clean"])
     before = contents(workspace.store)
     lost = list_shards(workspace.store, first.folder)[1]
     workspace.store.delete(lost.table)
-    again = publish_training_shards(workspace, selection, shards, ["clean"], group_size=2)
+    again = publish_training_shards(workspace, selection, shards, ["clean"])
     assert (again.wrote, again.pairs) == (1, first.pairs)
     assert contents(workspace.store) == before
-    assert publish_training_shards(workspace, selection, shards, ["clean"], group_size=2).wrote == 0
+    assert publish_training_shards(workspace, selection, shards, ["clean"]).wrote == 0
 
 
 def test_a_pair_forgotten_since_does_not_come_back(workspace: Workspace) -> None:

@@ -21,12 +21,11 @@ from pairs.shard import ShardRef, write_shard
 from pairs.store import table_metadata
 from pairs.workspace import Workspace
 from tests.training.small import COLOURS, encoded, pair, picture
+from training import launch
 from training.blip import blip_config, train_blip
-from training.blip_data import jitter, load_pairs, make_tokenizer, same_text, vary
-from training.blip_launch import BlipJob, train_blip_job
+from training.blip_data import jitter, load_pairs, make_tokenizer, same_text, trusted_pairs, vary
 from training.blip_losses import Lesson, caption_loss, hard_negatives, pieces_held
-from training.blip_run import trusted_pairs
-from training.config import Pin
+from training.config import BlipJob, Pin
 
 TOWER = TowerSpec(layers=1, width=32, heads=2)
 SPEC = BlipSpec(
@@ -212,12 +211,12 @@ def test_a_job_runs_in_a_process_of_its_own_and_resumes(workspace: Workspace, tm
             raise Stop
 
     with pytest.raises(Stop):
-        train_blip_job(job, stop)
+        launch.train_blip(job, stop)
     lines: list[dict[str, Any]] = []
-    result = train_blip_job(job, lines.append)
+    result = launch.train_blip(job, lines.append)
     stages = [name for name, _ in itertools.groupby(line["stage"] for line in lines)]
     assert stages == ["captioner", "matcher"]  # the shared beginning was done
-    assert Path(result.captioner).is_dir() and Path(result.matcher).is_dir() and result.pairs > 10
+    assert result.captioner.is_dir() and result.matcher.is_dir() and result.pairs > 10
     empty = job.model_copy(update={"shards": [], "out_dir": str(tmp_path / "none")})
     with pytest.raises(PairmillError, match="trusted pairs"):
-        train_blip_job(empty)
+        launch.train_blip(empty)

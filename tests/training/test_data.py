@@ -30,7 +30,7 @@ class Counted(Store):
 
 def _loader(store: Store, rank: int = 0, ranks: int = 1, jitter: float = 0.0) -> Loader:
     plan, _ = make_plan(store, shards(store), SPEC)
-    return Loader(plan, store, rank, ranks, COST, 8, jitter, 0)
+    return Loader(plan, store, rank, ranks, COST, 8, jitter)
 
 
 def test_a_batch_holds_the_planned_pixels_and_tokens(memory_store: Store) -> None:
@@ -119,11 +119,11 @@ def test_a_store_that_is_away_is_asked_again_and_in_the_end_stops_the_run(
 
 @pytest.mark.parametrize("nothing", [b"", b"no image"])
 def test_what_is_no_image_is_none(nothing: bytes) -> None:
-    assert decode(nothing, None, (4, 4), 8) is None
+    assert decode(nothing) is None
 
 
 def _again(loader: Loader) -> Loader:
-    return Loader(loader.plan, loader.store, 0, 1, COST, 8, 0.0, 0)
+    return Loader(loader.plan, loader.store, 0, 1, COST, 8, 0.0)
 
 
 def test_ranks_together_hold_the_step(memory_store: Store) -> None:
@@ -136,7 +136,7 @@ def test_ranks_together_hold_the_step(memory_store: Store) -> None:
 def test_big_pictures_may_be_decoded_small(ext: str) -> None:
     big = np.kron(picture(2), np.ones((8, 8, 1), np.uint8))  # 640 x 640
     big_bytes = encoded(big, ext)
-    reduced, whole = decode(big_bytes, (640, 640), (4, 4), 8), decode(big_bytes, None, (4, 4), 8)
+    reduced, whole = decode(big_bytes, (640, 640), (4, 4), 8), decode(big_bytes)
     assert reduced is not None and whole is not None and whole.shape == (640, 640, 3)
     near = [resize(p, (4, 4), 8).astype(float) for p in (reduced, whole)]
     assert np.abs(near[0] - near[1]).mean() < 3

@@ -62,7 +62,7 @@ def test_a_rank_that_dies_ends_the_run_with_a_message_and_no_process_stays(tmp_p
         if line["step"] == 2:
             os.kill(_children()[-1], signal.SIGKILL)
 
-    with pytest.raises(PairmillError, match=r"rank [01] of the training run"):
+    with pytest.raises(PairmillError, match=r"rank [01] of the training"):
         launch.train(cfg, kill)
     assert not _children()
 

@@ -36,13 +36,9 @@ def test_a_packed_batch_gives_what_each_example_gives_alone() -> None:
         torch.testing.assert_close(texts[i], model.encode_text(pack_texts([text]))[0])
 
 
-def test_a_tail_changes_no_feature_and_is_counted_in_fill() -> None:
-    model = build(MODEL, 1).double()
-    plain, tailed = pack_images(_patches(), GRIDS), pack_images(_patches(), GRIDS, multiple=64)
-    assert plain.useful == len(plain.place) == sum(1 + h * w for h, w in GRIDS)
-    assert tailed.useful == plain.useful and len(tailed.place) == 128
-    torch.testing.assert_close(model.encode_image(tailed), model.encode_image(plain))
-    torch.testing.assert_close(model.encode_text(pack_texts(TEXTS, 64)), model.encode_text(pack_texts(TEXTS)))
+def test_nothing_is_packed_but_the_examples() -> None:
+    packed = pack_images(_patches(), GRIDS)
+    assert packed.useful == len(packed.place) == sum(1 + h * w for h, w in GRIDS)
 
 
 def test_another_document_changes_no_output_and_no_input_gradient() -> None:

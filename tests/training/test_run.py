@@ -17,9 +17,9 @@ from pairs.store import Store
 from pairs.strict import strict
 from pairs.workspace import Workspace
 from tests.training.small import SPEC, config, pair
-from training import blip_launch, checkpoint, launch, run
+from training import checkpoint, launch, run
 from training import config as training_config
-from training.config import TrainConfig, TrainResult
+from training.config import BlipJob, TrainConfig, TrainResult
 from training.run import train_rank
 
 torch.set_num_threads(1)
@@ -134,25 +134,25 @@ def test_preflight_tells_what_cannot_run_here(monkeypatch: pytest.MonkeyPatch) -
 
 def test_lines_of_libraries_are_no_lines_of_ours(tmp_path: Path) -> None:
     code = "print('Downloading...'); print(); print('{\"step\": 1}')"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert next(launch._lines([process], tmp_path)) == {"step": 1}
-    process.communicate()
+    process.wait()
 
 
 def test_a_rank_that_dies_silently_is_not_given_an_earlier_try_s_last_words(tmp_path: Path) -> None:
     (tmp_path / "rank0.log").write_text(f"{launch.START}\nan old complaint\n{launch.START}\n")
-    process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"], stdout=subprocess.PIPE)
     with pytest.raises(PairmillError, match="exit code 3: no message"):
         next(launch._lines([process], tmp_path))
-    process.communicate()
+    process.wait()
 
 
 def test_a_new_version_of_a_training_is_another_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clip = config(tmp_path, "run")
-    blip = blip_launch.BlipJob(store="", shards=clip.shards, spec=BlipSpec(), out_dir="")
+    blip = BlipJob(store="", shards=clip.shards, spec=BlipSpec(), out_dir="")
     before = clip.fingerprint, blip.fingerprint
     monkeypatch.setattr(training_config, "VERSION", 99)
-    monkeypatch.setattr(blip_launch, "VERSION", 99)
+    monkeypatch.setattr(training_config, "BLIP_VERSION", 99)
     assert clip.fingerprint != before[0] and blip.fingerprint != before[1]
 
 

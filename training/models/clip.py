@@ -39,14 +39,11 @@ class Vision(nn.Module):
         self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
 
     def forward(self, images: PackedImages) -> Tensor:
-        return self.states(images)[images.pool] @ self.proj
-
-    def states(self, images: PackedImages) -> Tensor:
-        """What each patch and each class token ended as, (T, D)."""
         x_TD = F.linear(_pixels(images).to(self.conv1.weight), self.conv1.weight.flatten(1))
         x_TD = x_TD + self._places(images.grids)[images.place]
-        states: Tensor = self.ln_post(self.transformer(self.ln_pre(x_TD), images.layout))
-        return states
+        x_TD = self.transformer(self.ln_pre(x_TD), images.layout)
+        features: Tensor = self.ln_post(x_TD)[images.pool] @ self.proj
+        return features
 
     def _places(self, grids: tuple[Grid, ...]) -> Tensor:
         """(1 + cells of all grids, D): what is added to a class token, then to each cell of each grid."""
@@ -76,33 +73,8 @@ def _pixels(images: PackedImages) -> Tensor:
     return ((images.patches - mean * 255) / (std * 255)).masked_fill_((images.place == 0)[:, None], 0)
 
 
-class WordHead(nn.Module):
-    """Which words an image's text holds, read off its states: found in some patch (log-sum-exp over patches), and told
-    by the class token. For training alone, never exported. Words as labels: CatLIP, arXiv 2404.15653."""
-
-    def __init__(self, width: int, share_V: Tensor) -> None:
-        super().__init__()
-        self.words = nn.Parameter(width**-0.5 * torch.randn(len(share_V), width))
-        self.bias = nn.Parameter(torch.logit(share_V.clamp(1e-3, 1 - 1e-3)).repeat(2, 1))
-
-    def forward(self, states_TD: Tensor, images: PackedImages) -> Tensor:
-        """Logits (2, images, words); the share of texts that hold a word is where its bias begins."""
-        likeness_TV = F.linear(states_TD, self.words.to(states_TD)).float()
-        found = []
-        for (count, length), part in zip(images.layout.runs, _runs(likeness_TV, images), strict=True):
-            patches = part.unflatten(0, (count, length))[:, min(1, length - 1) :]
-            found.append(patches.logsumexp(1) - math.log(patches.shape[1]))
-        place = torch.cat(found)[images.pool.argsort().argsort()]
-        return torch.stack([place, likeness_TV[images.pool]]) + self.bias[:, None]
-
-
-def _runs(x_TV: Tensor, images: PackedImages) -> tuple[Tensor, ...]:
-    return x_TV.split([count * length for count, length in images.layout.runs])
-
-
 class PackedClip(nn.Module):
-    """Both towers. `forward` gives L2-normalised features (images, E), (texts, E), the logit scale (> 0), and the word
-    head's logits where there is one."""
+    """Both towers. `forward` gives L2-normalised features (images, E), (texts, E), and the logit scale (> 0)."""
 
     def __init__(
         self,
@@ -127,14 +99,11 @@ class PackedClip(nn.Module):
         self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-        self.word_head: WordHead | None = None
 
-    def forward(self, images: PackedImages, texts: PackedTexts) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        states = self.visual.states(images)
-        image_features = F.normalize((states[images.pool] @ self.visual.proj).float(), dim=-1)
+    def forward(self, images: PackedImages, texts: PackedTexts) -> tuple[Tensor, Tensor, Tensor]:
+        image_features = F.normalize(self.encode_image(images).float(), dim=-1)
         text_features = F.normalize(self.encode_text(texts).float(), dim=-1)
-        words = self.word_head(states, images) if self.word_head else None
-        return image_features, text_features, self.logit_scale.exp(), words
+        return image_features, text_features, self.logit_scale.exp()
 
     def encode_image(self, images: PackedImages) -> Tensor:
         features: Tensor = self.visual(images)
