@@ -1,8 +1,8 @@
 """Blocklists of the fetch: hosts, original bytes and pictures that must never be asked for or written.
 
 A file has one entry a line; `#` begins a comment. `hosts`: a name, which covers its subdomains. `sha256`: 64 hex
-digits, of the original bytes. `perceptual`: 16 hex digits, the 64-bit pHash as `image_hash.phash` has it; an image whose hash
-differs in at most `radius` bits is blocked. Comparing one image with a list of 100,000 takes about 0.3 ms.
+digits, of the original bytes. `perceptual`: 16 hex digits, the 64-bit pHash as `image_hash.phash` has it; an image
+whose hash differs in at most `radius` bits is blocked. Comparing one with a list of 100,000 takes about 0.3 ms.
 """
 
 import re

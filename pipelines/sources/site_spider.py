@@ -217,7 +217,7 @@ def _conditions(page: dict[str, Any] | None) -> dict[str, str]:
 
 
 def _validators(response: HtmlResponse) -> dict[str, str]:
-    found = {name: response.headers.get(name, b"").decode("latin-1") for name in VALIDATORS}
+    found = {name: (response.headers.get(name) or b"").decode("latin-1") for name in VALIDATORS}
     return {name: value for name, value in found.items() if value and len(value) <= VALIDATOR_CHARS}
 
 
@@ -229,7 +229,7 @@ def _unchanged(before: dict[str, Any], response: HtmlResponse, agent: str) -> di
 
 def _reserved(response: HtmlResponse) -> str | None:
     """Whether the TDM Reservation Protocol's header or meta tag keeps the page's content from us."""
-    header = response.headers.get("TDM-Reservation", b"").strip() == b"1"
+    header = (response.headers.get("TDM-Reservation") or b"").strip() == b"1"
     meta = response.status != 304 and response.xpath(RESERVATION).getall()
     return RESERVED if header or any(value.strip() == "1" for value in meta or []) else None
 
