@@ -47,12 +47,12 @@ def start(folder: Path, images: int) -> "subprocess.Popen[bytes]":
 def kill(folder: Path, log: Path, images: int, chance: random.Random, within: bool) -> str:
     """Starts the fetch and ends it; says where."""
     child, size, until = start(folder, images), log.stat().st_size, time.monotonic() + PATIENCE_S
-    when, found = chance.uniform(0.0, 2.0), "at a random time"
+    when, found, kind = chance.uniform(0.0, 2.0), "at a random time", chance.choice(("pairs", "pairs", "ledger"))
     while not asked(log, size) and child.poll() is None and time.monotonic() < until:
         time.sleep(0.01)
     moment = time.monotonic() + when
     while child.poll() is None and time.monotonic() < (until if within else moment):
-        writes = [entry.path for entry in writing(folder)] if within else []
+        writes = [entry.path for entry in writing(folder, kind)] if within else []
         if writes:
             found = f"inside {Path(writes[0]).parent.relative_to(folder)}"
             break
@@ -64,10 +64,14 @@ def kill(folder: Path, log: Path, images: int, chance: random.Random, within: bo
     return found
 
 
-def writing(folder: Path) -> "list[os.DirEntry[str]]":
-    """Unfinished files of pairs and ledger."""
-    places = [path for kind in ("pairs", "ledger") for path in folder.glob(f"{kind}/*/0000")]
-    return [entry for place in places for entry in os.scandir(place) if entry.name.startswith(TEMPORARY)]
+def writing(folder: Path, kind: str) -> "list[os.DirEntry[str]]":
+    """Unfinished files of `kind` (pairs or ledger)."""
+    return [
+        entry
+        for place in folder.glob(f"{kind}/*/0000")
+        for entry in os.scandir(place)
+        if entry.name.startswith(TEMPORARY)
+    ]
 
 
 def published(workspace: Workspace) -> set[str]:

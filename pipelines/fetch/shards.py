@@ -8,6 +8,7 @@ its table; what is left to do is found by one listing. Rows are in order of `url
 import asyncio
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO
@@ -80,7 +81,7 @@ def fetch_increment(
     left = [index for index in range(len(blocks)) if index not in done]
     requests = 0
     if left:
-        gate = SuccessGate(name, floor, ledger.outcomes(store, f"ledger/{group}") if floor else ledger.Counter())
+        gate = SuccessGate(name, floor, ledger.outcomes(store, f"ledger/{group}") if floor else Counter())
         blocked = load_blocklists(fetch_spec.block)
         job = Job(workspace, name, spec, fetch_spec, increment, group, gate, blocked, progress, len(rows))
         job.finished = len(rows) - sum(len(blocks[index]) for index in left)
