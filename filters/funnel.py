@@ -18,18 +18,19 @@ from pairs.store import Store
 Counts = dict[str, Any]
 
 
-def fetch_counts(store: Store, source: str, increments: Sequence[str], pairs: int) -> Counts:
-    """Candidates of these increments, and what became of them: `fetch` maps outcome to count and adds up to them."""
+def fetch_counts(store: Store, source: str, groups: Sequence[str], increments: Sequence[str], pairs: int) -> Counts:
+    """Candidates of these increments of a source (`groups`: `<source>-<fetch fingerprint>`), and what became of them:
+    `fetch` maps outcome to count and adds up to them."""
     paths = [f"candidates/{source}/{increment}/part-00000.parquet" for increment in increments]
     candidates = sum(store.read_table(path, ["url_key"]).num_rows for path in paths if store.has(path))
     if not candidates:
         return {"candidates": None, "fetch": {}}
     outcome: Counter[str] = Counter()
-    for increment in increments:
-        for path in store.files(f"ledger/{source}/{increment}", ".parquet"):
-            table = store.read_table(path, ["status", "reason"])
-            for status, reason in zip(table["status"].to_pylist(), table["reason"].to_pylist(), strict=True):
-                outcome["ok" if status == "ok" else f"{status}/{reason}"] += 1
+    folders = [f"ledger/{group}/{increment}" for group in groups for increment in increments]
+    for path in (path for folder in folders for path in store.files(folder, ".parquet")):
+        table = store.read_table(path, ["status", "reason"])
+        for status, reason in zip(table["status"].to_pylist(), table["reason"].to_pylist(), strict=True):
+            outcome["ok" if status == "ok" else f"{status}/{reason}"] += 1
     outcome["not attempted"] = candidates - outcome.total()
     outcome["ok, but no pair"] = outcome.pop("ok", 0) - pairs
     return {"candidates": candidates, "fetch": {"pair": pairs} | {k: n for k, n in sorted(outcome.items()) if n}}

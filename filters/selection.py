@@ -129,7 +129,8 @@ def _identity(
 
 def _inputs(store: Store, shards: Shards) -> str:
     """A fingerprint of everything that a finished selection was made from and that may have grown since."""
-    ledgers = {source: store.files(f"ledger/{source}", ".parquet") for source in shards}
+    groups = sorted({ref.group for refs in shards.values() for ref in refs})
+    ledgers = {group: store.files(f"ledger/{group}", ".parquet") for group in groups}
     candidates = {source: store.files(f"candidates/{source}", ".parquet") for source in shards}
     dead = {kind: sorted(ids) for kind, ids in Workspace(store).tombstones().items()}
     tables = sorted(ref.table for refs in shards.values() for ref in refs)
@@ -276,7 +277,7 @@ def _funnel(
     for source, refs in shards.items():
         rows = frame.source == source
         increments = sorted({ref.increment for ref in refs})
-        counts = fetch_counts(store, source, increments, int(rows.sum()))
+        counts = fetch_counts(store, source, sorted({ref.group for ref in refs}), increments, int(rows.sum()))
         sources[source] = counts | rule_counts(steps(keep), table, empty, frame.trusted, rows)
     return {"sources": sources, "total": total(sources)}
 

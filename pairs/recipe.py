@@ -33,22 +33,34 @@ class SourceSpec(Spec):
         return dict(self.model_extra or {})
 
 
+class BlockSpec(Spec):
+    """Files of what must never be fetched or kept, one a line; `radius` in bits for the perceptual hashes."""
+
+    hosts: str | None = None
+    sha256: str | None = None
+    perceptual: str | None = None
+    radius: int = Field(4, ge=0, le=16)
+
+
 class FetchSpec(Spec):
-    # a product token, by which robots.txt knows us, then what follows a header may hold
-    agent: str = Field(
-        "pairmill (+https://github.com/pairmill/pairmill)", pattern=r"^[A-Za-z][A-Za-z0-9_.-]*([/ ][ -~]*)?$"
-    )
+    # a product token, by which robots.txt knows us, then a contact; it may be missing for loopback alone
+    agent: str = Field("pairmill", pattern=r"^[A-Za-z][A-Za-z0-9_.-]*([/ ][ -~]*)?$")
     side_px: int = Field(256, ge=8)  # the longer side is at most this
     format: Literal["jpg", "png", "webp"] = "jpg"
     quality: int = Field(92, ge=1, le=100)
     shard_pairs: int = Field(10_000, ge=1)
     per_host: int = Field(4, ge=1)  # connections to one host at a time
+    delay_s: float = Field(0.0, ge=0, le=60)  # between the starts of two requests to a host
     connections: int = Field(64, ge=1)
     deadline_s: float = Field(30.0, gt=0)  # for one URL, redirects and body together
     max_bytes: int = Field(20_000_000, ge=1)
     max_pixels: int = Field(50_000_000, ge=1)
     attempts: int = Field(3, ge=1)
     min_side_px: int = Field(8, ge=1)
+    retry_hours: float = Field(1.0, ge=0)  # what failed for a time waits so long, then four times as long, …
+    retry_hours_max: float = Field(168.0, ge=0)
+    stuck_s: float = Field(300.0, gt=0)  # a shard without progress for so long is begun anew
+    block: BlockSpec = BlockSpec()
 
 
 class Rule(Spec):

@@ -68,6 +68,8 @@ PAIRS = pa.schema(
         ("text_size", pa.int64()),
         ("json_offset", pa.int64()),
         ("json_size", pa.int64()),
+        # sorted words for what the original was but RGB: alpha, animated, cmyk, deep (16 bits), grey, palette; or null
+        ("colour", pa.string()),
     ]
 )
 

@@ -15,7 +15,7 @@ from pairs.store import Store, table_metadata
 from pairs.tar import Member, TarWriter
 
 JSON_FIELDS: tuple[str, ...] = ("uid", "url_key", "url", "texts", "page", "license", "source_uid", "sha256", "exif")
-JSON_FIELDS += ("width", "height", "original_width", "original_height", "source", "increment")
+JSON_FIELDS += ("width", "height", "original_width", "original_height", "colour", "source", "increment")
 MEMBERS = ("image", "text", "json")
 
 

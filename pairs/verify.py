@@ -142,16 +142,22 @@ def _check_candidates(verdict: Verdict, store: Store, path: str) -> Iterator[str
         yield "its columns aren't those of candidates"
     if keys != sorted(set(keys)):
         yield "its url_keys aren't sorted and unique"
-    parts = [store.read_table(p) for p in store.files(f"ledger/{source}/{increment}", ".parquet")]
+    for group in store.folders("ledger"):
+        if group.rpartition("-")[0] == source:
+            yield from _check_ledger(verdict, store, f"ledger/{group}/{increment}", keys)
+
+
+def _check_ledger(verdict: Verdict, store: Store, folder: str, keys: list[str]) -> Iterator[str]:
+    parts = [store.read_table(p) for p in store.files(folder, ".parquet")]
     if not parts:
         return
     ledger = pa.concat_tables([part.replace_schema_metadata(None) for part in parts])
     tried = ledger["url_key"].to_pylist()
     verdict.count("ledger rows", len(tried))
     if not ledger.schema.equals(LEDGER, check_metadata=False):
-        yield f"ledger/{source}/{increment}: its columns aren't those of a ledger"
+        yield f"{folder}: its columns aren't those of a ledger"
     if len(tried) != len(set(tried)) or not set(tried) <= set(keys):
-        yield f"ledger/{source}/{increment}: a candidate has two rows, or a row has no candidate"
+        yield f"{folder}: a candidate has two rows, or a row has no candidate"
 
 
 def _check_increments(verdict: Verdict, store: Store) -> Iterator[str]:
@@ -160,23 +166,20 @@ def _check_increments(verdict: Verdict, store: Store) -> Iterator[str]:
     told = [json.loads(store.read(p)) for p in store.files("runs", "lineage.json")]
     pinned = {(source, i, run["fetch"]) for run in told for source, all_ in run["increments"].items() for i in all_}
     for source, increment, mark in sorted(pinned):
-        folder = f"pairs/{source}-{mark}/{increment}"
-        for kind, problem in _check_fetched(store, source, increment, mark):
-            verdict.problems.append((folder if kind == "pairs" else f"ledger/{source}/{increment}", problem))
+        folder = f"{source}-{mark}/{increment}"
+        for kind, problem in _check_fetched(store, folder, f"candidates/{source}/{increment}"):
+            verdict.problems.append((f"{kind}/{folder}", problem))
         verdict.count("increments")
     yield from ()
 
 
-def _check_fetched(store: Store, source: str, increment: str, mark: str) -> Iterator[tuple[str, str]]:
-    parts = {p: store.read_table(p) for p in store.files(f"ledger/{source}/{increment}", ".parquet")}
-    parts = {p: part for p, part in parts.items() if table_metadata(part).get("fetch") == mark}
-    aside = store.files(f"ledger-aside/{source}/{increment}/{mark}", ".parquet")  # put there for other settings
-    parts |= {p: store.read_table(p) for p in aside}
-    candidates = store.read_table(f"candidates/{source}/{increment}/part-00000.parquet", ["url_key"])["url_key"]
+def _check_fetched(store: Store, folder: str, cut: str) -> Iterator[tuple[str, str]]:
+    parts = {p: store.read_table(p) for p in store.files(f"ledger/{folder}", ".parquet")}
+    candidates = store.read_table(f"{cut}/part-00000.parquet", ["url_key"])["url_key"]
     rows = [row for part in parts.values() for row in part.select(["url_key", "status", "uid"]).to_pylist()]
     if without := set(candidates.to_pylist()) - {row["url_key"] for row in rows}:
         yield "ledger", f"{len(without)} of {len(candidates)} candidates have no row"
-    refs = list_shards(store, f"pairs/{source}-{mark}/{increment}")
+    refs = list_shards(store, f"pairs/{folder}")
     indices, made = [ref.index for ref in refs], sorted(int(p.rsplit("/", 1)[1].split(".")[0]) for p in parts)
     if indices != list(range(len(indices))) or indices != made:
         yield "pairs", f"shards {indices} where the ledger has parts {made}"

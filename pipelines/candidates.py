@@ -20,6 +20,7 @@ from pairs.recipe import FetchSpec, SourceSpec
 from pairs.schemas import CANDIDATES
 from pairs.store import table_metadata
 from pairs.workspace import Workspace
+from pipelines.fetch.ledger import due, passing_failures
 from pipelines.sources import Context, Progress, Row, load_source
 
 TEXT_CHARS = 10_000
@@ -68,7 +69,7 @@ def cut_increment(
     merged = _merge([row for row in rows if row is not None])
     context.dropped["merged"] += sum(row is not None for row in rows) - len(merged)
     buried = _bury_opted_out(workspace, name, earlier, merged)
-    kept = _without_earlier(workspace, name, earlier, merged, context.dropped)
+    kept = _without_earlier(workspace, name, earlier, merged, context.dropped, fetch_spec)
     table = pa.Table.from_pylist(sorted(kept, key=lambda row: row["url_key"]), schema=CANDIDATES)
     counts = _counts(increment if kept else None, found, kept, buried, context)
     if kept:
@@ -189,31 +190,35 @@ def _join(group: list[Row]) -> Row:
     return first | facts | {"texts": list(texts.values())}
 
 
-def _earlier_keys(workspace: Workspace, name: str, earlier: list[str]) -> Iterator[tuple[str, set[str], set[str]]]:
-    """Of each earlier increment: its name, its keys, and those of them that failed for a passing cause."""
+def _earlier_keys(
+    workspace: Workspace, name: str, earlier: list[str], fetch_spec: FetchSpec
+) -> Iterator[tuple[set[str], dict[str, float]]]:
+    """Of each earlier increment: its keys, and those of them that failed for a passing cause, with the time."""
     for increment in earlier:
         keys = set(workspace.store.read_table(part(name, increment), ["url_key"])["url_key"].to_pylist())
-        failed: set[str] = set()
-        for path in workspace.store.files(f"ledger/{name}/{increment}", ".parquet"):
-            ledger = workspace.store.read_table(path, ["url_key", "status"])
-            pairs = zip(ledger["url_key"].to_pylist(), ledger["status"].to_pylist(), strict=True)
-            failed |= {key for key, status in pairs if status == "transient"}
-        yield increment, keys, failed
+        yield keys, passing_failures(workspace.store, name, increment, fetch_spec)
 
 
 def _without_earlier(
-    workspace: Workspace, name: str, earlier: list[str], merged: list[Row], dropped: Counter[str]
+    workspace: Workspace, name: str, earlier: list[str], merged: list[Row], dropped: Counter[str], spec: FetchSpec
 ) -> list[Row]:
-    waiting: set[str] = set()  # in an earlier increment, and not to come again
-    tries: Counter[str] = Counter()
-    for _, keys, failed in _earlier_keys(workspace, name, earlier):
-        waiting = (waiting | keys) - failed
-        tries.update(failed)
+    """What is new, and what failed for a passing cause and has waited long enough. The rest is counted: `later` comes
+    again, `gave_up` doesn't."""
+    settled: set[str] = set()  # in an earlier increment, and not to come again
+    tries: dict[str, list[float]] = {}
+    for keys, failed in _earlier_keys(workspace, name, earlier, spec):
+        settled = (settled | keys) - failed.keys()
+        for key, at in failed.items():
+            tries.setdefault(key, []).append(at)
     dead = workspace.tombstones()["url_key"]
     kept = []
     for row in merged:
         key = row["url_key"]
-        reasons = {"forgotten": key in dead, "earlier": key in waiting, "gave_up": tries[key] >= MAX_TRIES}
+        times = tries.get(key, [])
+        reasons = {
+            **{"forgotten": key in dead, "earlier": key in settled, "gave_up": len(times) >= MAX_TRIES},
+            "later": bool(times) and not due(times, spec),
+        }
         reason = next((reason for reason, holds in reasons.items() if holds), None)
         if reason:
             dropped[reason] += 1

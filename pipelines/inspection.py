@@ -149,7 +149,7 @@ def trace(workspace: Workspace, uid: str) -> dict[str, Any]:
     key = pair["url_key"]
     source = ref.group.rsplit("-", 1)[0]
     facts["candidate"] = _by_key(workspace, f"candidates/{source}", key)
-    facts["fetch"] = _by_key(workspace, f"ledger/{source}", key)
+    facts["fetch"] = _by_key(workspace, f"ledger/{ref.group}", key)
     for kind in ("scores", "selections"):
         tables = {name: ref.beside(f"{kind}/{name}") for name in store.folders(kind)}
         facts[kind] = {name: _row(workspace, path, row) for name, path in tables.items() if store.has(path)}

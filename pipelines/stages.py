@@ -13,7 +13,8 @@ from pairs.recipe import EvaluateSpec, Recipe
 from pairs.shard import ShardRef
 from pipelines import curation, scorer, training_jobs
 from pipelines.candidates import check_settings, cut_increment, finished_cut, next_increment
-from pipelines.fetch.shards import FetchCounts, fetch_fingerprint, fetch_increment
+from pipelines.fetch.ledger import FetchCounts, fetch_fingerprint
+from pipelines.fetch.shards import fetch_increment
 from pipelines.run import Run
 from pipelines.sources import load_source
 from training.launch import preflight
@@ -76,7 +77,8 @@ def fetch(run: Run) -> Facts:
             fetched = []
             for increment in pinned[name]:
                 progress = run.console.progress(f"fetch {name}")
-                done = fetch_increment(run.workspace, name, spec, run.recipe.fetch, increment, progress)
+                floor = run.recipe.gates.min_fetch_success
+                done = fetch_increment(run.workspace, name, spec, run.recipe.fetch, increment, progress, floor)
                 counts[f"{name}/{increment}"] = dataclasses.asdict(done)
                 fetched.append(done)
             _success_gate(run, name, fetched)
@@ -90,7 +92,7 @@ def fetch(run: Run) -> Facts:
 
 def _success_gate(run: Run, name: str, fetched: list[FetchCounts]) -> None:
     """Of all increments of a source together: one bad increment must not stop every run that comes after it."""
-    floor = run.recipe.gates.min_fetch_success
+    floor, mark = run.recipe.gates.min_fetch_success, fetch_fingerprint(run.recipe.fetch)
     candidates = sum(done.candidates for done in fetched)
     asked = sum(done.asked for done in fetched)
     success = sum(done.ok for done in fetched) / asked if asked else 0.0
@@ -98,7 +100,7 @@ def _success_gate(run: Run, name: str, fetched: list[FetchCounts]) -> None:
         raise PairmillError(
             expected=f"at least {floor:.0%} of the source {name!r} to be fetched (gates.min_fetch_success)",
             found=f"{success:.1%} of {asked}" if asked else f"nothing asked for: all {candidates} candidates refused",
-            remedy=f"look into ledger/{name} for the reasons; `--new` tries what failed for a time again",
+            remedy=f"look into ledger/{name}-{mark} for the reasons; `--new` later tries what failed for a time again",
         )
 
 

@@ -1,16 +1,17 @@
 """One guarded HTTP client for the crawler, robots.txt and the images: bounded in time, bytes and redirects.
 
-`Client.hop` is one request; `Client.fetch` follows redirects and retries. Every hop waits for its host's turn (waiting
-isn't counted), asks robots.txt, and draws on one budget of seconds per URL, so that a server that drips can't
+`Client.hop` is one request; `Client.fetch` follows redirects and retries. Every hop waits for its host's turn and pace
+(waiting isn't counted), asks robots.txt, and draws on one budget of seconds per URL, so that a server that drips can't
 hold a connection longer. What goes wrong is a `Failure` with a class and a stable reason, never an exception.
 """
 
 import asyncio
+import ipaddress
 import re
 import socket
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
@@ -22,6 +23,7 @@ from aiohttp.abc import AbstractResolver
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
+from pairs.errors import PairmillError
 from pairs.identity import unit_hash
 from pipelines.fetch.guard import EgressRefused, Network, guarded_connector, refuse_url
 
@@ -32,9 +34,13 @@ DEAD_AFTER = 8  # connections in a row that a host which never answered may refu
 BACK_OFF_S, BACK_OFF_MAX_S = 0.5, 8.0
 RETRY_STATUS = frozenset({408, 425, 429})
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
+CONDITIONS = frozenset({"If-None-Match", "If-Modified-Since"})
 PLAIN = re.compile(r"[!-~]*")
 CLIMBS = re.compile(r"(?:^|/|%2f|\\|%5c)(?:\.|%2e){1,2}(?:/|%2f|\\|%5c|$)", re.IGNORECASE)
 CONNECTING = frozenset({"connect", "connect_timeout", "dns"})
+RESTING = frozenset({429, 503})  # with Retry-After, these speak for the whole host
+CONTACT = re.compile(r"[^\s@]+@[^\s@]+|https?://[^\s/]+")
+ANY: Mapping[str, str] = {"Accept": "*/*"}
 
 Headers = CIMultiDictProxy[str]
 NO_HEADERS: Headers = CIMultiDictProxy(CIMultiDict())
@@ -72,11 +78,28 @@ class Limits:
 
 @dataclass
 class Host:
-    """What is known of a host: its turnstile, and whether it ever answered."""
+    """What is known of a host: its turnstile, its pace, until when it wants no request, and whether it ever answered.
+    Times are `time.monotonic()`."""
 
     turn: asyncio.Semaphore
+    delay_s: float = 0.0
+    next_at: float = 0.0
+    rests_until: float = 0.0
     answered: bool = False
     unreachable: int = 0
+
+    async def pace(self) -> None:
+        """Waits until `delay_s` have passed since the host's last request began."""
+        now = time.monotonic()
+        at = max(now, self.next_at)
+        self.next_at = at + self.delay_s
+        if at > now:
+            await asyncio.sleep(at - now)
+
+    def rest(self, failure: "Failure") -> None:
+        """Takes note of a Retry-After."""
+        if failure.http_status in RESTING and failure.retry_after_s:
+            self.rests_until = max(self.rests_until, time.monotonic() + failure.retry_after_s)
 
 
 class Answer(NamedTuple):
@@ -97,13 +120,15 @@ class Client:
     agent: str
     per_host: int
     slots: asyncio.Semaphore
+    delay_s: float = 0.0  # between the starts of two requests to a host; a Crawl-delay may lengthen it
     hosts: dict[str, Host] = field(default_factory=dict)
     requests: int = 0
     held_bytes: int = 0  # of bodies that wait for a decoder
+    under_way: "dict[asyncio.Task[object] | None, float]" = field(default_factory=dict)  # since when it has its turn
     _room: asyncio.Event = field(default_factory=asyncio.Event)
 
     def host(self, url: URL) -> Host:
-        return self.hosts.setdefault(url.host or "", Host(asyncio.Semaphore(self.per_host)))
+        return self.hosts.setdefault(url.host or "", Host(asyncio.Semaphore(self.per_host), self.delay_s))
 
     def hold(self, size_bytes: int) -> None:
         """Counts a body that waits for a decoder, or with a negative size one that no longer does."""
@@ -116,14 +141,17 @@ class Client:
             self._room.clear()
             await self._room.wait()
 
-    async def fetch(self, url: str, limits: Limits, permit: Permit, judge: Judge, accept: str = "*/*") -> Answer:
+    async def fetch(
+        self, url: str, limits: Limits, permit: Permit, judge: Judge, ask: Mapping[str, str] = ANY
+    ) -> Answer:
         """The body behind `url` after redirects, or why there is none. `permit` is asked before each hop
-        (robots.txt), `judge` sees the headers before the body is read."""
+        (robots.txt), `judge` sees the headers before the body is read, `ask` are request headers: with If-None-Match or
+        If-Modified-Since an answer of 304 is a Response too."""
         budget = Budget(limits.deadline_s)
         attempts = 0
         while True:
             attempts += 1
-            result = await self._follow(url, limits, budget, permit, judge, accept)
+            result = await self._follow(url, limits, budget, permit, judge, ask)
             if not isinstance(result, Failure) or result.status != "transient" or attempts >= limits.attempts:
                 return Answer(result, attempts)
             pause = _pause(result, url, attempts)
@@ -133,7 +161,7 @@ class Client:
             await asyncio.sleep(pause)
 
     async def _follow(
-        self, start: str, limits: Limits, budget: "Budget", permit: Permit, judge: Judge, accept: str
+        self, start: str, limits: Limits, budget: "Budget", permit: Permit, judge: Judge, ask: Mapping[str, str]
     ) -> Response | Failure:
         here = start
         for _ in range((limits.redirects or 0) + 1):
@@ -143,7 +171,7 @@ class Client:
             except ValueError:
                 return Failure("permanent", "bad_url")
             failure = Failure("refused", refusal) if refusal else await permit(url)
-            result = failure or await self.hop(_verbatim(here, url), limits, budget, judge, accept)
+            result = failure or await self.hop(_verbatim(here, url), limits, budget, judge, ask)
             if isinstance(result, Failure) or result.status not in REDIRECTS or limits.redirects is None:
                 return result
             location = result.headers.get("Location")
@@ -156,33 +184,43 @@ class Client:
         return Failure("permanent", "too_many_redirects")
 
     async def hop(
-        self, url: URL, limits: Limits, budget: "Budget", judge: Judge, accept: str = "*/*"
+        self, url: URL, limits: Limits, budget: "Budget", judge: Judge, ask: Mapping[str, str] = ANY
     ) -> Response | Failure:
         """One request without redirects, when its host and the machine have a free turn."""
-        host = self.host(url)
+        if lacks_contact(self.agent, url.host or ""):  # a redirect: the addresses of a source are checked beforehand
+            return Failure("transient", "no_contact")
+        host, task = self.host(url), asyncio.current_task()
+        self.under_way.pop(task, None)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(host.turn)
+            if (rest := host.rests_until - time.monotonic()) > budget.left_s:
+                return Failure("transient", "host_rests", retry_after_s=rest)
+            await asyncio.sleep(max(0.0, rest))
+            await host.pace()
             await stack.enter_async_context(self.slots)
+            self.under_way[task] = time.monotonic()
             await self.room()
             if not host.answered and host.unreachable >= DEAD_AFTER:
                 return Failure("transient", "host_unreachable")
             began = time.monotonic()
             try:
                 async with asyncio.timeout(budget.left_s):
-                    result = await self._request(url, limits, judge, accept)
+                    result = await self._request(url, limits, judge, ask)
             except Exception as error:
                 result = _classify(error)
             budget.left_s -= time.monotonic() - began
             connected = isinstance(result, Response) or result.reason not in CONNECTING
             host.answered |= connected
             host.unreachable += not connected
+            if isinstance(result, Failure):
+                host.rest(result)
             return result
 
-    async def _request(self, url: URL, limits: Limits, judge: Judge, accept: str) -> Response | Failure:
-        headers = {"User-Agent": self.agent, "Accept": accept}
+    async def _request(self, url: URL, limits: Limits, judge: Judge, ask: Mapping[str, str]) -> Response | Failure:
+        headers = {"User-Agent": self.agent, **ask}
         self.requests += 1
         async with self.session.get(url, headers=headers, allow_redirects=False) as answer:
-            if answer.status in REDIRECTS:
+            if answer.status in REDIRECTS or (answer.status == 304 and not CONDITIONS.isdisjoint(ask)):
                 return Response(str(url), answer.status, answer.headers, b"")
             if failure := _bad_status(answer) or judge(answer.headers):
                 answer.close()
@@ -209,7 +247,12 @@ class Budget:
 
 
 def open_client(
-    agent: str, per_host: int, connections: int, allow: tuple[Network, ...], resolver: AbstractResolver | None = None
+    agent: str,
+    per_host: int,
+    connections: int,
+    allow: tuple[Network, ...],
+    resolver: AbstractResolver | None = None,
+    delay_s: float = 0.0,
 ) -> Client:
     """A client behind the egress guard; the caller closes `client.session`. Call it inside a running loop."""
     session = aiohttp.ClientSession(
@@ -218,7 +261,28 @@ def open_client(
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
         trust_env=False,
     )
-    return Client(session, agent, per_host, asyncio.Semaphore(connections))
+    return Client(session, agent, per_host, asyncio.Semaphore(connections), delay_s)
+
+
+def require_contact(agent: str, hosts: Iterable[str]) -> None:
+    """Refuses an agent string without a contact for any host that isn't loopback: a site must be able to complain."""
+    for host in hosts:
+        if lacks_contact(agent, host):
+            raise PairmillError(
+                expected=f"a contact in fetch.agent, for requests to {host}",
+                found=repr(agent),
+                remedy="name an address that you read, such as fetch: {agent: 'pairmill (+mailto:me@my-domain)'}",
+            )
+
+
+def lacks_contact(agent: str, host: str) -> bool:
+    """Whether `host` must be told a contact, and isn't."""
+    if CONTACT.search(agent):
+        return False
+    try:
+        return not ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.rstrip(".") != "localhost"
 
 
 def _verbatim(address: str, url: URL) -> URL:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from pairs.process import limit_memory
 
-VERSION = 1  # raise it when the bytes of an equal image change
+VERSION = 2  # raise it when the bytes of an equal image change
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 TURNS = {  # what makes each EXIF orientation upright, in Pillow's words
     **{2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE"},
@@ -31,6 +31,8 @@ BYTES_PER_PIXEL = 24  # of all copies that are alive at once, with room
 BASE_BYTES = 512 << 20
 FRAME = struct.Struct("<II")
 EXIF_CHARS = 2000
+WITH_ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
+DEEP = ("I", "F")  # more than eight bits
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,16 @@ class DecodeSpec:
     quality: int
     max_pixels: int
     min_side_px: int
+    hash: bool = False  # whether to tell the image's perceptual hash, for a blocklist
 
 
 class Decoded(NamedTuple):
     """An encoded RGB image, and what it was."""
 
     image: bytes
-    facts: dict[str, Any]  # width, height, original_width, original_height, original_format, exif
+    facts: dict[
+        str, Any
+    ]  # width, height, original_width, original_height, original_format, exif, colour; phash where asked for
 
 
 class Refusal(Exception):
@@ -91,6 +96,7 @@ def decode(data: bytes, spec: DecodeSpec, resize: Callable[..., tuple[Any, ...]]
         with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
             _check_size(opened.size, spec)
             name, exif = opened.format or "", opened.getexif()
+            colour = _colour(opened)
             upright, rgb = _normalise(opened, exif.get(0x0112))
     except UnidentifiedImageError:
         raise Refusal(_kind_of(data)) from None
@@ -110,7 +116,34 @@ def decode(data: bytes, spec: DecodeSpec, resize: Callable[..., tuple[Any, ...]]
     if error or not image:
         raise Refusal("memory" if "memory" in str(error).lower() else "shape")
     facts = {"width": width, "height": height, "original_width": upright[0], "original_height": upright[1]}
-    return Decoded(image, facts | {"original_format": name.lower(), "exif": _exif_text(exif)})
+    facts |= {"original_format": name.lower(), "exif": _exif_text(exif), "colour": colour}
+    return Decoded(image, facts | ({"phash": _phash(rgb)} if spec.hash else {}))
+
+
+def _colour(opened: Any) -> str | None:
+    """What conversion to a plain RGB image takes away."""
+    mode = opened.mode
+    found = {
+        "animated": getattr(opened, "n_frames", 1) > 1,
+        "alpha": mode in WITH_ALPHA or "transparency" in opened.info,
+        "cmyk": mode == "CMYK",
+        "deep": mode.startswith(DEEP),
+        "grey": mode in ("1", "L", "LA", "La") or mode.startswith(DEEP),
+        "palette": mode in ("P", "PA"),
+    }
+    return " ".join(sorted(word for word, holds in found.items() if holds)) or None
+
+
+def _phash(ppm: bytes) -> str | None:
+    """As `image_hash.phash`: 16 hex digits; None where the image is blank."""
+    import cv2
+    import numpy as np
+
+    from filters.image_hash import hashes
+
+    image = cv2.imdecode(np.frombuffer(ppm, np.uint8), cv2.IMREAD_COLOR)
+    assert image is not None, "we wrote this PPM ourselves"
+    return hashes(cv2.cvtColor(image, cv2.COLOR_BGR2RGB)).get("phash")
 
 
 def _check_size(size: tuple[int, int], spec: DecodeSpec) -> None:
@@ -126,9 +159,9 @@ def _normalise(opened: Any, orientation: object) -> tuple[tuple[int, int], bytes
 
     image = opened
     image.load()
-    if image.mode.startswith(("I;16", "I", "F")):  # 16 bits and more: keep the upper eight
+    if image.mode.startswith(DEEP):  # 16 bits and more: keep the upper eight
         image = image.convert("I").point(lambda value: value / 256).convert("L")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.mode in WITH_ALPHA or "transparency" in image.info:
         layered = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered)
     image = image if image.mode == "RGB" else image.convert("RGB")
@@ -161,6 +194,8 @@ def serve() -> None:
     settings, _ = _receive()
     spec = DecodeSpec(**settings)
     resize = load_resizer(spec)
+    if spec.hash:
+        import filters.image_hash  # noqa: F401  # before the memory is limited
     limit_memory(BASE_BYTES + spec.max_pixels * BYTES_PER_PIXEL)
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not reach the pipe

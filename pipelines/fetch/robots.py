@@ -1,22 +1,33 @@
-"""What a site forbids: robots.txt by RFC 9309, and the opt-out words of X-Robots-Tag and `<meta name=robots>`.
+"""What a site forbids: robots.txt (RFC 9309), the TDM Reservation Protocol (W3C), and the opt-out words of X-Robots-Tag
+and `<meta name=robots>`.
 
-robots.txt is fetched once per origin through the same guarded client and kept for the run. As the RFC says: an
-answer of 4xx allows everything, an unreachable or failing one (5xx, and 429) allows nothing, and only the first
-500 KiB count.
+Both files are had once per origin through the same guarded client. As the RFC says: an answer of 4xx to robots.txt
+allows everything, an unreachable or failing one (5xx, and 429) allows nothing, and only the first 500 KiB count. Its
+Crawl-delay slows the host down. Of the reservation's three places (file, header, meta) any one that says 1 refuses:
+the protocol ranks them, we take the strictest. A tdmrep.json that can't be had or read reserves nothing.
 """
 
-import asyncio
-from collections.abc import Iterable
+import json
+import re
+import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from functools import lru_cache
+from typing import Any
 
 from protego import Protego
 from yarl import URL
 
-from pipelines.fetch.client import Client, Failure, Limits, Response, any_headers, any_url
+from pipelines.fetch.client import Client, Failure
+from pipelines.fetch.policies import Policies
 
-ROBOTS_LIMITS = Limits(deadline_s=15.0, max_bytes=500 * 1024, redirects=5, attempts=2, cut=True)
-OPT_OUT = frozenset({"noai", "noimageai", "noml", "noindex", "noimageindex", "none"})
+OPT_OUT = frozenset({"noai", "noimageai", "noml", "noindex", "noimageindex", "none", "unavailable_after"})
 WITH_VALUE = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})
+DATED = re.compile(r"unavailable_after\s*:\s*((?:[a-z]+day|mon|tue|wed|thu|fri|sat|sun)\s*,)?([^,]*)", re.IGNORECASE)
+RESERVED = "tdm"
+MAX_CRAWL_DELAY_S = 30.0  # a host that wants to be asked less often isn't asked
 
 
 def agent_token(agent: str) -> str:
@@ -25,11 +36,12 @@ def agent_token(agent: str) -> str:
 
 
 def directives(values: Iterable[str], agent: str) -> set[str]:
-    """The robots words that hold for `agent`, of headers or meta tags such as "noai", "otherbot: noindex, nofollow"."""
+    """The robots words that hold for `agent`, of headers or meta tags such as "noai", "otherbot: noindex, nofollow".
+    `unavailable_after` is among them once its date has passed."""
     words: set[str] = set()
     for value in values:
         holds = True
-        for part in value.lower().split(","):
+        for part in DATED.sub(_settled, value).lower().split(","):
             head, colon, rest = part.partition(":")
             word = head.strip()
             if colon and word not in WITH_VALUE:
@@ -39,33 +51,89 @@ def directives(values: Iterable[str], agent: str) -> set[str]:
     return words
 
 
+def _settled(found: re.Match[str]) -> str:
+    """The word alone where its date has passed, or can't be read; nothing where it lies ahead."""
+    date = found[2].strip()
+    for read in (datetime.fromisoformat, parsedate_to_datetime, _spelled_date):
+        try:
+            when = read(date)
+        except (ValueError, TypeError):
+            continue
+        when = when if when.tzinfo else when.replace(tzinfo=UTC)
+        return "unavailable_after" if when.timestamp() <= time.time() else ""
+    return "unavailable_after"
+
+
+def _spelled_date(text: str) -> datetime:
+    """RFC 850: 25-Jun-10 15:00:00 GMT."""
+    return datetime.strptime(text[:18], "%d-%b-%y %H:%M:%S")
+
+
 def opt_out(values: Iterable[str], agent: str) -> str | None:
     """The first (by name) opt-out word that holds for `agent`, or None."""
     return min(directives(values, agent) & OPT_OUT, default=None)
 
 
+def opted_out(headers: Mapping[str, str], robots: Iterable[str], agent: str) -> str | None:
+    """Why an answer with these headers, whose X-Robots-Tag values are `robots`, must not be used; None where it may."""
+    return opt_out(robots, agent) or (RESERVED if headers.get("TDM-Reservation", "").strip() == "1" else None)
+
+
 @dataclass
 class Robots:
-    """The robots.txt files of a run. `permit` fits `Client.fetch`."""
+    """What the policy files of each origin say. `permit` fits `Client.fetch`."""
 
     client: Client
-    _known: dict[str, "asyncio.Task[Protego | Failure | None]"] = field(default_factory=dict)
+    policies: Policies = field(default_factory=Policies)
 
     async def permit(self, url: URL) -> Failure | None:
         """Why `url` may not be asked for, or None."""
         origin = str(url.origin())
-        if origin not in self._known:
-            self._known[origin] = asyncio.create_task(self._load(f"{origin}/robots.txt"))
-        rules = await asyncio.shield(self._known[origin])
-        if isinstance(rules, Protego):
-            return None if rules.can_fetch(str(url), agent_token(self.client.agent)) else Failure("refused", "robots")
-        return rules
+        text = await self.policies.get(self.client, f"{origin}/robots.txt")
+        if isinstance(text, Failure):
+            reason = f"robots_{text.reason}" if text.status == "transient" else text.reason
+            return text if text.status == "refused" else Failure(text.status, reason, text.http_status)
+        rules, token = _rules(text), agent_token(self.client.agent)
+        if not rules.can_fetch(str(url), token):
+            return Failure("refused", "robots")
+        delay, host = rules.crawl_delay(token) or 0.0, self.client.host(url)
+        if delay > MAX_CRAWL_DELAY_S:
+            return Failure("refused", "crawl_delay")
+        host.delay_s = max(host.delay_s, delay)
+        reserved = await self.policies.get(self.client, f"{origin}/.well-known/tdmrep.json")
+        if isinstance(reserved, str) and any(_matches(url.raw_path_qs, path) for path in _reservations(reserved)):
+            return Failure("refused", RESERVED)
+        return None
 
-    async def _load(self, url: str) -> Protego | Failure | None:
-        answer = await self.client.fetch(url, ROBOTS_LIMITS, any_url, any_headers, accept="text/plain, */*;q=0.1")
-        result = answer.result
-        if isinstance(result, Response):
-            return Protego.parse(result.body.decode("utf-8", "replace"))
-        if result.status == "transient":
-            return Failure("transient", f"robots_{result.reason}", result.http_status)
-        return result if result.status == "refused" else None
+
+@lru_cache(maxsize=1024)
+def _rules(text: str) -> Protego:
+    return Protego.parse(text)
+
+
+@lru_cache(maxsize=1024)
+def _reservations(text: str) -> tuple[str, ...]:
+    """The path patterns that tdmrep.json reserves."""
+    try:
+        rules: Any = json.loads(text or "[]")
+    except (ValueError, RecursionError):
+        return ()
+    rules = [rule for rule in rules if isinstance(rule, dict)] if isinstance(rules, list) else []
+    paths = [str(rule.get("location", "")) for rule in rules if rule.get("tdm-reservation") in (1, "1")]
+    return tuple(path for path in paths if path)
+
+
+def _matches(path: str, pattern: str) -> bool:
+    """Whether `path` begins as `pattern` says: `*` stands for anything, a last `$` for the end. Linear: no regular
+    expression is made of what a stranger wrote."""
+    first, *pieces = pattern.removesuffix("$").split("*")
+    if not path.startswith(first):
+        return False
+    at = len(first)
+    for number, piece in enumerate(pieces):
+        ends = pattern.endswith("$") and number == len(pieces) - 1
+        found = path.endswith(piece) and len(path) - len(piece) if ends else path.find(piece, at)
+        if found is False or found < at:
+            return False
+        at = found + len(piece)
+    return bool(pieces) or not pattern.endswith("$") or path == first

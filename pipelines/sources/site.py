@@ -24,6 +24,7 @@ from pairs.errors import PairmillError
 from pairs.fingerprint import fingerprint
 from pairs.process import ROOT, child
 from pairs.store import advice, no_space
+from pipelines.fetch.client import require_contact
 from pipelines.fetch.guard import networks, refuse_url
 from pipelines.sources import Context, Row
 
@@ -84,6 +85,7 @@ class Source:
                 raise PairmillError(
                     expected=f"http or https addresses at {where}.seeds", found=repr(seed), remedy="correct them"
                 )
+        require_contact(context.fetch.agent, [*(URL(seed).host or "" for seed in self.seeds), *self.hosts])
 
     def _prepare(self, folder: Path, context: Context) -> Path:
         """The file of finished pages, begun anew where it was recorded with other settings."""

@@ -3,9 +3,11 @@
 Scrapy schedules, throttles per host and parses; every request goes through our guarded client, which also asks
 robots.txt, retries and bounds. Scrapy's middlewares and extensions are off: redirects are followed by the walk
 itself, as links that cost no depth, so that each hop is judged anew. A level is walked to its end before the next.
+What an earlier crawl read of a page that is unchanged since (304 to its ETag or Last-Modified) is read once.
 """
 
 import asyncio
+import itertools
 import json
 import os
 import sys
@@ -21,14 +23,20 @@ from twisted.python.failure import Failure as TwistedFailure
 from yarl import URL
 
 from pairs.identity import canonical_url
-from pairs.store import FULL
+from pairs.store import FULL, Store
 from pipelines.fetch.client import REDIRECTS, Client, Failure, Headers, Limits, open_client
 from pipelines.fetch.guard import networks
-from pipelines.fetch.robots import Robots
-from pipelines.sources.site import FULL_DISK, read_pages
+from pipelines.fetch.policies import load_policies, save_policies
+from pipelines.fetch.robots import RESERVED, Robots, opt_out
+from pipelines.sources.site import FULL_DISK, VERSION, read_pages
 from pipelines.sources.site_page import read_page
 
 CONNECTIONS = 16
+CONDITION = {"ETag": "If-None-Match", "Last-Modified": "If-Modified-Since"}
+VALIDATORS = tuple(CONDITION)
+VALIDATOR_CHARS = 1000
+NAME = "translate(@name, 'DEMNORSTIVA', 'demnorstiva')"
+RESERVATION = f"//meta[{NAME}='tdm-reservation']/@content"
 REDIRECT_ROUNDS = 5
 SYNC_EVERY = 32  # pages
 BLANK: dict[str, Any] = {"images": [], "links": [], "opt_out": None, "cut": 0, "failure": None, "redirect": None}
@@ -68,20 +76,22 @@ class GuardedHandler:
         if self._client is None or self._robots is None:  # the loop runs only now
             allow = networks(config["allow"], "source")
             self._client = open_client(config["agent"], config["per_host"], CONNECTIONS, allow)
-            self._robots = Robots(self._client)
+            self._robots = Robots(self._client, load_policies(Store(config["workspace"])))
         limits = Limits(config["deadline_s"], config["max_page_bytes"], redirects=None, attempts=config["attempts"])
         url = request.meta["as_found"]
-        answer = await self._client.fetch(url, limits, self._robots.permit, only_pages, ", ".join(PAGES))
+        ask = {"Accept": ", ".join(PAGES), **request.meta["conditions"]}
+        answer = await self._client.fetch(url, limits, self._robots.permit, only_pages, ask)
         if isinstance(answer.result, Failure):
             raise PageFailed(answer.result)
         url, status, headers, body = answer.result
-        names = ("Content-Type", "X-Robots-Tag", "Location")
+        names = ("Content-Type", "X-Robots-Tag", "Location", "TDM-Reservation", *VALIDATORS)
         kept = {name: headers.getall(name) for name in names if name in headers}
         return HtmlResponse(url, status, kept, body, request=request)
 
     async def close(self) -> None:
-        if self._client:
+        if self._client and self._robots:
             await self._client.session.close()
+            save_policies(Store(self._config["workspace"]), self._robots.policies)
 
 
 SETTINGS: dict[str, Any] = {
@@ -111,6 +121,7 @@ class SiteSpider(Spider):
         self._hosts = {URL(seed).host for seed in config["seeds"]} | set(config["hosts"])
         path = Path(config["pages"])
         self._pages = {page["key"]: _ways(page) for page in read_pages(path)}
+        self._before = load_unchanging(config)
         _end_torn_line(path)
         self._file = path.open("ab", buffering=0)
         self._unsynced = self._waiting = 0
@@ -129,7 +140,7 @@ class SiteSpider(Spider):
                 self._waiting = len(missing)
                 self._ready.clear()
                 for key in missing:
-                    meta = {"key": key, "as_found": wave[key]}
+                    meta = {"key": key, "as_found": wave[key], "conditions": _conditions(self._before.get(key))}
                     yield Request(key, self.parse, errback=self.failed, dont_filter=True, meta=meta)
                 if missing:
                     await self._ready.wait()
@@ -148,10 +159,13 @@ class SiteSpider(Spider):
     def parse(self, response: Response, **_: Any) -> None:
         assert isinstance(response, HtmlResponse) and response.request
         try:
-            if response.status in REDIRECTS:
+            if response.status == 304:
+                found = _unchanged(self._before[response.request.meta["key"]], response, self._config["agent"])
+            elif response.status in REDIRECTS:
                 found = {"failure": "redirected", "redirect": _target(response)}
             else:
-                found = read_page(response, self._config["agent"])
+                found = read_page(response, self._config["agent"]) | _validators(response)
+                found["opt_out"] = found["opt_out"] or _reserved(response)
             self._record({**_place(response.request), **found})
         except Exception as error:
             self._stop(error)
@@ -197,6 +211,52 @@ def _ways(page: dict[str, Any]) -> tuple[list[str], str | None]:
     return page["links"], page["redirect"]
 
 
+def _conditions(page: dict[str, Any] | None) -> dict[str, str]:
+    """The request headers that ask whether `page` has changed."""
+    return {CONDITION[name]: page[name] for name in VALIDATORS if page.get(name)} if page else {}
+
+
+def _validators(response: HtmlResponse) -> dict[str, str]:
+    found = {name: (response.headers.get(name) or b"").decode("latin-1") for name in VALIDATORS}
+    return {name: value for name, value in found.items() if value and len(value) <= VALIDATOR_CHARS}
+
+
+def _unchanged(before: dict[str, Any], response: HtmlResponse, agent: str) -> dict[str, Any]:
+    """The earlier record, under an opt-out that the header may have brought since."""
+    values = [value.decode("latin-1") for value in response.headers.getlist("X-Robots-Tag")]
+    return before | {"opt_out": before["opt_out"] or opt_out(values, agent) or _reserved(response)}
+
+
+def _reserved(response: HtmlResponse) -> str | None:
+    """Whether the TDM Reservation Protocol's header or meta tag keeps the page's content from us."""
+    header = (response.headers.get("TDM-Reservation") or b"").strip() == b"1"
+    meta = response.status != 304 and response.xpath(RESERVATION).getall()
+    return RESERVED if header or any(value.strip() == "1" for value in meta or []) else None
+
+
+def load_unchanging(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Pages of the latest crawl that have a validator, by canonical URL; none where another program read them."""
+    path = Path(config["cache"])
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    if not lines or json.loads(lines[0]) != _reader(config):
+        return {}
+    return {page["key"]: page for page in map(json.loads, lines[1:])}
+
+
+def save_unchanging(config: dict[str, Any]) -> None:
+    """Keeps this crawl's pages that have a validator, for the next one; those it didn't meet any more are let go."""
+    pages = (page for page in read_pages(Path(config["pages"])) if any(page.get(name) for name in VALIDATORS))
+    lines = (json.dumps(line) + "\n" for line in itertools.chain([_reader(config)], pages))
+    store = Store(config["workspace"])
+    with store.writing(str(Path(config["cache"]).relative_to(store.root))) as file:
+        file.writelines(line.encode() for line in lines)
+
+
+def _reader(config: dict[str, Any]) -> dict[str, Any]:
+    """What a record of a page depends on beside the page."""
+    return {"site": VERSION, "agent": config["agent"]}
+
+
 def _target(response: Response) -> str | None:
     location = response.headers.get("Location")
     return response.urljoin(location.decode("latin-1")).partition("#")[0] if location else None
@@ -210,6 +270,9 @@ def _end_torn_line(path: Path) -> None:
 
 def main() -> None:
     config = json.loads(Path(sys.argv[1]).read_text())
+    place = Path(config["pages"])  # <workspace>/crawl/<source>/<increment>/pages.jsonl
+    config["workspace"] = str(place.parents[3])
+    config["cache"] = str(place.parents[3] / "cache" / "pages" / f"{place.parts[-3]}.jsonl")
     throttle = {"DOWNLOAD_DELAY": config["delay_s"], "CONCURRENT_REQUESTS_PER_DOMAIN": config["per_host"]}
     process = AsyncCrawlerProcess({**SETTINGS, **throttle, "PAIRMILL": config})
     crawler = process.create_crawler(SiteSpider)
@@ -220,6 +283,7 @@ def main() -> None:
         sys.exit(FULL_DISK)
     if not isinstance(spider, SiteSpider) or spider.error:
         sys.exit(1)
+    save_unchanging(config)
 
 
 if __name__ == "__main__":

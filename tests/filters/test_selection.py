@@ -176,7 +176,7 @@ def test_the_funnel_begins_at_the_candidates(workspace: Workspace) -> None:
     workspace.store.write_table("candidates/web/0000/part-00000.parquet", candidates)
     tried = [("ok", None), ("ok", None), ("permanent", "http_404"), ("refused", "robots")]
     ledger = [{"url_key": k, "status": s, "reason": r} for k, (s, r) in zip(keys, tried, strict=False)]
-    workspace.store.write_table("ledger/web/0000/00000.parquet", pa.Table.from_pylist(ledger, schema=LEDGER))
+    workspace.store.write_table(f"ledger/{ref.group}/0000/00000.parquet", pa.Table.from_pylist(ledger, schema=LEDGER))
     funnel = run(workspace, KEEP, [ref]).funnel
     assert funnel["total"] == {key: funnel["sources"]["web"][key] for key in funnel["total"]}
     fetch = funnel["total"]["fetch"]

@@ -68,7 +68,7 @@ def _candidates(store: Store) -> None:
     tried = [row if row["uid"] else row | {"status": "permanent", "reason": "http_404"} for row in tried]
     for part, rows in enumerate((tried[:5], tried[5:])):
         table = pa.Table.from_pylist(rows, schema=LEDGER)
-        store.write_table(f"ledger/web/0000/{part:05d}.parquet", table, {"fetch": GROUP.removeprefix("web-")})
+        store.write_table(f"ledger/{GROUP}/0000/{part:05d}.parquet", table)
 
 
 def _model(workspace: Workspace) -> None:

@@ -22,7 +22,7 @@ SCORES = f"scores/text_stats-aaaaaaaaaaaa/{GROUP}/0000/00000.parquet"
 TRAINED = ShardRef(f"shards/small-bbbbbbbbbbbb/{GROUP}/0000", 0)
 SELECTION = f"selections/small-bbbbbbbbbbbb/{GROUP}/0000/00000.parquet"
 CANDIDATES = "candidates/web/0000/part-00000.parquet"
-LEDGER_PART = "ledger/web/0000/00001.parquet"
+LEDGER_PART = f"ledger/{GROUP}/0000/00001.parquet"
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def model_file(store: Store) -> str:
 
 def ledger_row_without_candidate(store: Store) -> None:
     row = {"url_key": "f" * 32, "url": "http://x.test/", "status": "ok"}
-    store.write_table("ledger/web/0000/00009.parquet", pa.Table.from_pylist([row], schema=LEDGER))
+    store.write_table(LEDGER_PART.replace("00001", "00009"), pa.Table.from_pylist([row], schema=LEDGER))
 
 
 def not_ok(rows: list[dict[str, Any]]) -> None:
@@ -168,11 +168,11 @@ DAMAGE: dict[str, tuple[Callable[[Store], object], str, str]] = {
     "double ledger rows": (lambda s: change(s, LEDGER_PART, lambda r: r.append(r[0])), CANDIDATES, "two rows"),
     "a ledger row without a candidate": (ledger_row_without_candidate, CANDIDATES, "a row has no candidate"),
     "a cut ledger": (lambda s: cut_table(s, LEDGER_PART), CANDIDATES, LEDGER_PART),
-    "a candidate without a ledger row": (lambda s: change(s, LEDGER_PART, list.pop), "ledger/web/0000", "1 of 9"),
+    "a candidate without a ledger row": (lambda s: change(s, LEDGER_PART, list.pop), f"ledger/{GROUP}/0000", "1 of 9"),
     "an ok without a pair": (pair_lost, FOLDER, "1 pairs that the ledger calls ok are missing, 0 are not"),
     "a pair without an ok": (lambda s: change(s, LEDGER_PART, not_ok), FOLDER, "0 pairs that the ledger calls ok"),
     "a shard left out": (first_shard_lost, FOLDER, "shards [1] where the ledger has parts [0, 1]"),
-    "a lost ledger part": (lambda s: s.delete(LEDGER_PART), "ledger/web/0000", "4 of 9 candidates have no row"),
+    "a lost ledger part": (lambda s: s.delete(LEDGER_PART), f"ledger/{GROUP}/0000", "4 of 9 candidates have no row"),
     "a kept pair that isn't trained on": (lambda s: change(s, SELECTION, set_first("kept", True)),
                                           TRAINED.folder.split("/web")[0], f"1 kept pairs of {GROUP}/0000"),
     "a dropped pair that is trained on": (lambda s: change(s, SELECTION, lambda r: r[1].update(kept=False)),
@@ -236,7 +236,7 @@ def test_a_tar_without_a_table_is_unfinished_not_damaged(sound: Workspace) -> No
 def test_what_is_under_way_is_no_damage(sound: Workspace) -> None:
     store = sound.store
     store.write_table("candidates/web/0001/part-00000.parquet", store.read_table(CANDIDATES).slice(0, 3))
-    store.write_table("ledger/web/0001/00001.parquet", store.read_table(LEDGER_PART).slice(0, 0))
+    store.write_table(LEDGER_PART.replace("/0000/", "/0001/"), store.read_table(LEDGER_PART).slice(0, 0))
     store.delete(TRAINED.table)
     verdict = verify(sound)
     assert verdict.problems == []
@@ -250,12 +250,12 @@ def test_a_kept_pair_that_is_forgotten_since_is_not_missed(sound: Workspace) -> 
     assert verify(sound).ok
 
 
-def test_a_ledger_put_aside_for_other_settings_still_counts(sound: Workspace) -> None:
+def test_a_ledger_of_other_settings_is_checked_by_itself(sound: Workspace) -> None:
     for path in sound.store.files("ledger", ".parquet"):
-        aside = path.replace("ledger/web/0000", f"ledger-aside/web/0000/{GROUP.removeprefix('web-')}")
-        sound.store.write(aside, sound.store.read(path))
-        sound.store.delete(path)
+        sound.store.write(path.replace(GROUP, "web-dddddddddddd"), sound.store.read(path))
     assert verify(sound).problems == []
+    change(sound.store, LEDGER_PART.replace(GROUP, "web-dddddddddddd"), lambda r: r.append(r[0]))
+    assert not verify(sound).ok
 
 
 def test_a_forgotten_pair_keeps_its_row(sound: Workspace) -> None:

@@ -81,7 +81,9 @@ def test_a_second_cut_takes_only_what_is_new(workspace: Workspace, tmp_path: Pat
 
 def write_ledger(workspace: Workspace, increment: str, statuses: dict[str, str]) -> None:
     rows = [{"url_key": url_key(url), "status": status} for url, status in statuses.items()]
-    workspace.store.write_table(f"ledger/table/{increment}/00000.parquet", pa.Table.from_pylist(rows, schema=LEDGER))
+    workspace.store.write_table(
+        f"ledger/table-aaaaaaaaaaaa/{increment}/00000.parquet", pa.Table.from_pylist(rows, schema=LEDGER)
+    )
 
 
 def test_passing_failures_come_again_until_they_succeed_or_wear_out(workspace: Workspace, tmp_path: Path) -> None:

@@ -127,6 +127,9 @@ async def test_statuses_have_classes_and_passing_ones_are_tried_again(client: Cl
     assert busy_answer == Answer(
         Failure("transient", "http_429", 429, 999.0), 1
     )  # its wait is longer than the deadline
+    told = await get(client, f"http://127.0.0.1:{port}/")
+    assert isinstance(told.result, Failure) and told.result.reason == "host_rests", "it said so for the whole host"
+    client.hosts["127.0.0.1"].rests_until = 0.0
     down = await get(client, f"http://127.0.0.1:{port}/")
     assert down.result == Failure("transient", "connect")
 

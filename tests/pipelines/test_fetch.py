@@ -32,8 +32,9 @@ from pairs.workspace import Workspace
 from pipelines.candidates import cut_increment, part
 from pipelines.fetch.client import Failure
 from pipelines.fetch.decode import Decoded, DecodeSpec, load_resizer
+from pipelines.fetch.ledger import FetchCounts, fetch_fingerprint
 from pipelines.fetch.pool import Decoder, decoders
-from pipelines.fetch.shards import FetchCounts, fetch_fingerprint, fetch_increment
+from pipelines.fetch.shards import fetch_increment
 from tests.pipelines.small_web import ALLOW, SmallWeb, picture, redirect, small_web, with_headers
 
 SPEC = DecodeSpec(side_px=64, format="png", quality=92, max_pixels=4_000_000, min_side_px=8)
@@ -210,8 +211,8 @@ def fetch(workspace: Workspace, spec: FetchSpec) -> FetchCounts:
     return fetch_increment(workspace, "src", SITE, spec, "0000", quiet)
 
 
-def ledger_of(workspace: Workspace) -> list[dict[str, Any]]:
-    files = workspace.store.files("ledger/src/0000")
+def ledger_of(workspace: Workspace, spec: FetchSpec) -> list[dict[str, Any]]:
+    files = workspace.store.files(f"ledger/src-{fetch_fingerprint(spec)}/0000")
     return [row for path in files for row in workspace.store.read_table(path).to_pylist()]
 
 
@@ -251,11 +252,12 @@ def test_a_hostile_web_gives_one_ledger_row_each_and_clean_shards(workspace: Wor
     }
     with small_web(routes) as site:
         write_candidates(workspace, [site.url(path) for path in expected], {site.url("/opted"): "noimageai"})
-        spec = FetchSpec(shard_pairs=5, side_px=32, deadline_s=1.5, attempts=1, max_bytes=1_000_000)
+        limits: dict[str, Any] = {"deadline_s": 1.5, "attempts": 1, "max_bytes": 1_000_000}
+        spec = FetchSpec(agent="pairmill (+mailto:t@localhost)", shard_pairs=5, side_px=32, **limits)
         counts = fetch(workspace, spec)
         assert "/private/a.png" not in site.asked and "/opted" not in site.asked
         prefix = site.url("")
-    rows = ledger_of(workspace)
+    rows = ledger_of(workspace, spec)
     found = {
         row["url"].removeprefix(prefix): row["status"] + (f"/{row['reason']}" if row["reason"] else "") for row in rows
     }
@@ -295,12 +297,12 @@ def test_resume_makes_only_what_is_missing_with_equal_bytes(workspace: Workspace
         workspace.store.delete(files[2])  # the table of the second shard: a kill between tar and table
         site.asked.clear()
         assert fetch(workspace, spec).shards == 1
-        assert len(site.asked) == 5  # robots.txt and the shard's four
+        assert len(site.asked) == 4  # the shard's, and no robots.txt, which is kept
     assert {path: workspace.store.read(path) for path in workspace.store.files("pairs")} == before
     smaller = FetchSpec(shard_pairs=12, side_px=16)
     with small_web(routes) as _:
         fetch(workspace, smaller)
-    assert len(ledger_of(workspace)) == 12  # other settings, other shards, one ledger row per candidate still
+    assert len(ledger_of(workspace, smaller)) == len(ledger_of(workspace, spec)) == 12
     back = fetch(workspace, spec)
     assert (back.shards, back.candidates, back.ok) == (0, 12, 12)
 
@@ -346,7 +348,7 @@ def test_unreachable_is_a_share_not_an_error(workspace: Workspace) -> None:
     counts = fetch(workspace, FetchSpec(attempts=1))
     assert counts.success == 0.0 and sum(counts.failed.values()) == 3
     assert all(name.startswith("transient/") for name in counts.failed)
-    assert pa.Table.from_pylist(ledger_of(workspace), schema=LEDGER).num_rows == 3
+    assert pa.Table.from_pylist(ledger_of(workspace, FetchSpec()), schema=LEDGER).num_rows == 3
 
 
 def test_a_full_disk_is_one_clear_message(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,7 +371,7 @@ def test_a_shard_that_fails_ends_a_fetch_that_waits_for_room(
     async def broken(*args: Any) -> None:
         raise AssertionError("a bug")
 
-    monkeypatch.setattr("pipelines.fetch.shards._one", broken)
+    monkeypatch.setattr("pipelines.fetch.shards.fetch_one", broken)
     monkeypatch.setattr("pipelines.fetch.shards.AHEAD", 4)
     write_candidates(workspace, [f"http://127.0.0.1:1/{n}.png" for n in range(12)])
     with pytest.raises(AssertionError, match="a bug"):

@@ -361,7 +361,14 @@ def test_an_opt_out_seen_later_buries_what_was_taken(workspace: Workspace) -> No
 def test_a_limited_crawl_takes_the_first_pages_by_level_and_name(workspace: Workspace) -> None:
     with small_web(small_site()) as site:
         counts = crawl(workspace, site, max_pages=4)
-        assert sorted(set(site.asked)) == ["/", "/moved", "/page0.html", "/page1.html", "/robots.txt"]
+        assert sorted(set(site.asked)) == [
+            "/",
+            "/.well-known/tdmrep.json",
+            "/moved",
+            "/page0.html",
+            "/page1.html",
+            "/robots.txt",
+        ]
     assert sum(counts.pages.values()) == 4
 
 

@@ -11,7 +11,7 @@ from pairs.recipe import GatesSpec, Recipe
 from pairs.shard import list_shards
 from pipelines import curation, stages, training_jobs
 from pipelines.console import Console
-from pipelines.fetch.shards import FetchCounts
+from pipelines.fetch.ledger import FetchCounts
 from pipelines.run import Run, open_run
 from tests.pipelines import flow
 from tests.pipelines.conftest import Finished

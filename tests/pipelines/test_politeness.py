@@ -1,0 +1,190 @@
+"""What a site forbids and asks for is kept: reservations, dates, pace, a contact; its policy files hold for a day."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from aiohttp import web
+from yarl import URL
+
+from pairs.errors import PairmillError
+from pairs.recipe import FetchSpec, SourceSpec
+from pairs.store import Store
+from pairs.workspace import Workspace
+from pipelines.candidates import cut_increment
+from pipelines.fetch import policies
+from pipelines.fetch.client import Client, Failure, Limits, any_headers, any_url, open_client, require_contact
+from pipelines.fetch.guard import networks
+from pipelines.fetch.policies import Policies, load_policies, save_policies
+from pipelines.fetch.robots import Robots, _matches, opt_out, opted_out
+from tests.pipelines.small_web import ALLOW, small_web, with_headers
+
+AGENT = "pairmill/1 (+mailto:test@localhost)"
+LIMITS = Limits(deadline_s=5.0, attempts=1)
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[Client]:
+    made = open_client(AGENT, 4, 16, networks(ALLOW, "test"))
+    yield made
+    await made.session.close()
+
+
+@pytest.mark.parametrize(
+    ("value", "word"),
+    [
+        ("unavailable_after: 25 Jun 2010 15:00:00 PST", "unavailable_after"),
+        ("unavailable_after: Friday, 25-Jun-10 15:00:00 EST", "unavailable_after"),
+        ("unavailable_after: Fri, 25 Jun 2010 15:00:00 GMT, noai", "noai"),
+        ("pairmill: unavailable_after: 2010-06-25", "unavailable_after"),
+        ("otherbot: unavailable_after: 2010-06-25", None),
+        ("unavailable_after: 2990-06-25T15:00:00+00:00", None),
+        ("unavailable_after: Mon, 25-Jun-60 15:00:00 GMT", None),
+        ("unavailable_after: who knows when", "unavailable_after"),
+        ("unavailable_after: 2990-01-01, noml", "noml"),
+    ],
+)
+def test_unavailable_after_holds_once_its_date_has_passed(value: str, word: str | None) -> None:
+    assert opt_out([value], AGENT) == word
+
+
+def test_a_reservation_in_the_header() -> None:
+    assert opted_out({"TDM-Reservation": "1"}, [], AGENT) == "tdm"
+    assert opted_out({"TDM-Reservation": "0"}, [], AGENT) is None
+
+
+@pytest.mark.parametrize(
+    ("path", "pattern", "holds"),
+    [
+        *(("/a/b.png", "/a/", True), ("/a/b.png", "/b/", False), ("/a/b.png", "*.png", True)),
+        *(("/a/b.png?x", "*.png$", False), ("/a/b.png", "/*.png$", True), ("/a", "/a$", True), ("/ab", "/a$", False)),
+        *(("/", "/", True), ("/aa", "/a*a$", True), ("/a", "/a*a$", False), ("/x", "*", True)),
+        ("/" + "a" * 5000, "*a" * 500 + "b", False),
+    ],
+)
+def test_paths_of_tdmrep(path: str, pattern: str, holds: bool) -> None:
+    began = time.monotonic()
+    assert _matches(path, pattern) is holds
+    assert time.monotonic() - began < 0.5
+
+
+@pytest.mark.parametrize(
+    ("reserved", "path", "verdict"),
+    [
+        ('[{"location": "/art/", "tdm-reservation": 1}]', "/art/a.png", Failure("refused", "tdm")),
+        ('[{"location": "/art/", "tdm-reservation": 1}]', "/free/a.png", None),
+        ('[{"location": "/", "tdm-reservation": 0}]', "/a.png", None),
+        ("<html>not found", "/a.png", None),
+        ("[" * 90_000, "/a.png", None),
+        (with_headers(b"", {}, 503), "/a.png", None),
+    ],
+)
+async def test_a_reservation_by_origin(client: Client, reserved: object, path: str, verdict: Failure | None) -> None:
+    robots = Robots(client)
+    with small_web({"/.well-known/tdmrep.json": reserved}) as site:  # type: ignore[dict-item]
+        answers = [await robots.permit(URL(site.url(path))) for _ in range(2)]
+        assert site.asked.count("/robots.txt") == 1
+    assert answers == [verdict, verdict]
+
+
+async def test_policy_files_are_kept_a_day_across_runs(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path)
+    with small_web({"/robots.txt": with_headers(b"User-agent: *\nDisallow: /x", {})}) as site:
+        url = URL(site.url("/x"))
+        kept = load_policies(store)
+        assert await Robots(client, kept).permit(url) == Failure("refused", "robots")
+        save_policies(store, kept)
+        site.asked.clear()
+        assert await Robots(client, load_policies(store)).permit(url) == Failure("refused", "robots")
+        assert site.asked == []
+        monkeypatch.setattr(policies, "KEPT_S", -1.0)
+        assert await Robots(client, load_policies(store)).permit(url) == Failure("refused", "robots")
+        assert site.asked == ["/robots.txt"]
+    store.write(policies.PATH, b"damaged")
+    assert load_policies(store) == Policies()
+
+
+async def test_a_host_is_asked_no_faster_than_its_crawl_delay(client: Client) -> None:
+    rules = with_headers(b"User-agent: *\nCrawl-delay: 0.2", {})
+    with small_web({"/robots.txt": rules, "/a": with_headers(b"x", {})}) as site:
+        robots, when = Robots(client), []
+
+        async def one() -> None:
+            await client.fetch(site.url("/a"), LIMITS, robots.permit, any_headers)
+            when.append(time.monotonic())
+
+        await asyncio.gather(*(one() for _ in range(4)))
+    assert max(when) - min(when) > 0.5
+    slow = with_headers(b"User-agent: *\nCrawl-delay: 900", {})
+    with small_web({"/robots.txt": slow}) as site:
+        assert await Robots(client).permit(URL(site.url("/a"))) == Failure("refused", "crawl_delay")
+
+
+async def test_retry_after_rests_the_whole_host(client: Client) -> None:
+    async def busy(request: web.Request) -> web.StreamResponse:
+        return web.Response(status=429, headers={"Retry-After": "60"})
+
+    with small_web({"/a": busy, "/b": with_headers(b"x", {})}) as site:
+        first = await client.fetch(site.url("/a"), LIMITS, any_url, any_headers)
+        other = await client.fetch(site.url("/b"), LIMITS, any_url, any_headers)
+        assert site.asked == ["/a"]
+    assert isinstance(first.result, Failure) and first.result.reason == "http_429"
+    assert isinstance(other.result, Failure) and other.result[:2] == ("transient", "host_rests")
+
+
+async def test_without_a_contact_only_loopback_is_asked() -> None:
+    require_contact("pairmill", ["127.0.0.1", "localhost", "::1", "127.9.9.9"])
+    require_contact(AGENT, ["a.test"])
+    require_contact("pairmill (+https://a.test/bot)", ["a.test"])
+    for host in ("a.test", "10.0.0.1", "localhost.a.test"):
+        with pytest.raises(PairmillError, match=r"contact in fetch\.agent"):
+            require_contact("pairmill/1 (+see our page)", [host])
+    client = open_client("pairmill", 4, 16, ())
+    answer = await client.fetch("http://a.test/", LIMITS, any_url, any_headers)
+    await client.session.close()
+    assert answer.result == Failure("transient", "no_contact") and client.requests == 0
+
+
+PAGE = "<title>t</title><img src='/a.png' alt='a picture'><a href='/other.html'>"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(150)
+def test_a_page_that_is_unchanged_keeps_its_earlier_record(tmp_path: Path) -> None:
+    """Three crawls: all read; one unchanged by ETag, the other changed; then the first brings a reservation."""
+    state: dict[str, str] = {"body": PAGE, "etag": '"1"'}
+    seen: list[tuple[str, str | None]] = []
+
+    def page(name: str) -> object:
+        async def answer(request: web.Request) -> web.StreamResponse:
+            asked = request.headers.get("If-None-Match")
+            seen.append((name, asked))
+            headers = {"ETag": state["etag"] if name == "/" else state.get("other", '"o"')}
+            headers |= {"TDM-Reservation": "1"} if "reserved" in state else {}
+            if asked == headers["ETag"]:
+                return web.Response(status=304, headers=headers)
+            body = state["body"] if name == "/" else f"<img src='/{state.get('image', 'b')}.png' alt='b'>"
+            return web.Response(text=body, content_type="text/html", headers=headers)
+
+        return answer
+
+    workspace = Workspace.open(tmp_path / "work", create=True)
+    with small_web({"/": page("/"), "/other.html": page("/other.html")}) as site:  # type: ignore[dict-item]
+
+        def crawl() -> tuple[int, int]:
+            settings = {"kind": "site", "seeds": [site.url("/")], "allow": ALLOW, "delay_s": 0.0}
+            spec = SourceSpec.model_validate(settings)
+            counts = cut_increment(workspace, "web", spec, FetchSpec(), lambda *_: None)
+            return counts.new, counts.buried
+
+        assert crawl() == (2, 0)
+        state |= {"other": '"p"', "image": "c"}
+        seen.clear()
+        assert crawl() == (1, 0) and seen == [("/", '"1"'), ("/other.html", '"o"')]
+        assert crawl() == (0, 0)
+        state["reserved"] = "yes"
+        assert crawl() == (0, 2)
