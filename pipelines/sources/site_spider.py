@@ -26,7 +26,7 @@ from pipelines.fetch.client import REDIRECTS, Client, Failure, Headers, Limits, 
 from pipelines.fetch.guard import networks
 from pipelines.fetch.robots import Robots
 from pipelines.sources.site import FULL_DISK, read_pages
-from pipelines.sources.site_page import read_page
+from pipelines.sources.html_page import read_page
 
 CONNECTIONS = 16
 REDIRECT_ROUNDS = 5
@@ -75,7 +75,7 @@ class GuardedHandler:
         if isinstance(answer.result, Failure):
             raise PageFailed(answer.result)
         url, status, headers, body = answer.result
-        names = ("Content-Type", "X-Robots-Tag", "Location")
+        names = ("Content-Type", "X-Robots-Tag", "TDM-Reservation", "Location")
         kept = {name: headers.getall(name) for name in names if name in headers}
         return HtmlResponse(url, status, kept, body, request=request)
 
@@ -151,7 +151,8 @@ class SiteSpider(Spider):
             if response.status in REDIRECTS:
                 found = {"failure": "redirected", "redirect": _target(response)}
             else:
-                found = read_page(response, self._config["agent"])
+                headers = [(k.decode(), v.decode("latin-1")) for k, values in response.headers.items() for v in values]
+                found = read_page(response.url, response.body, headers, self._config["agent"])
             self._record({**_place(response.request), **found})
         except Exception as error:
             self._stop(error)

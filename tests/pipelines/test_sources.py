@@ -27,7 +27,7 @@ from pipelines.candidates import CutCounts, cut_increment, part
 from pipelines.sources import load_source
 from pipelines.sources.folder import Outside, Source
 from pipelines.sources.site import _alone
-from pipelines.sources.site_page import read_page, walk
+from pipelines.sources.html_page import read_page
 from tests.pipelines.small_web import ALLOW, SmallWeb, picture, redirect, small_web, with_headers
 
 
@@ -154,7 +154,7 @@ PAGE = """<html lang="en"><head><title>The page</title><base href="/media/">
 
 
 def page(body: str, headers: dict[str, str] | None = None) -> dict[str, Any]:
-    return read_page(HtmlResponse("http://a.test/x/y.html", headers=headers, body=body.encode()), "pairmill/1 (+x)")
+    return read_page("http://a.test/x/y.html", body.encode(), [*(headers or {}).items()], "pairmill/1 (+x)")
 
 
 def test_extraction() -> None:
@@ -210,10 +210,10 @@ def test_nested_markup_costs_no_more_than_its_size(nest: str) -> None:
 
 
 def test_what_a_page_has_too_much_of_is_counted(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.sources.site_page.MAX_IMAGES", 3)
+    monkeypatch.setattr("pipelines.sources.html_page.MAX_IMAGES", 3)
     found = page('<img src="a.png">' * 5 + '<a href="b.html">b</a>')
     assert (len(found["images"]), len(found["links"]), found["cut"]) == (3, 1, 2)
-    monkeypatch.setattr("pipelines.sources.site_page.MAX_ELEMENTS", 4)  # html, body and two more
+    monkeypatch.setattr("pipelines.sources.html_page.MAX_ELEMENTS", 4)  # html, body and two more
     assert (len(page('<img src="a.png">' * 5)["images"]), page('<img src="a.png">' * 5)["cut"]) == (2, 3)
     deep = page("<div>" * 2100 + '<img src="a.png">')
     assert deep["cut"] > 0
