@@ -23,7 +23,7 @@ from pipelines.sources import Context, Progress, Row, load_source
 
 MAX_TRIES = 5  # increments in which a candidate may fail for a passing cause
 OPTED_OUT = "opt_out"
-FREE = frozenset({"delay_s", "per_host", "max_pages", "max_depth"})  # say how far and how fast, not what
+FREE = frozenset({"delay_s", "per_host", "max_pages", "max_depth", "sitemaps"})  # say how far and how fast, not what
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,8 @@ def check_settings(workspace: Workspace, name: str, spec: SourceSpec) -> None:
     now = _settings(name, spec)
     for increment in workspace.increments(name):
         before = _metadata(workspace, name, increment).get("settings", now)
-        if before != now:
-            old, new = json.loads(before), json.loads(now)
-            changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
+        old, new = json.loads(before), json.loads(now)
+        if changed := [key for key in sorted(old | new) if old.get(key) != new.get(key)]:
             raise PairmillError(
                 expected=f"at sources.{name} what made its increment {increment}: {_shown(old, changed)}",
                 found=_shown(new, changed),

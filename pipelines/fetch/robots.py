@@ -61,6 +61,12 @@ class Robots:
             return None if rules.can_fetch(str(url), agent_token(self.client.agent)) else Failure("refused", "robots")
         return rules
 
+    async def sitemaps(self, url: URL) -> list[str]:
+        """The sitemaps that robots.txt of `url`'s origin names."""
+        await self.permit(url)
+        rules = await self._known[str(url.origin())]
+        return list(rules.sitemaps) if isinstance(rules, Protego) else []
+
     async def _load(self, url: str) -> Protego | Failure | None:
         answer = await self.client.fetch(url, ROBOTS_LIMITS, any_url, any_headers, accept="text/plain, */*;q=0.1")
         result = answer.result

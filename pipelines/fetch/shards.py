@@ -30,8 +30,7 @@ from pipelines.fetch import decode, pool
 from pipelines.fetch.client import NO_HEADERS, Answer, Client, Failure, Headers, Limits, Response, open_client
 from pipelines.fetch.guard import networks
 from pipelines.fetch.robots import Robots, opt_out
-from pipelines.sources import Progress, Row, load_source
-from pipelines.sources.folder import Outside
+from pipelines.sources import Outside, Progress, Row, load_source
 
 VERSION = 1  # raise it when equal responses give other bytes
 AHEAD = 2000  # the next shard begins when fewer candidates than this are under way

@@ -38,6 +38,10 @@ class Context:
     pages: Counter[str] = field(default_factory=Counter)
 
 
+class Outside(Exception):
+    """A path that leaves a local source, or is a link, or no plain file."""
+
+
 class Source(Protocol):
     def candidates(self, context: Context) -> Iterator[Row]: ...
 

@@ -187,7 +187,7 @@ def body(answer: Answer, max_bytes: int) -> bytes | str:
         data = _unchunked(data)
     coding = answer.header("content-encoding").lower().strip()
     if coding in ("gzip", "x-gzip", "deflate"):
-        data = _inflate(data, max_bytes)
+        data = inflated(data, max_bytes)
     elif coding not in ("", "identity") and not data.lstrip()[:1] == b"<":
         return "encoding"
     return data if len(data) <= max_bytes else "too_large"
@@ -207,7 +207,7 @@ def _unchunked(data: bytes) -> bytes:
     return b"".join(found) if found else data
 
 
-def _inflate(data: bytes, max_bytes: int) -> bytes:
+def inflated(data: bytes, max_bytes: int) -> bytes:
     """At most `max_bytes` + 1 bytes; what isn't compressed stands for itself."""
     for form in (47, -15):  # gzip or zlib by their head, or a bare deflate
         inflate = zlib.decompressobj(form)

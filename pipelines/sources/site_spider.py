@@ -22,14 +22,17 @@ from yarl import URL
 
 from pairs.identity import canonical_url
 from pairs.store import FULL
-from pipelines.fetch.client import REDIRECTS, Client, Failure, Headers, Limits, open_client
+from pipelines.fetch.client import REDIRECTS, Client, Failure, Headers, Limits, any_headers, open_client
 from pipelines.fetch.guard import networks
 from pipelines.fetch.robots import Robots
-from pipelines.sources.site import FULL_DISK, read_pages
 from pipelines.sources.html_page import read_page
+from pipelines.sources.site import FULL_DISK, read_pages
+from pipelines.sources.site_sitemap import read_sitemap
 
 CONNECTIONS = 16
 REDIRECT_ROUNDS = 5
+SITEMAP_ROUNDS = 4  # robots.txt, a list of lists, a list, and a redirect among them
+MAX_SITEMAPS = 200
 SYNC_EVERY = 32  # pages
 BLANK: dict[str, Any] = {"images": [], "links": [], "opt_out": None, "cut": 0, "failure": None, "redirect": None}
 PAGES = frozenset({"text/html", "application/xhtml+xml"})
@@ -70,8 +73,13 @@ class GuardedHandler:
             self._client = open_client(config["agent"], config["per_host"], CONNECTIONS, allow)
             self._robots = Robots(self._client)
         limits = Limits(config["deadline_s"], config["max_page_bytes"], redirects=None, attempts=config["attempts"])
-        url = request.meta["as_found"]
-        answer = await self._client.fetch(url, limits, self._robots.permit, only_pages, ", ".join(PAGES))
+        url, judge, accept = request.meta["as_found"], only_pages, ", ".join(PAGES)
+        if request.meta.get("map") == "robots":
+            named = await self._robots.sitemaps(URL(url))
+            return HtmlResponse(url, body="\n".join(named).encode(), request=request)
+        if request.meta.get("map"):
+            judge, accept = any_headers, "application/xml, text/xml, */*;q=0.1"
+        answer = await self._client.fetch(url, limits, self._robots.permit, judge, accept)
         if isinstance(answer.result, Failure):
             raise PageFailed(answer.result)
         url, status, headers, body = answer.result
@@ -108,9 +116,11 @@ class SiteSpider(Spider):
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
         self._config = config
+        self._robots = list(_spelled(str(URL(seed).origin() / "robots.txt") for seed in config["seeds"]))
         self._hosts = {URL(seed).host for seed in config["seeds"]} | set(config["hosts"])
         path = Path(config["pages"])
         self._pages = {page["key"]: _ways(page) for page in read_pages(path)}
+        self._maps = {found["sitemap"]: found for found in read_pages(path, "sitemap")}
         _end_torn_line(path)
         self._file = path.open("ab", buffering=0)
         self._unsynced = self._waiting = 0
@@ -118,25 +128,44 @@ class SiteSpider(Spider):
         self.error: BaseException | None = None
 
     async def start(self) -> AsyncIterator[Request]:
-        level, seen = _spelled(self._config["seeds"]), set[str]()
+        async for request in self._sitemaps():
+            yield request
+        listed = (link for key in sorted(self._maps) for link in self._maps[key]["links"])
+        level, seen = _spelled([*self._config["seeds"], *listed]), set[str]()
         for _ in range(self._config["max_depth"] + 1):
             wave, level = level, {}
             for _ in range(REDIRECT_ROUNDS + 1):
                 room = self._config["max_pages"] - len(seen)
                 fresh = sorted(key for key in wave.keys() - seen if self._within(key))[:room]
                 seen.update(fresh)
-                missing = [key for key in fresh if key not in self._pages]
-                self._waiting = len(missing)
-                self._ready.clear()
-                for key in missing:
-                    meta = {"key": key, "as_found": wave[key]}
-                    yield Request(key, self.parse, errback=self.failed, dont_filter=True, meta=meta)
-                if missing:
-                    await self._ready.wait()
+                async for request in self._wave([key for key in fresh if key not in self._pages], wave):
+                    yield request
                 if self.error:
                     return
                 level = _spelled(link for key in fresh for link in self._pages[key][0]) | level
                 wave = _spelled(target for key in fresh if (target := self._pages[key][1]))
+
+    async def _wave(self, missing: list[str], spelled: dict[str, str], kind: str = "") -> AsyncIterator[Request]:
+        """Asks for the addresses and waits until all are recorded."""
+        self._waiting = len(missing)
+        self._ready.clear()
+        for key in missing:
+            meta = {"key": key, "as_found": spelled[key], "map": "robots" if kind and key in self._robots else kind}
+            yield Request(key, self.parse, errback=self.failed, dont_filter=True, meta=meta)
+        if missing:
+            await self._ready.wait()
+
+    async def _sitemaps(self) -> AsyncIterator[Request]:
+        """Reads the sitemaps that robots.txt of the seeds' hosts and the settings name, and those that these name."""
+        wave, seen = _spelled([*self._config["sitemaps"], *self._robots]), set[str]()
+        for _ in range(SITEMAP_ROUNDS):
+            fresh = sorted(key for key in wave.keys() - seen if self._within(key))[: MAX_SITEMAPS - len(seen)]
+            seen.update(fresh)
+            async for request in self._wave([key for key in fresh if key not in self._maps], wave, "sitemap"):
+                yield request
+            if self.error:
+                return
+            wave = _spelled(more for key in fresh for more in self._maps[key]["more"])
 
     def _within(self, url: str) -> bool:
         try:
@@ -148,6 +177,9 @@ class SiteSpider(Spider):
     def parse(self, response: Response, **_: Any) -> None:
         assert isinstance(response, HtmlResponse) and response.request
         try:
+            if response.request.meta["map"]:
+                self._record_map(response.request, self._read_map(response))
+                return
             if response.status in REDIRECTS:
                 found = {"failure": "redirected", "redirect": _target(response)}
             else:
@@ -161,7 +193,10 @@ class SiteSpider(Spider):
         error = failure.value
         if isinstance(error, PageFailed):
             request: Request = failure.request  # type: ignore[attr-defined]
-            self._record({**_place(request), "failure": error.failure.reason})
+            if request.meta["map"]:
+                self._record_map(request, {"failure": error.failure.reason})
+            else:
+                self._record({**_place(request), "failure": error.failure.reason})
         else:
             self._stop(error)
 
@@ -170,14 +205,30 @@ class SiteSpider(Spider):
         self.logger.error("the crawl stops", exc_info=error)
         self._ready.set()
 
+    def _read_map(self, response: HtmlResponse) -> dict[str, Any]:
+        if response.request and response.request.meta["map"] == "robots":
+            return {"more": response.text.splitlines(), "failure": "robots"}
+        if response.status in REDIRECTS:
+            return {"more": [target] if (target := _target(response)) else [], "failure": "redirected"}
+        found = read_sitemap(response.body)
+        return found | {"links": [link for link in found["links"] if self._within(link)]}
+
+    def _record_map(self, request: Request, found: dict[str, Any]) -> None:
+        key = request.meta["key"]
+        self._maps[key] = {"sitemap": key, "links": [], "more": [], "cut": 0} | found
+        self._write(self._maps[key])
+
     def _record(self, page: dict[str, Any]) -> None:
-        self._file.write(json.dumps(page).encode() + b"\n")
+        self._pages[page["key"]] = _ways(page)
+        self._write(page)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line).encode() + b"\n")
         self._unsynced += 1
         self._waiting -= 1
         if self._unsynced >= SYNC_EVERY or not self._waiting:
             os.fsync(self._file.fileno())
             self._unsynced = 0
-        self._pages[page["key"]] = _ways(page)
         if not self._waiting:
             self._ready.set()
 

@@ -1,6 +1,7 @@
 """Sources: what they yield from folders, tables and pages, what they refuse, and a crawl that is killed."""
 
 import fcntl
+import gzip
 import json
 import os
 import signal
@@ -24,9 +25,10 @@ from pairs.process import ROOT
 from pairs.recipe import FetchSpec, SourceSpec
 from pairs.workspace import Workspace
 from pipelines.candidates import CutCounts, cut_increment, part
-from pipelines.sources import load_source
-from pipelines.sources.folder import Outside, Source
+from pipelines.sources import Outside, load_source
+from pipelines.sources.folder import Source
 from pipelines.sources.site import _alone
+from pipelines.sources.site_sitemap import read_sitemap
 from pipelines.sources.html_page import read_page
 from tests.pipelines.small_web import ALLOW, SmallWeb, picture, redirect, small_web, with_headers
 
@@ -188,13 +190,9 @@ def test_opt_out_of_a_page(meta: str, headers: dict[str, str], opt: str | None, 
     assert (found["opt_out"], len(found["links"]), len(found["images"])) == (opt, links, 1)
 
 
-@pytest.mark.parametrize("nest", ["<div>", "<figure>", "<figure><figcaption>x"])
+@pytest.mark.parametrize("nest", ["<div>", "<figure>", "<figure><figcaption>x", "<picture><source srcset='a 1w'>"])
 def test_nested_markup_costs_no_more_than_its_size(nest: str) -> None:
-    body = nest * 600 + '<img src="a.png">' * 1500
-    root = HtmlResponse("http://a.test/", body=body.encode()).selector.root
-    elements = sum(1 for _ in root.iter())
-    found = walk(root, "pairmill")
-    assert (found.visited, len(found.images), found.cut) == (elements, 1500, 0)
+    elements = 600 * nest.count("<") + 1500
     steps = 0
 
     def count(*event: object) -> None:
@@ -203,18 +201,17 @@ def test_nested_markup_costs_no_more_than_its_size(nest: str) -> None:
 
     sys.setprofile(count)
     try:
-        page(body)
+        found = page(nest * 600 + '<img src="a.png">' * 1500)
     finally:
         sys.setprofile(None)
+    assert (len(found["images"]), found["cut"]) == (1500, 0)
     assert steps < 250 * elements  # calls, in C and in Python; a way up or down from each image makes far more
 
 
-def test_what_a_page_has_too_much_of_is_counted(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_page_has_too_much_of_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.sources.html_page.MAX_IMAGES", 3)
     found = page('<img src="a.png">' * 5 + '<a href="b.html">b</a>')
     assert (len(found["images"]), len(found["links"]), found["cut"]) == (3, 1, 2)
-    monkeypatch.setattr("pipelines.sources.html_page.MAX_ELEMENTS", 4)  # html, body and two more
-    assert (len(page('<img src="a.png">' * 5)["images"]), page('<img src="a.png">' * 5)["cut"]) == (2, 3)
     deep = page("<div>" * 2100 + '<img src="a.png">')
     assert deep["cut"] > 0
 
@@ -413,3 +410,39 @@ def test_a_killed_crawl_goes_on_where_it_was(workspace: Workspace, tmp_path: Pat
     done = {json.loads(line)["url"] for line in recorded.splitlines()[1:]}
     assert not {site.url(path) for path in again} & done
     assert workspace.store.read(part("src", "0000")) == expected
+
+
+def sitemap(*pages: str, kind: str = "url") -> bytes:
+    entries = "".join(f"<{kind}><loc> {page} </loc><lastmod>2026</lastmod></{kind}>" for page in pages)
+    return f'<x xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">{entries}</x>'.encode()
+
+
+def test_sitemaps_name_pages_that_no_link_leads_to(workspace: Workspace) -> None:
+    routes: dict[str, Any] = {"/": '<img src="0.png" alt="zero">', "/moved.xml": redirect("/own.xml")}
+    routes |= {f"/{n}.html": f'<img src="{n}.png" alt="{n}">' for n in (1, 2, 3)}
+    with small_web(routes) as site:
+        robots = f"User-agent: *\nSitemap: {site.url('/index.xml')}\nSitemap: http://elsewhere.test/s.xml\n"
+        entity = b'<!DOCTYPE x [<!ENTITY a "aaaa">]><x><url><loc>&a;</loc></url></x>'
+        routes["/robots.txt"] = with_headers(robots.encode(), {})
+        parts = [site.url(path) for path in ("/part.xml.gz", "/bad.xml", "/none.xml")]
+        routes["/index.xml"] = with_headers(sitemap(*parts, kind="sitemap"), {})
+        page = site.url("/1.html"), "http://elsewhere.test/", site.url("/gone.html")
+        routes["/part.xml.gz"] = with_headers(gzip.compress(sitemap(*page)), {"Content-Type": "application/gzip"})
+        routes["/bad.xml"] = with_headers(entity, {})
+        routes["/own.xml"] = with_headers(sitemap(site.url("/2.html")), {})
+        counts = crawl(workspace, site, sitemaps=[site.url("/moved.xml")])
+        assert len(site.asked) == len(set(site.asked)) and "/3.html" not in site.asked
+    assert counts.new == 3
+    assert counts.pages == {
+        **{"ok": 3, "http_404": 1, "sitemap_ok": 3, "sitemap_damaged": 1},
+        **{"sitemap_http_404": 1, "sitemap_redirected": 1},
+    }
+
+
+def test_a_sitemap_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.sources.site_sitemap.MAX_ENTRIES", 2)
+    found = read_sitemap(sitemap("http://a.test/1", "http://a.test/2", "http://a.test/3"))
+    assert (len(found["links"]), found["cut"], found["failure"]) == (2, 1, None)
+    monkeypatch.setattr("pipelines.sources.site_sitemap.MAX_BYTES", 1000)
+    assert read_sitemap(gzip.compress(b" " * 1_000_000))["failure"] == "too_large"
+    assert read_sitemap(b"<x><url>")["failure"] == "damaged" and read_sitemap(b"")["failure"] == "damaged"
