@@ -1,8 +1,8 @@
 """How much memory and time the merge of candidates takes: `python benchmarks/merge.py [rows] [workers] [engine]`.
 
 Made-up rows (three texts each, every fifth address twice) are merged twice: into a new source, then against the
-increment this made, with as many rows of which half are new. Prints seconds and the greatest resident memory, of this process
-and of all its children together, sampled ten times a second.
+increment this made, with as many rows of which half are new. Prints seconds and the greatest
+resident memory, of this process and of all its children together, sampled ten times a second.
 """
 
 import json
@@ -34,7 +34,8 @@ class Made:
         draw = random.Random(self.start)
         for number in range(self.rows):
             image = self.start + (number if number % 5 else draw.randrange(number + 1))
-            words = f"picture {image} of {self.rows}, seen from the {draw.choice(('north', 'south', 'west'))} in the evening"
+            side = draw.choice(("north", "south", "west"))
+            words = f"picture {image} of {self.rows}, seen from the {side} in the evening"
             texts = [text(words, "alt", "en"), text(f"{words} at {number}", "caption", "en"), text("A page", "title")]
             page = f"http://host{image % 1000}.test/pages/{number}.html"
             url = f"http://img{image % 997}.test/media/{image:09d}/large.jpg?size=full"

@@ -68,16 +68,16 @@ def cut_increment(
     rows = (row for found in source.candidates(context) if (row := clean(found, bad)) is not None)
     merged = merge(rows, _earlier_keys(workspace, name, earlier), workspace.tombstones()["url_key"], how)
     context.dropped.update(bad)
-    found = merged.taken + sum(count for reason, count in context.dropped.items() if reason != "text_cut")
+    found = merged.outcome.taken + sum(count for reason, count in context.dropped.items() if reason != "text_cut")
     if not found:
         raise PairmillError(
             expected=f"images in the source {name!r}", found="none", remedy="check its settings and what it holds"
         )
-    context.dropped.update(merged.dropped)
-    if merged.late:
-        workspace.bury("url_key", merged.late, OPTED_OUT)
-    counts = _counts(increment if merged.kept else None, found, merged, context)
-    if merged.kept:
+    context.dropped.update(merged.outcome.dropped)
+    if merged.outcome.late:
+        workspace.bury("url_key", merged.outcome.late, OPTED_OUT)
+    counts = _counts(increment if merged.outcome.kept else None, found, merged, context)
+    if merged.outcome.kept:
         facts = {"counts": json.dumps(asdict(counts)), "settings": _settings(name, spec)}
         write_groups(workspace.store, part(name, increment), merged.tables(), facts)
     workspace.store.delete(f"crawl/{name}", recursive=True)  # its pages have done their work
@@ -128,8 +128,9 @@ def _metadata(workspace: Workspace, name: str, increment: str) -> dict[str, str]
 def _counts(increment: str | None, found: int, merged: Merged, context: Context) -> CutCounts:
     texts, pages = context.dropped.pop("text_cut", 0), context.pages.pop("cut", 0)
     dropped, fates = _plain(context.dropped), _plain(context.pages)
-    assert found == merged.kept + sum(dropped.values()), (found, merged.kept, dropped)
-    return CutCounts(increment, found, merged.kept, merged.opted, len(merged.late), texts, pages, dropped, fates)
+    out = merged.outcome
+    assert found == out.kept + sum(dropped.values()), (found, out.kept, dropped)
+    return CutCounts(increment, found, out.kept, out.opted, len(out.late), texts, pages, dropped, fates)
 
 
 def _plain(counts: Counter[str]) -> dict[str, int]:
@@ -151,9 +152,7 @@ def _earlier_keys(workspace: Workspace, name: str, earlier: list[str]) -> Iterat
         yield keys, failed, open_
 
 
-def _judge(
-    merged: list[Row], earlier: list[Sets], dead: frozenset[str]
-) -> tuple[list[Row], Counter[str], list[str]]:
+def _judge(merged: list[Row], earlier: list[Sets], dead: frozenset[str]) -> tuple[list[Row], Counter[str], list[str]]:
     """The rows that stay, why others don't, and the keys that opted out after the image was taken: that acts as
     `forget`, a tombstone takes effect at once."""
     opted = {row["url_key"] for row in merged if row["opt_out"] is not None}
@@ -162,9 +161,7 @@ def _judge(
     return _without_earlier(earlier, merged, dead.union(late), dropped), dropped, late
 
 
-def _without_earlier(
-    earlier: list[Sets], merged: list[Row], dead: frozenset[str], dropped: Counter[str]
-) -> list[Row]:
+def _without_earlier(earlier: list[Sets], merged: list[Row], dead: frozenset[str], dropped: Counter[str]) -> list[Row]:
     waiting: set[str] = set()  # in an earlier increment, and not to come again
     tries: Counter[str] = Counter()
     for keys, failed, _ in earlier:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -35,21 +36,17 @@ Judge = Callable[[list[Row], list[Sets], frozenset[str]], tuple[list[Row], Count
 
 
 class Merged(NamedTuple):
-    """`taken` rows came in. `kept` and `opted` count what is left of them, `late` are keys that opted out after they were
-    taken; `tables` yields the kept rows in order of key, a table of `GROUP_ROWS` each, the last one smaller."""
+    """`kept` and `opted` in `outcome` count what is left of the rows that were `taken`, `late` are keys that opted out after
+    they were taken in an earlier increment; `tables` yields the kept rows in order of key, a table of `GROUP_ROWS` each, the last one smaller."""
 
-    taken: int
-    kept: int
-    opted: int
-    dropped: Counter[str]
-    late: list[str]
+    outcome: "Outcome"
     tables: Callable[[], Iterator[pa.Table]]
 
 
 @dataclass(frozen=True)
 class Merge:
-    """Where and on what to merge. `folder` of the store takes what is spilled; `judge` says which merged rows stay, from
-    the earlier increments' sets of keys and the dead keys."""
+    """Where and on what to merge. `folder` of the store takes what is spilled; `judge` says which merged rows stay,
+    from the earlier increments' sets of keys and the dead keys."""
 
     store: Store
     folder: str
@@ -76,7 +73,7 @@ class Outcome:
 
 def merge(rows: Iterable[Row], earlier: Iterable[Sets], dead: set[str], how: Merge) -> Merged:
     """Merges clean rows, in whatever order they come: `earlier` yields the sets of each earlier increment, in order."""
-    runs, held = [], list[Row]()
+    runs, held = list[str](), list[Row]()
     for row in rows:
         held.append(row)
         if len(held) == RUN_ROWS:
@@ -87,7 +84,7 @@ def merge(rows: Iterable[Row], earlier: Iterable[Sets], dead: set[str], how: Mer
         near = [tuple(keys & wanted for keys in sets) for sets in earlier]
         outcome, kept = _judged(held, near, frozenset(dead & wanted), how.judge)
         whole = pa.Table.from_pylist(kept, schema=CANDIDATES)
-        return Merged(*vars(outcome).values(), lambda: iter([whole] * bool(kept)))
+        return Merged(outcome, lambda: iter([whole] * bool(kept)))
     if held:
         runs.append(_spill(how, f"rows-{len(runs):05d}", held, SPILLED))
         held = []
@@ -100,7 +97,7 @@ def merge(rows: Iterable[Row], earlier: Iterable[Sets], dead: set[str], how: Mer
     for outcome in map_shards(work, items, engine=how.engine, workers=how.workers):
         total.add(outcome)
     total.late.sort()
-    return Merged(*vars(total).values(), partial(_groups, how))
+    return Merged(total, partial(_groups, how))
 
 
 def _flat(sets: Sets) -> Iterator[Row]:
@@ -113,7 +110,7 @@ def _spill(how: Merge, name: str, rows: list[Row], schema: pa.Schema) -> str:
     rows.sort(key=lambda row: row["url_key"])
     bounds = [bisect_left(rows, start, key=lambda row: row["url_key"]) for start in STARTS] + [len(rows)]
     with how.store.writing(path) as file, pa.ipc.new_file(file, schema) as out:
-        for start, end in zip(bounds, bounds[1:], strict=False):
+        for start, end in pairwise(bounds):
             out.write_batch(pa.RecordBatch.from_pylist(rows[start:end], schema=schema))
     return path
 

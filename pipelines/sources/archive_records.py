@@ -180,21 +180,21 @@ def http_answer(block: bytes) -> Answer | None:
 
 
 def body(answer: Answer, max_bytes: int) -> bytes | str:
-    """The body as a browser would have it, or why not: too_large, encoding. Some crawlers store it decoded and leave the
-    headers, so one that isn't what these say is taken as it stands."""
+    """The body as a browser would have it, or why not: too_large, encoding. Some crawlers store it decoded and leave
+    the headers, so one that isn't what these say is taken as it stands."""
     data = answer.body
     if answer.header("transfer-encoding").lower() == "chunked":
         data = _unchunked(data)
     coding = answer.header("content-encoding").lower().strip()
     if coding in ("gzip", "x-gzip", "deflate"):
         data = inflated(data, max_bytes)
-    elif coding not in ("", "identity") and not data.lstrip()[:1] == b"<":
+    elif coding not in ("", "identity") and data.lstrip()[:1] != b"<":
         return "encoding"
     return data if len(data) <= max_bytes else "too_large"
 
 
 def _unchunked(data: bytes) -> bytes:
-    found, place = [], 0
+    found, place = list[bytes](), 0
     while (end := data.find(b"\r\n", place, place + 64)) >= 0:
         try:
             size = int(data[place:end].partition(b";")[0], 16)

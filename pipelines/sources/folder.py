@@ -32,8 +32,8 @@ class Coco:
 
 @dataclass(frozen=True)
 class Source:
-    """`path` is the folder; `license` is noted for every image. `captions` names COCO's caption files, a path or pattern
-    below the folder; an image is known in them by its file name."""
+    """`path` is the folder; `license` is noted for every image. `captions` names COCO's caption files, a path or
+    pattern below the folder; an image is known in them by its file name."""
 
     path: str
     license: str | None = None

@@ -148,7 +148,7 @@ def _take_source(element: html.HtmlElement, found: Found) -> None:
 
 
 def _take_caption(element: html.HtmlElement, found: Found) -> None:
-    """The words of a figcaption and of those in it, each to its own figure; they are walked once, from the outermost."""
+    """The words of a figcaption and of those in it, to their own figures; each is walked once, from the outermost."""
     parent = element.getparent()
     if parent is not None and around(parent, found.around).caption is not None:
         return
@@ -232,14 +232,16 @@ def _images(found: Found, base: str, titles: list[Words]) -> Iterator[dict[str, 
 
 
 def _captions(found: Found) -> dict[html.HtmlElement | None, str]:
-    """The caption of each figure that holds an image; one without a caption of its own has that of the figure around."""
+    """The caption of each figure that holds an image; one without a caption has that of the figure around."""
     own = {figure: _clip("".join(words)) for figure, words in found.captions.items()}
     told: dict[html.HtmlElement | None, str] = {figure: words for figure, words in own.items() if words} | {None: ""}
     for image in found.images:
-        path, node = [], around(image, found.around).figure
-        while node not in told:
+        path: list[html.HtmlElement] = []
+        node = around(image, found.around).figure
+        while node is not None and node not in told:
             path.append(node)
-            node = around(node.getparent(), found.around).figure if node.getparent() is not None else None
+            outer = node.getparent()
+            node = around(outer, found.around).figure if outer is not None else None
         told.update(dict.fromkeys(path, told[node]))
     return told
 

@@ -39,7 +39,9 @@ def read_sitemap(body: bytes) -> dict[str, Any]:
 
 
 def _take(path: list[str], words: str, found: dict[str, Any]) -> None:
-    kept = {("url", "loc"): found["links"], ("sitemap", "loc"): found["more"]}.get(tuple(path[-2:]))
+    if len(path) < 2:
+        return
+    kept = {("url", "loc"): found["links"], ("sitemap", "loc"): found["more"]}.get((path[-2], path[-1]))
     if kept is None or not words:
         return
     if len(words) > ADDRESS_CHARS or len(found["links"]) + len(found["more"]) >= MAX_ENTRIES:

@@ -1,5 +1,5 @@
-"""`urls`: a table of image URLs and their texts: Parquet, CSV or JSON lines, local or at any fsspec address. LAION's and
-DataComp's columns are known by their names.
+"""`urls`: a table of image URLs and their texts: Parquet, CSV or JSON lines, local or at any fsspec address. LAION's
+and DataComp's columns are known by their names.
 
 Read in batches, so that a table of any size passes in little memory. A line that can't be read stops the run with
 its number: a table is the user's own, unlike what it points to.
@@ -92,7 +92,9 @@ def _chosen(present: list[str], columns: dict[str, str], path: str) -> dict[str,
     """Which of the `present` columns holds what."""
     if columns == DEFAULT_COLUMNS:
         fitting = (layout for layout in LAYOUTS if {layout["url"], layout["text"]} <= set(present))
-        columns = {name: column for name, column in next(fitting, columns).items() if column in [*present, "url", "text"]}
+        columns = {
+            name: column for name, column in next(fitting, columns).items() if column in [*present, "url", "text"]
+        }
     for column in columns.values():
         if column not in present:
             raise PairmillError(

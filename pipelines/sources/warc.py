@@ -1,5 +1,5 @@
-"""`warc`: web archives (WARC 1.0 and 1.1, plain or gzip): the images of every HTML page that answered 200, with the texts
-around them.
+"""`warc`: web archives (WARC 1.0 and 1.1, plain or gzip): the images of every HTML page that answered 200, with the
+texts around them.
 
 A page gives the record that `site` gives for it. Whatever else an archive holds is counted by reason: answers with
 another status, other types, pages that are too large, records that are broken, archives that were cut.

@@ -1,7 +1,7 @@
 """`webdataset`: images and texts of tars that exist already, such as img2dataset's or our own shards.
 
-A pair is what has one key: an image, its texts in `.txt` (one a line) and `.json` (`caption`, `text` or `alt`), which may
-also name its `url`, `page`, `license` and `uid`. The uid, or else the key, stays in `source_uid`. Tars are read by the
+A pair is what has one key: an image, its texts in `.txt` (one a line) and `.json` (`caption`, `text` or `alt`), which
+may also name its `url`, `page`, `license` and `uid`. The uid, or else the key, stays in `source_uid`. Tars are read by the
 strict reader of `pairs/tar.py`: one with a link, a device, a bad key or a cut end is refused whole, with its name.
 A tar is held in memory while it is read, and the last one while its images are fetched.
 """
@@ -74,7 +74,9 @@ class Source:
         if name not in self._tar:
             fs, path = file_system(self._tars("sources")[name])
             if fs.size(path) > MAX_TAR_BYTES:
-                raise PairmillError(expected=f"a tar of at most 16 GiB: {name}", found="a larger one", remedy="split it")
+                raise PairmillError(
+                    expected=f"a tar of at most 16 GiB: {name}", found="a larger one", remedy="split it"
+                )
             data = bytes(fs.cat_file(path))
             members = {f"{member.key}.{member.ext}": member for member in read_members(data, name)}
             self._tar.clear()

@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from aiohttp import web
-from scrapy.http import HtmlResponse
 
 from pairs import process
 from pairs.errors import PairmillError
@@ -27,9 +26,9 @@ from pairs.workspace import Workspace
 from pipelines.candidates import CutCounts, cut_increment, part
 from pipelines.sources import Outside, load_source
 from pipelines.sources.folder import Source
+from pipelines.sources.html_page import read_page
 from pipelines.sources.site import _alone
 from pipelines.sources.site_sitemap import read_sitemap
-from pipelines.sources.html_page import read_page
 from tests.pipelines.small_web import ALLOW, SmallWeb, picture, redirect, small_web, with_headers
 
 
