@@ -36,8 +36,8 @@ Judge = Callable[[list[Row], list[Sets], frozenset[str]], tuple[list[Row], Count
 
 
 class Merged(NamedTuple):
-    """`kept` and `opted` in `outcome` count what is left of the rows that were `taken`, `late` are keys that opted out after
-    they were taken in an earlier increment; `tables` yields the kept rows in order of key, a table of `GROUP_ROWS` each, the last one smaller."""
+    """What became of the rows, and `tables`, which yields the kept ones in order of key, `GROUP_ROWS` in each but the
+    last."""
 
     outcome: "Outcome"
     tables: Callable[[], Iterator[pa.Table]]
@@ -57,7 +57,8 @@ class Merge:
 
 @dataclass
 class Outcome:
-    """What became of the rows of some keys."""
+    """`kept` and `opted` count what is left of the rows that were `taken`; `late` are keys that opted out after they
+    were taken in an earlier increment."""
 
     taken: int = 0
     kept: int = 0
@@ -92,12 +93,17 @@ def merge(rows: Iterable[Row], earlier: Iterable[Sets], dead: set[str], how: Mer
     work = partial(_merge_part, how, runs, before)
     ended: list[set[str]] = [set() for _ in range(PARTS)]
     for key in dead:
-        ended[int(key[:2], 16)].add(key)
+        ended[first(key)].add(key)
     total, items = Outcome(), list(enumerate(map(frozenset, ended)))
     for outcome in map_shards(work, items, engine=how.engine, workers=how.workers):
         total.add(outcome)
     total.late.sort()
     return Merged(total, partial(_groups, how))
+
+
+def first(key: str) -> int:
+    """Which of the parts a key belongs to."""
+    return int(key[:2], 16)
 
 
 def _flat(sets: Sets) -> Iterator[Row]:

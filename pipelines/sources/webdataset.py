@@ -1,8 +1,8 @@
 """`webdataset`: images and texts of tars that exist already, such as img2dataset's or our own shards.
 
 A pair is what has one key: an image, its texts in `.txt` (one a line) and `.json` (`caption`, `text` or `alt`), which
-may also name its `url`, `page`, `license` and `uid`. The uid, or else the key, stays in `source_uid`. Tars are read by the
-strict reader of `pairs/tar.py`: one with a link, a device, a bad key or a cut end is refused whole, with its name.
+may also name its `url`, `page`, `license` and `uid`. The uid, or else the key, stays in `source_uid`. Tars are read
+by the strict reader of `pairs/tar.py`: one with a link, a device, a bad key or a cut end is refused whole.
 A tar is held in memory while it is read, and the last one while its images are fetched.
 """
 
