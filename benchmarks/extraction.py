@@ -40,10 +40,13 @@ def ours(data: bytes) -> Iterator[Pair]:
 
 def theirs(data: bytes) -> Iterator[Pair]:
     for record in ArchiveIterator(io.BytesIO(data)):
-        if record.rec_type == "response" and record.http_headers.get_statuscode() == "200":
-            if "html" in (record.http_headers.get_header("Content-Type") or "text/html"):
-                address = record.rec_headers.get_header("WARC-Target-URI").strip("<>")
-                yield from page_pairs(address, record.content_stream().read())
+        head = record.http_headers
+        if (
+            record.rec_type == "response"
+            and head.get_statuscode() == "200"
+            and "html" in head.get_header("Content-Type")
+        ):
+            yield from page_pairs(record.rec_headers.get_header("WARC-Target-URI"), record.content_stream().read())
 
 
 def _pair(page: str, url: str, kind: str, text: str) -> Pair:

@@ -35,14 +35,16 @@ Words = dict[str, str | None]
 
 
 class Around(NamedTuple):
-    """What holds at an element: the nearest `lang`, figure and figcaption, itself included."""
+    """What holds at an element: the nearest `lang`, figure, figcaption and picture, itself included. A picture may be
+    far up, because libxml2 doesn't know that `source` is empty: the next tags land inside it."""
 
     language: str | None
     figure: html.HtmlElement | None
     caption: html.HtmlElement | None
+    picture: html.HtmlElement | None
 
 
-NOWHERE = Around(None, None, None)
+NOWHERE = Around(None, None, None, None)
 
 
 @dataclass
@@ -126,7 +128,8 @@ def around(element: html.HtmlElement, known: dict[html.HtmlElement, Around]) -> 
     for node in reversed(path):
         figure = node if node.tag == "figure" else held.figure
         caption = node if node.tag == "figcaption" else held.caption
-        held = known[node] = Around(_language(node, held.language), figure, caption)
+        picture = node if node.tag == "picture" else held.picture
+        held = known[node] = Around(_language(node, held.language), figure, caption, picture)
     return held
 
 
@@ -141,8 +144,8 @@ def _take_image(element: html.HtmlElement, found: Found) -> None:
 
 
 def _take_source(element: html.HtmlElement, found: Found) -> None:
-    picture = element.getparent()
-    if picture is not None and picture.tag == "picture" and (best := best_of(element)):
+    picture = around(element, found.around).picture
+    if picture is not None and (best := best_of(element)):
         held = found.sources.get(picture)
         found.sources[picture] = best if held is None or best[0] > held[0] else held
 
@@ -214,10 +217,10 @@ def _add(items: list[Any], item: Any, most: int, found: Found) -> None:
 def _images(found: Found, base: str, titles: list[Words]) -> Iterator[dict[str, Any]]:
     captions = _captions(found)
     for image in found.images:
-        address = best_address(image, found.sources.get(image.getparent()))
+        language, figure, _, picture = around(image, found.around)
+        address = best_address(image, found.sources.get(picture))
         if not address:
             continue
-        language, figure, _ = around(image, found.around)
         caption = captions[figure]
         said = {"alt": image.get("alt"), "caption": caption, "img_title": image.get("title")}
         texts = [text(_clip(value), kind, language) for kind, value in said.items() if _clip(value)]

@@ -58,6 +58,12 @@ def merged_bytes(rows: list[Row], earlier: list[Sets], dead: set[str], **how: An
         return store.read("out.parquet"), vars(found.outcome)
 
 
+def few_parts(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(module, "PARTS", 16)
+    patch.setattr(module, "STARTS", [f"{number:01x}" for number in range(16)])
+    patch.setattr(module, "first", lambda key: int(key[0], 16))
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     st.lists(ROWS, max_size=40), st.lists(st.tuples(KEY_SETS, KEY_SETS, KEY_SETS), max_size=3), KEY_SETS,
@@ -69,10 +75,8 @@ def test_equal_to_a_merge_in_memory(
     table, counts = plain(cleaned(rows), earlier, dead)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "RUN_ROWS", run_rows)
-        patch.setattr(module, "PARTS", 16)
-        patch.setattr(module, "STARTS", [f"{number:01x}" for number in range(16)])
+        few_parts(patch)
         patch.setattr(module, "GROUP_ROWS", group_rows)
-        patch.setattr(module, "first", lambda key: int(key[0], 16))
         data, outcome = merged_bytes(cleaned(rows), earlier, dead)
         with tempfile.TemporaryDirectory() as folder:
             groups = [table[start : start + group_rows] for start in range(0, table.num_rows, group_rows)]
@@ -83,6 +87,7 @@ def test_equal_to_a_merge_in_memory(
     assert data == expected or (not spilled and pq.read_table(pa.BufferReader(data)).equals(table))
 
 
+@pytest.mark.slow
 def test_equal_on_ray_and_to_the_table_of_a_single_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = ({"url": f"http://a.test/{n % 600}.png", "page": f"http://p.test/{n}"} for n in range(1000))
     rows = cleaned([row | {"position": n, "texts": [text(f"t {n}", "alt")]} for n, row in enumerate(made)])
@@ -93,7 +98,8 @@ def test_equal_on_ray_and_to_the_table_of_a_single_write(tmp_path: Path, monkeyp
     monkeypatch.setattr(module, "RUN_ROWS", 300)
     spill = functools.partial(merged_bytes, rows, [({KEYS[0]}, set(), {KEYS[0]})], set())
     assert spill() == whole
-    assert spill(engine="ray", workers=2) == whole
+    few_parts(monkeypatch)
+    assert spill() == spill(engine="ray", workers=2) == whole
 
 
 def test_many_groups_are_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
