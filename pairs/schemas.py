@@ -18,7 +18,7 @@ CANDIDATES = pa.schema(
         ("url", pa.string()),  # as first found, without fragment; for local sources "<source>:<relative path>"
         ("texts", TEXTS),
         ("page", pa.string()),  # the first page, in order of its URL, that shows the image
-        ("found", pa.string()),  # img, figure, row, file
+        ("found", pa.string()),  # img, figure, og, row, file, tar
         ("license", pa.string()),
         ("opt_out", pa.string()),  # why it must not be fetched; null where it may
         ("source_uid", pa.string()),

@@ -2,7 +2,7 @@
 
 The cut comes after the crawl has ended and sorts by `url_key`, and merged texts are ordered by where they stood,
 so that crawl order never reaches the bytes. Every row that isn't taken is counted by reason. What failed for a
-passing cause in its last increment joins the new one. Merging is in memory: about 1 kB per candidate.
+passing cause in its last increment joins the new one. `pipelines/merge.py` bounds the memory.
 """
 
 import json
@@ -11,22 +11,20 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import pyarrow as pa
-from yarl import URL
+import pyarrow.compute as pc
 
+from cluster.compute import Engine
 from pairs.errors import PairmillError
-from pairs.identity import canonical_url, url_key
 from pairs.recipe import FetchSpec, SourceSpec
-from pairs.schemas import CANDIDATES
 from pairs.store import table_metadata
 from pairs.workspace import Workspace
 from pipelines.fetch.ledger import due, passing_failures
+from pipelines.merge import Merge, Merged, Sets, clean, merge, write_groups
 from pipelines.sources import Context, Progress, Row, load_source
 
-TEXT_CHARS = 10_000
 MAX_TRIES = 5  # increments in which a candidate may fail for a passing cause
 OPTED_OUT = "opt_out"
-FREE = frozenset({"delay_s", "per_host", "max_pages", "max_depth"})  # say how far and how fast, not what
+FREE = frozenset({"delay_s", "per_host", "max_pages", "max_depth", "sitemaps"})  # say how far and how fast, not what
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,13 @@ def part(source: str, increment: str) -> str:
 
 
 def cut_increment(
-    workspace: Workspace, name: str, spec: SourceSpec, fetch_spec: FetchSpec, progress: Progress
+    workspace: Workspace,
+    name: str,
+    spec: SourceSpec,
+    fetch_spec: FetchSpec,
+    progress: Progress,
+    engine: Engine = "inline",
+    workers: int = 1,
 ) -> CutCounts:
     """Makes the next increment of the source `name`; call it under the workspace's lock. Raises PairmillError when the
     source is empty, can't be reached or is another than that of its increments, with nothing written."""
@@ -59,22 +63,24 @@ def cut_increment(
     earlier = workspace.increments(name)
     increment = next_increment(workspace, name)
     source = load_source(name, spec)
-    context = Context(workspace, name, increment, tuple(spec.allow), fetch_spec, progress)
-    rows = [_clean(row, context.dropped) for row in source.candidates(context)]
-    found = len(rows) + context.dropped["link"] + context.dropped["bad_name"]
+    context = Context(workspace, name, increment, tuple(spec.allow), fetch_spec, progress, engine, workers)
+    how = Merge(workspace.store, f"crawl/{name}/{increment}/merge", _judge, engine, workers)
+    bad: Counter[str] = Counter()
+    rows = (row for found in source.candidates(context) if (row := clean(found, bad)) is not None)
+    merged = merge(rows, _earlier_keys(workspace, name, earlier, fetch_spec), workspace.tombstones()["url_key"], how)
+    context.dropped.update(bad)
+    found = merged.outcome.taken + sum(count for reason, count in context.dropped.items() if reason != "text_cut")
     if not found:
         raise PairmillError(
             expected=f"images in the source {name!r}", found="none", remedy="check its settings and what it holds"
         )
-    merged = _merge([row for row in rows if row is not None])
-    context.dropped["merged"] += sum(row is not None for row in rows) - len(merged)
-    buried = _bury_opted_out(workspace, name, earlier, merged)
-    kept = _without_earlier(workspace, name, earlier, merged, context.dropped, fetch_spec)
-    table = pa.Table.from_pylist(sorted(kept, key=lambda row: row["url_key"]), schema=CANDIDATES)
-    counts = _counts(increment if kept else None, found, kept, buried, context)
-    if kept:
+    context.dropped.update(merged.outcome.dropped)
+    if merged.outcome.late:
+        workspace.bury("url_key", merged.outcome.late, OPTED_OUT)
+    counts = _counts(increment if merged.outcome.kept else None, found, merged, context)
+    if merged.outcome.kept:
         facts = {"counts": json.dumps(asdict(counts)), "settings": _settings(name, spec)}
-        workspace.store.write_table(part(name, increment), table, facts)
+        write_groups(workspace.store, part(name, increment), merged.tables(), facts)
     workspace.store.delete(f"crawl/{name}", recursive=True)  # its pages have done their work
     return counts
 
@@ -97,9 +103,8 @@ def check_settings(workspace: Workspace, name: str, spec: SourceSpec) -> None:
     now = _settings(name, spec)
     for increment in workspace.increments(name):
         before = _metadata(workspace, name, increment).get("settings", now)
-        if before != now:
-            old, new = json.loads(before), json.loads(now)
-            changed = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
+        old, new = json.loads(before), json.loads(now)
+        if changed := [key for key in sorted(old | new) if old.get(key) != new.get(key)]:
             raise PairmillError(
                 expected=f"at sources.{name} what made its increment {increment}: {_shown(old, changed)}",
                 found=_shown(new, changed),
@@ -121,123 +126,59 @@ def _metadata(workspace: Workspace, name: str, increment: str) -> dict[str, str]
     return table_metadata(workspace.store.read_table(part(name, increment), ["url_key"]))
 
 
-def _counts(increment: str | None, found: int, kept: list[Row], buried: int, context: Context) -> CutCounts:
-    opted = sum(row["opt_out"] is not None for row in kept)
+def _counts(increment: str | None, found: int, merged: Merged, context: Context) -> CutCounts:
     texts, pages = context.dropped.pop("text_cut", 0), context.pages.pop("cut", 0)
     dropped, fates = _plain(context.dropped), _plain(context.pages)
-    return CutCounts(increment, found, len(kept), opted, buried, texts, pages, dropped, fates)
+    out = merged.outcome
+    assert found == out.kept + sum(dropped.values()), (found, out.kept, dropped)
+    return CutCounts(increment, found, out.kept, out.opted, len(out.late), texts, pages, dropped, fates)
 
 
 def _plain(counts: Counter[str]) -> dict[str, int]:
     return {name: count for name, count in sorted(counts.items()) if count}
 
 
-def _clean(row: Row, dropped: Counter[str]) -> Row | None:
-    """The row with its key, address and trimmed texts; None where it has no address to fetch."""
-    blank: dict[str, Any] = dict.fromkeys(CANDIDATES.names)
-    if row.get("url_key") is None:
-        reason = _bad_address(row["url"])
-        if reason:
-            dropped[reason] += 1
-            return None
-        row = row | {"url": _as_found(row["url"]), "url_key": url_key(row["url"])}
-    texts = []
-    for entry in row["texts"]:
-        words = " ".join(entry["text"].encode("utf-8", "replace").decode().split())
-        dropped["text_cut"] += len(words) > TEXT_CHARS
-        if words:
-            texts.append(entry | {"text": words[:TEXT_CHARS]})
-    return blank | {"position": 0} | row | {"texts": texts}
-
-
-def _as_found(url: str) -> str:
-    """The address to ask for: as it stood, since a signature may cover the order of a query; its canonical form is for
-    `url_key` alone. One that no line can hold is canonical all the same."""
-    plain = url.strip().partition("#")[0]
-    return plain if plain.isprintable() else canonical_url(url)
-
-
-def _bad_address(url: str) -> str | None:
-    scheme = url.strip().partition(":")[0].lower()
-    if scheme == "data":
-        return "data_url"
-    if scheme not in ("http", "https"):
-        return "scheme"
-    try:
-        return None if URL(url.strip()).host and canonical_url(url) else "bad_url"
-    except ValueError:
-        return "bad_url"
-
-
-def _merge(rows: list[Row]) -> list[Row]:
-    """One row per url_key: texts in order of page and position (page titles last), equal ones once; the first opt-out
-    holds, wherever it stood."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row["url_key"], []).append(row)
-    return [_join(sorted(group, key=lambda row: (row["page"] or "", row["position"]))) for group in groups.values()]
-
-
-def _join(group: list[Row]) -> Row:
-    texts: dict[str, Any] = {}
-    for entry in sorted((e for row in group for e in row["texts"]), key=lambda entry: entry["kind"] == "title"):
-        texts.setdefault(entry["text"], entry)
-    facts = {
-        name: next((row[name] for row in group if row[name] is not None), None)
-        for name in ("license", "opt_out", "source_uid", "page")
-    }
-    first = {name: value for name, value in group[0].items() if name != "position"}
-    return first | facts | {"texts": list(texts.values())}
-
-
-def _earlier_keys(
-    workspace: Workspace, name: str, earlier: list[str], fetch_spec: FetchSpec
-) -> Iterator[tuple[set[str], dict[str, float]]]:
-    """Of each earlier increment: its keys, and those of them that failed for a passing cause, with the time."""
+def _earlier_keys(workspace: Workspace, name: str, earlier: list[str], spec: FetchSpec) -> Iterator[Sets]:
+    """Of each earlier increment: its keys, those of them that failed for a passing cause, those that hadn't opted out,
+    and (with the last one) those that failed and haven't waited long enough."""
+    times: dict[str, list[float]] = {}
     for increment in earlier:
-        keys = set(workspace.store.read_table(part(name, increment), ["url_key"])["url_key"].to_pylist())
-        yield keys, passing_failures(workspace.store, name, increment, fetch_spec)
+        table = workspace.store.read_table(part(name, increment), ["url_key", "opt_out"])
+        open_ = set(table.filter(pc.is_null(table["opt_out"]))["url_key"].to_pylist())
+        failed = passing_failures(workspace.store, name, increment, spec)
+        for key, at in failed.items():
+            times.setdefault(key, []).append(at)
+        rest = {key for key, at in times.items() if not due(at, spec)} if increment == earlier[-1] else set[str]()
+        yield set(table["url_key"].to_pylist()), set(failed), open_, rest
 
 
-def _without_earlier(
-    workspace: Workspace, name: str, earlier: list[str], merged: list[Row], dropped: Counter[str], spec: FetchSpec
-) -> list[Row]:
+def _judge(merged: list[Row], earlier: list[Sets], dead: frozenset[str]) -> tuple[list[Row], Counter[str], list[str]]:
+    """The rows that stay, why others don't, and the keys that opted out after the image was taken: that acts as
+    `forget`, a tombstone takes effect at once."""
+    opted = {row["url_key"] for row in merged if row["opt_out"] is not None}
+    late = sorted(opted & set[str]().union(*(open_ for _, _, open_, _ in earlier)) - dead)
+    dropped: Counter[str] = Counter()
+    return _without_earlier(earlier, merged, dead.union(late), dropped), dropped, late
+
+
+def _without_earlier(earlier: list[Sets], merged: list[Row], dead: frozenset[str], dropped: Counter[str]) -> list[Row]:
     """What is new, and what failed for a passing cause and has waited long enough. The rest is counted: `later` comes
     again, `gave_up` doesn't."""
     settled: set[str] = set()  # in an earlier increment, and not to come again
-    tries: dict[str, list[float]] = {}
-    for keys, failed in _earlier_keys(workspace, name, earlier, spec):
-        settled = (settled | keys) - failed.keys()
-        for key, at in failed.items():
-            tries.setdefault(key, []).append(at)
-    dead = workspace.tombstones()["url_key"]
+    resting: set[str] = set()
+    tries: Counter[str] = Counter()
+    for keys, failed, _, rest in earlier:
+        settled = (settled | keys) - failed
+        resting |= rest
+        tries.update(failed)
     kept = []
     for row in merged:
         key = row["url_key"]
-        times = tries.get(key, [])
-        reasons = {
-            **{"forgotten": key in dead, "earlier": key in settled, "gave_up": len(times) >= MAX_TRIES},
-            "later": bool(times) and not due(times, spec),
-        }
+        reasons = {"forgotten": key in dead, "earlier": key in settled, "gave_up": tries[key] >= MAX_TRIES}
+        reasons["later"] = key in resting
         reason = next((reason for reason, holds in reasons.items() if holds), None)
         if reason:
             dropped[reason] += 1
         else:
             kept.append(row)
     return kept
-
-
-def _bury_opted_out(workspace: Workspace, name: str, earlier: list[str], merged: list[Row]) -> int:
-    """An opt-out that came after the image was taken acts as `forget`: a tombstone takes effect at once."""
-    opted = {row["url_key"] for row in merged if row["opt_out"] is not None}
-    if not opted or not earlier:
-        return 0
-    had: set[str] = set()
-    for increment in earlier:
-        table = workspace.store.read_table(part(name, increment), ["url_key", "opt_out"])
-        columns = (table[column].to_pylist() for column in ("url_key", "opt_out"))
-        had |= {key for key, reason in zip(*columns, strict=True) if reason is None}
-    late = sorted((opted & had) - workspace.tombstones()["url_key"])
-    if late:
-        workspace.bury("url_key", late, OPTED_OUT)
-    return len(late)

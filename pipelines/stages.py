@@ -59,7 +59,9 @@ def crawl(run: Run) -> Facts:
                 continue
             reused = False
             run.write("cut.json", cut := cut | {name: next_increment(space, name)})
-            made = cut_increment(space, name, spec, run.recipe.fetch, run.console.progress(f"crawl {name}"))
+            progress = run.console.progress(f"crawl {name}")
+            workers = run.recipe.workers
+            made = cut_increment(space, name, spec, run.recipe.fetch, progress, run.engine, workers)  # type: ignore[arg-type]
             counts[name] = dataclasses.asdict(made)
             run.write("cut.json", cut := cut | {name: made.increment})
         facts |= {"reused": reused, "sources": counts}

@@ -19,8 +19,7 @@ from pipelines.fetch.blocklists import Blocklists
 from pipelines.fetch.client import NO_HEADERS, Answer, Client, Failure, Headers, Limits, Permit, Response
 from pipelines.fetch.pool import Decode
 from pipelines.fetch.robots import opted_out
-from pipelines.sources import Row
-from pipelines.sources.folder import Outside
+from pipelines.sources import Outside, Row
 
 ASK = {"Accept": "image/webp,image/png,image/jpeg,image/gif;q=0.8,*/*;q=0.5"}
 

@@ -105,6 +105,11 @@ class Robots:
             return Failure("refused", RESERVED)
         return None
 
+    async def sitemaps(self, url: URL) -> list[str]:
+        """The sitemaps that robots.txt of `url`'s origin names."""
+        text = await self.policies.get(self.client, f"{url.origin()}/robots.txt")
+        return list(_rules(text).sitemaps) if isinstance(text, str) else []
+
 
 @lru_cache(maxsize=1024)
 def _rules(text: str) -> Protego:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from cluster.compute import Engine
 from pairs.errors import PairmillError
 from pairs.recipe import FetchSpec, SourceSpec
 from pairs.strict import nearest, strict
@@ -31,8 +32,14 @@ class Context:
     allow: tuple[str, ...]
     fetch: FetchSpec
     progress: Progress
+    engine: Engine = "inline"
+    workers: int = 1
     dropped: Counter[str] = field(default_factory=Counter)
     pages: Counter[str] = field(default_factory=Counter)
+
+
+class Outside(Exception):
+    """A path that leaves a local source, or is a link, or no plain file."""
 
 
 class Source(Protocol):

@@ -28,7 +28,7 @@ from pipelines.fetch.client import require_contact
 from pipelines.fetch.guard import networks, refuse_url
 from pipelines.sources import Context, Row
 
-VERSION = 2  # raise it when an equal page gives another record
+VERSION = 3  # raise it when an equal page gives another record
 POLL_S = 0.2
 LOG_CHARS = 2000
 ORPHAN_S = 10.0  # how long the crawler of a killed run may take to end
@@ -37,11 +37,13 @@ FULL_DISK = 28  # its exit code where no space was left
 
 @dataclass(frozen=True)
 class Source:
-    """Follows links on the hosts of `seeds` and on `hosts`, at most `max_depth` links away from a seed and at most
-    `max_pages` requests. `delay_s` seconds pass between two requests to a host, of which `per_host` run at a time."""
+    """Follows links on the hosts of `seeds` and on `hosts`, and takes the pages there that sitemaps list, those of
+    robots.txt and of `sitemaps`, as seeds too. At most `max_depth` links away from a seed and at most
+    `max_pages` pages. `delay_s` seconds pass between two requests to a host, of which `per_host` run at a time."""
 
     seeds: list[str]
     hosts: list[str] = field(default_factory=list)
+    sitemaps: list[str] = field(default_factory=list)
     max_pages: int = 10_000
     max_depth: int = 16
     delay_s: float = 0.25
@@ -69,6 +71,9 @@ class Source:
             context.pages["cut"] += page["cut"] > 0
             yield from _rows(page)
         context.pages.update(failures)
+        for found in read_pages(pages, "sitemap"):
+            context.pages["cut"] += found["cut"] > 0
+            context.pages[f"sitemap_{found['failure'] or 'ok'}"] += found["failure"] != "robots"
         if not failures["ok"]:
             context.workspace.store.delete(f"crawl/{context.name}", recursive=True)
             raise PairmillError(
@@ -154,9 +159,9 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
                     yield json.loads(line)
 
 
-def read_pages(path: Path) -> Iterator[dict[str, Any]]:
-    """The finished pages that a crawl recorded."""
-    return (line for line in _lines(path) if "url" in line)
+def read_pages(path: Path, kind: str = "url") -> Iterator[dict[str, Any]]:
+    """The finished pages that a crawl recorded, or with "sitemap" the sitemaps."""
+    return (line for line in _lines(path) if kind in line)
 
 
 def _rows(page: dict[str, Any]) -> Iterator[Row]:

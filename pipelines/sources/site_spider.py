@@ -3,11 +3,10 @@
 Scrapy schedules, throttles per host and parses; every request goes through our guarded client, which also asks
 robots.txt, retries and bounds. Scrapy's middlewares and extensions are off: redirects are followed by the walk
 itself, as links that cost no depth, so that each hop is judged anew. A level is walked to its end before the next.
-What an earlier crawl read of a page that is unchanged since (304 to its ETag or Last-Modified) is read once.
+A page that an earlier crawl read is asked for conditionally (`site_cache.py`).
 """
 
 import asyncio
-import itertools
 import json
 import os
 import sys
@@ -23,21 +22,28 @@ from twisted.python.failure import Failure as TwistedFailure
 from yarl import URL
 
 from pairs.identity import canonical_url
-from pairs.store import FULL, Store
-from pipelines.fetch.client import REDIRECTS, Client, Failure, Headers, Limits, open_client
+from pairs.store import FULL
+from pipelines.fetch.client import REDIRECTS, Client, Failure, Headers, Limits, any_headers, open_client
 from pipelines.fetch.guard import networks
 from pipelines.fetch.policies import load_policies, save_policies
-from pipelines.fetch.robots import RESERVED, Robots, opt_out
-from pipelines.sources.site import FULL_DISK, VERSION, read_pages
-from pipelines.sources.site_page import read_page
+from pipelines.fetch.robots import Robots
+from pipelines.sources.html_page import read_page
+from pipelines.sources.site import FULL_DISK, read_pages
+from pipelines.sources.site_cache import (
+    VALIDATORS,
+    conditions,
+    load_unchanging,
+    place,
+    save_unchanging,
+    unchanged,
+    validators,
+)
+from pipelines.sources.site_sitemap import read_sitemap
 
 CONNECTIONS = 16
-CONDITION = {"ETag": "If-None-Match", "Last-Modified": "If-Modified-Since"}
-VALIDATORS = tuple(CONDITION)
-VALIDATOR_CHARS = 1000
-NAME = "translate(@name, 'DEMNORSTIVA', 'demnorstiva')"
-RESERVATION = f"//meta[{NAME}='tdm-reservation']/@content"
 REDIRECT_ROUNDS = 5
+SITEMAP_ROUNDS = 4  # robots.txt, a list of lists, a list, and a redirect among them
+MAX_SITEMAPS = 200
 SYNC_EVERY = 32  # pages
 BLANK: dict[str, Any] = {"images": [], "links": [], "opt_out": None, "cut": 0, "failure": None, "redirect": None}
 PAGES = frozenset({"text/html", "application/xhtml+xml"})
@@ -76,22 +82,27 @@ class GuardedHandler:
         if self._client is None or self._robots is None:  # the loop runs only now
             allow = networks(config["allow"], "source")
             self._client = open_client(config["agent"], config["per_host"], CONNECTIONS, allow)
-            self._robots = Robots(self._client, load_policies(Store(config["workspace"])))
+            self._robots = Robots(self._client, load_policies(place(config)[0]))
         limits = Limits(config["deadline_s"], config["max_page_bytes"], redirects=None, attempts=config["attempts"])
-        url = request.meta["as_found"]
-        ask = {"Accept": ", ".join(PAGES), **request.meta["conditions"]}
-        answer = await self._client.fetch(url, limits, self._robots.permit, only_pages, ask)
+        url, judge, accept = request.meta["as_found"], only_pages, ", ".join(PAGES)
+        if request.meta.get("map") == "robots":
+            named = await self._robots.sitemaps(URL(url))
+            return HtmlResponse(url, body="\n".join(named).encode(), request=request)
+        if request.meta.get("map"):
+            judge, accept = any_headers, "application/xml, text/xml, */*;q=0.1"
+        ask = {"Accept": accept, **request.meta["conditions"]}
+        answer = await self._client.fetch(url, limits, self._robots.permit, judge, ask)
         if isinstance(answer.result, Failure):
             raise PageFailed(answer.result)
         url, status, headers, body = answer.result
-        names = ("Content-Type", "X-Robots-Tag", "Location", "TDM-Reservation", *VALIDATORS)
+        names = ("Content-Type", "X-Robots-Tag", "TDM-Reservation", "Location", *VALIDATORS)
         kept = {name: headers.getall(name) for name in names if name in headers}
         return HtmlResponse(url, status, kept, body, request=request)
 
     async def close(self) -> None:
         if self._client and self._robots:
             await self._client.session.close()
-            save_policies(Store(self._config["workspace"]), self._robots.policies)
+            save_policies(place(self._config)[0], self._robots.policies)
 
 
 SETTINGS: dict[str, Any] = {
@@ -118,9 +129,11 @@ class SiteSpider(Spider):
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
         self._config = config
+        self._robots = list(_spelled(str(URL(seed).origin() / "robots.txt") for seed in config["seeds"]))
         self._hosts = {URL(seed).host for seed in config["seeds"]} | set(config["hosts"])
         path = Path(config["pages"])
         self._pages = {page["key"]: _ways(page) for page in read_pages(path)}
+        self._maps = {found["sitemap"]: found for found in read_pages(path, "sitemap")}
         self._before = load_unchanging(config)
         _end_torn_line(path)
         self._file = path.open("ab", buffering=0)
@@ -129,25 +142,46 @@ class SiteSpider(Spider):
         self.error: BaseException | None = None
 
     async def start(self) -> AsyncIterator[Request]:
-        level, seen = _spelled(self._config["seeds"]), set[str]()
+        async for request in self._sitemaps():
+            yield request
+        listed = (link for key in sorted(self._maps) for link in self._maps[key]["links"])
+        level, seen = _spelled([*self._config["seeds"], *listed]), set[str]()
         for _ in range(self._config["max_depth"] + 1):
             wave, level = level, {}
             for _ in range(REDIRECT_ROUNDS + 1):
                 room = self._config["max_pages"] - len(seen)
                 fresh = sorted(key for key in wave.keys() - seen if self._within(key))[:room]
                 seen.update(fresh)
-                missing = [key for key in fresh if key not in self._pages]
-                self._waiting = len(missing)
-                self._ready.clear()
-                for key in missing:
-                    meta = {"key": key, "as_found": wave[key], "conditions": _conditions(self._before.get(key))}
-                    yield Request(key, self.parse, errback=self.failed, dont_filter=True, meta=meta)
-                if missing:
-                    await self._ready.wait()
+                async for request in self._wave([key for key in fresh if key not in self._pages], wave):
+                    yield request
                 if self.error:
                     return
                 level = _spelled(link for key in fresh for link in self._pages[key][0]) | level
                 wave = _spelled(target for key in fresh if (target := self._pages[key][1]))
+
+    async def _wave(self, missing: list[str], spelled: dict[str, str], kind: str = "") -> AsyncIterator[Request]:
+        """Asks for the addresses and waits until all are recorded."""
+        self._waiting = len(missing)
+        self._ready.clear()
+        for key in missing:
+            meta: dict[str, Any] = {"key": key, "as_found": spelled[key]}
+            meta["map"] = "robots" if kind and key in self._robots else kind
+            meta["conditions"] = {} if kind else conditions(self._before.get(key))
+            yield Request(key, self.parse, errback=self.failed, dont_filter=True, meta=meta)
+        if missing:
+            await self._ready.wait()
+
+    async def _sitemaps(self) -> AsyncIterator[Request]:
+        """Reads the sitemaps that robots.txt of the seeds' hosts and the settings name, and those that these name."""
+        wave, seen = _spelled([*self._config["sitemaps"], *self._robots]), set[str]()
+        for _ in range(SITEMAP_ROUNDS):
+            fresh = sorted(key for key in wave.keys() - seen if self._within(key))[: MAX_SITEMAPS - len(seen)]
+            seen.update(fresh)
+            async for request in self._wave([key for key in fresh if key not in self._maps], wave, "sitemap"):
+                yield request
+            if self.error:
+                return
+            wave = _spelled(more for key in fresh for more in self._maps[key]["more"])
 
     def _within(self, url: str) -> bool:
         try:
@@ -159,13 +193,17 @@ class SiteSpider(Spider):
     def parse(self, response: Response, **_: Any) -> None:
         assert isinstance(response, HtmlResponse) and response.request
         try:
+            if response.request.meta["map"]:
+                self._record_map(response.request, self._read_map(response))
+                return
+            headers = [(k.decode(), v.decode("latin-1")) for k, values in response.headers.items() for v in values]
             if response.status == 304:
-                found = _unchanged(self._before[response.request.meta["key"]], response, self._config["agent"])
+                found = unchanged(self._before[response.request.meta["key"]], headers, self._config["agent"])
             elif response.status in REDIRECTS:
                 found = {"failure": "redirected", "redirect": _target(response)}
             else:
-                found = read_page(response, self._config["agent"]) | _validators(response)
-                found["opt_out"] = found["opt_out"] or _reserved(response)
+                read = read_page(response.url, response.body, headers, self._config["agent"])
+                found = read | validators(headers)
             self._record({**_place(response.request), **found})
         except Exception as error:
             self._stop(error)
@@ -174,7 +212,10 @@ class SiteSpider(Spider):
         error = failure.value
         if isinstance(error, PageFailed):
             request: Request = failure.request  # type: ignore[attr-defined]
-            self._record({**_place(request), "failure": error.failure.reason})
+            if request.meta["map"]:
+                self._record_map(request, {"failure": error.failure.reason})
+            else:
+                self._record({**_place(request), "failure": error.failure.reason})
         else:
             self._stop(error)
 
@@ -183,14 +224,30 @@ class SiteSpider(Spider):
         self.logger.error("the crawl stops", exc_info=error)
         self._ready.set()
 
+    def _read_map(self, response: HtmlResponse) -> dict[str, Any]:
+        if response.request and response.request.meta["map"] == "robots":
+            return {"more": response.text.splitlines(), "failure": "robots"}
+        if response.status in REDIRECTS:
+            return {"more": [target] if (target := _target(response)) else [], "failure": "redirected"}
+        found = read_sitemap(response.body)
+        return found | {"links": [link for link in found["links"] if self._within(link)]}
+
+    def _record_map(self, request: Request, found: dict[str, Any]) -> None:
+        key = request.meta["key"]
+        self._maps[key] = {"sitemap": key, "links": [], "more": [], "cut": 0} | found
+        self._write(self._maps[key])
+
     def _record(self, page: dict[str, Any]) -> None:
-        self._file.write(json.dumps(page).encode() + b"\n")
+        self._pages[page["key"]] = _ways(page)
+        self._write(page)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line).encode() + b"\n")
         self._unsynced += 1
         self._waiting -= 1
         if self._unsynced >= SYNC_EVERY or not self._waiting:
             os.fsync(self._file.fileno())
             self._unsynced = 0
-        self._pages[page["key"]] = _ways(page)
         if not self._waiting:
             self._ready.set()
 
@@ -211,52 +268,6 @@ def _ways(page: dict[str, Any]) -> tuple[list[str], str | None]:
     return page["links"], page["redirect"]
 
 
-def _conditions(page: dict[str, Any] | None) -> dict[str, str]:
-    """The request headers that ask whether `page` has changed."""
-    return {CONDITION[name]: page[name] for name in VALIDATORS if page.get(name)} if page else {}
-
-
-def _validators(response: HtmlResponse) -> dict[str, str]:
-    found = {name: (response.headers.get(name) or b"").decode("latin-1") for name in VALIDATORS}
-    return {name: value for name, value in found.items() if value and len(value) <= VALIDATOR_CHARS}
-
-
-def _unchanged(before: dict[str, Any], response: HtmlResponse, agent: str) -> dict[str, Any]:
-    """The earlier record, under an opt-out that the header may have brought since."""
-    values = [value.decode("latin-1") for value in response.headers.getlist("X-Robots-Tag")]
-    return before | {"opt_out": before["opt_out"] or opt_out(values, agent) or _reserved(response)}
-
-
-def _reserved(response: HtmlResponse) -> str | None:
-    """Whether the TDM Reservation Protocol's header or meta tag keeps the page's content from us."""
-    header = (response.headers.get("TDM-Reservation") or b"").strip() == b"1"
-    meta = response.status != 304 and response.xpath(RESERVATION).getall()
-    return RESERVED if header or any(value.strip() == "1" for value in meta or []) else None
-
-
-def load_unchanging(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Pages of the latest crawl that have a validator, by canonical URL; none where another program read them."""
-    path = Path(config["cache"])
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    if not lines or json.loads(lines[0]) != _reader(config):
-        return {}
-    return {page["key"]: page for page in map(json.loads, lines[1:])}
-
-
-def save_unchanging(config: dict[str, Any]) -> None:
-    """Keeps this crawl's pages that have a validator, for the next one; those it didn't meet any more are let go."""
-    pages = (page for page in read_pages(Path(config["pages"])) if any(page.get(name) for name in VALIDATORS))
-    lines = (json.dumps(line) + "\n" for line in itertools.chain([_reader(config)], pages))
-    store = Store(config["workspace"])
-    with store.writing(str(Path(config["cache"]).relative_to(store.root))) as file:
-        file.writelines(line.encode() for line in lines)
-
-
-def _reader(config: dict[str, Any]) -> dict[str, Any]:
-    """What a record of a page depends on beside the page."""
-    return {"site": VERSION, "agent": config["agent"]}
-
-
 def _target(response: Response) -> str | None:
     location = response.headers.get("Location")
     return response.urljoin(location.decode("latin-1")).partition("#")[0] if location else None
@@ -270,9 +281,6 @@ def _end_torn_line(path: Path) -> None:
 
 def main() -> None:
     config = json.loads(Path(sys.argv[1]).read_text())
-    place = Path(config["pages"])  # <workspace>/crawl/<source>/<increment>/pages.jsonl
-    config["workspace"] = str(place.parents[3])
-    config["cache"] = str(place.parents[3] / "cache" / "pages" / f"{place.parts[-3]}.jsonl")
     throttle = {"DOWNLOAD_DELAY": config["delay_s"], "CONCURRENT_REQUESTS_PER_DOMAIN": config["per_host"]}
     process = AsyncCrawlerProcess({**SETTINGS, **throttle, "PAIRMILL": config})
     crawler = process.create_crawler(SiteSpider)

@@ -13,7 +13,7 @@ from pairs.recipe import FetchSpec, SourceSpec
 from pairs.schemas import CANDIDATES, LEDGER
 from pairs.store import Store
 from pairs.workspace import Workspace
-from pipelines import stages
+from pipelines import candidates, stages
 from pipelines.candidates import MAX_TRIES, CutCounts, _settings, check_settings, cut_increment, part
 from pipelines.console import Console
 from pipelines.run import Run, open_run
@@ -156,9 +156,9 @@ def test_a_killed_search_for_news_cuts_one_increment(
 
     first = crawl(2, False)
     first.workspace.store.write(f"{first.folder}/report.html", "done")
-    name = "write_table" if killed_at == "before the table" else "delete"
+    name = "delete" if killed_at == "after the table" else ""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Store, name, killed)
+        patch.setattr(*(Store, "delete", killed) if name else (candidates, "write_groups", killed))
         crawl(4, True)
     assert first.workspace.increments("table") == ["0000", "0001"][: 1 + (name == "delete")]
     run = crawl(6, True)

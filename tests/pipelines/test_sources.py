@@ -1,11 +1,13 @@
 """Sources: what they yield from folders, tables and pages, what they refuse, and a crawl that is killed."""
 
 import fcntl
+import gzip
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -15,19 +17,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from aiohttp import web
-from scrapy.http import HtmlResponse
 
 from pairs import process
 from pairs.errors import PairmillError
 from pairs.identity import local_key, url_key
 from pairs.process import ROOT
 from pairs.recipe import FetchSpec, SourceSpec
+from pairs.tar import TarWriter
 from pairs.workspace import Workspace
 from pipelines.candidates import CutCounts, cut_increment, part
-from pipelines.sources import load_source
-from pipelines.sources.folder import Outside, Source
+from pipelines.fetch.shards import fetch_increment
+from pipelines.sources import Outside, load_source
+from pipelines.sources.folder import Source
+from pipelines.sources.html_page import read_page
 from pipelines.sources.site import _alone
-from pipelines.sources.site_page import read_page, walk
+from pipelines.sources.site_sitemap import read_sitemap
 from tests.pipelines.small_web import ALLOW, SmallWeb, picture, redirect, small_web, with_headers
 
 
@@ -154,7 +158,7 @@ PAGE = """<html lang="en"><head><title>The page</title><base href="/media/">
 
 
 def page(body: str, headers: dict[str, str] | None = None) -> dict[str, Any]:
-    return read_page(HtmlResponse("http://a.test/x/y.html", headers=headers, body=body.encode()), "pairmill/1 (+x)")
+    return read_page("http://a.test/x/y.html", body.encode(), [*(headers or {}).items()], "pairmill/1 (+x)")
 
 
 def test_extraction() -> None:
@@ -188,13 +192,9 @@ def test_opt_out_of_a_page(meta: str, headers: dict[str, str], opt: str | None, 
     assert (found["opt_out"], len(found["links"]), len(found["images"])) == (opt, links, 1)
 
 
-@pytest.mark.parametrize("nest", ["<div>", "<figure>", "<figure><figcaption>x"])
+@pytest.mark.parametrize("nest", ["<div>", "<figure>", "<figure><figcaption>x", "<picture><source srcset='a 1w'>"])
 def test_nested_markup_costs_no_more_than_its_size(nest: str) -> None:
-    body = nest * 600 + '<img src="a.png">' * 1500
-    root = HtmlResponse("http://a.test/", body=body.encode()).selector.root
-    elements = sum(1 for _ in root.iter())
-    found = walk(root, "pairmill")
-    assert (found.visited, len(found.images), found.cut) == (elements, 1500, 0)
+    elements = 600 * nest.count("<") + 1500
     steps = 0
 
     def count(*event: object) -> None:
@@ -203,18 +203,17 @@ def test_nested_markup_costs_no_more_than_its_size(nest: str) -> None:
 
     sys.setprofile(count)
     try:
-        page(body)
+        found = page(nest * 600 + '<img src="a.png">' * 1500)
     finally:
         sys.setprofile(None)
+    assert (len(found["images"]), found["cut"]) == (1500, 0)
     assert steps < 250 * elements  # calls, in C and in Python; a way up or down from each image makes far more
 
 
-def test_what_a_page_has_too_much_of_is_counted(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.sources.site_page.MAX_IMAGES", 3)
+def test_what_a_page_has_too_much_of_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.sources.html_page.MAX_IMAGES", 3)
     found = page('<img src="a.png">' * 5 + '<a href="b.html">b</a>')
     assert (len(found["images"]), len(found["links"]), found["cut"]) == (3, 1, 2)
-    monkeypatch.setattr("pipelines.sources.site_page.MAX_ELEMENTS", 4)  # html, body and two more
-    assert (len(page('<img src="a.png">' * 5)["images"]), page('<img src="a.png">' * 5)["cut"]) == (2, 3)
     deep = page("<div>" * 2100 + '<img src="a.png">')
     assert deep["cut"] > 0
 
@@ -385,6 +384,7 @@ def test_an_unreachable_site_is_an_error_and_leaves_nothing(workspace: Workspace
 KILLED = """
 import sys
 from pairs.recipe import FetchSpec, SourceSpec
+from pairs.tar import TarWriter
 from pairs.workspace import Workspace
 from pipelines.candidates import cut_increment
 workspace = Workspace.open(sys.argv[1])
@@ -417,6 +417,182 @@ def test_a_killed_crawl_goes_on_where_it_was(workspace: Workspace, tmp_path: Pat
         first = list(site.asked)
         crawl(workspace, site, per_host=1)
         again = site.asked[len(first) :]
-    done = {json.loads(line)["url"] for line in recorded.splitlines()[1:]}
+    done = {json.loads(line).get("url") for line in recorded.splitlines()[1:]}
     assert not {site.url(path) for path in again} & done
     assert workspace.store.read(part("src", "0000")) == expected
+
+
+def sitemap(*pages: str, kind: str = "url") -> bytes:
+    entries = "".join(f"<{kind}><loc> {page} </loc><lastmod>2026</lastmod></{kind}>" for page in pages)
+    return f'<x xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">{entries}</x>'.encode()
+
+
+def test_sitemaps_name_pages_that_no_link_leads_to(workspace: Workspace) -> None:
+    routes: dict[str, Any] = {"/": '<img src="0.png" alt="zero">', "/moved.xml": redirect("/own.xml")}
+    routes |= {f"/{n}.html": f'<img src="{n}.png" alt="{n}">' for n in (1, 2, 3)}
+    with small_web(routes) as site:
+        robots = f"User-agent: *\nSitemap: {site.url('/index.xml')}\nSitemap: http://elsewhere.test/s.xml\n"
+        entity = b'<!DOCTYPE x [<!ENTITY a "aaaa">]><x><url><loc>&a;</loc></url></x>'
+        routes["/robots.txt"] = with_headers(robots.encode(), {})
+        parts = [site.url(path) for path in ("/part.xml.gz", "/bad.xml", "/none.xml")]
+        routes["/index.xml"] = with_headers(sitemap(*parts, kind="sitemap"), {})
+        page = site.url("/1.html"), "http://elsewhere.test/", site.url("/gone.html")
+        routes["/part.xml.gz"] = with_headers(gzip.compress(sitemap(*page)), {"Content-Type": "application/gzip"})
+        routes["/bad.xml"] = with_headers(entity, {})
+        routes["/own.xml"] = with_headers(sitemap(site.url("/2.html")), {})
+        counts = crawl(workspace, site, sitemaps=[site.url("/moved.xml")])
+        assert len(site.asked) == len(set(site.asked)) and "/3.html" not in site.asked
+    assert counts.new == 3
+    assert counts.pages == {
+        **{"ok": 3, "http_404": 1, "sitemap_ok": 3, "sitemap_damaged": 1},
+        **{"sitemap_http_404": 1, "sitemap_redirected": 1},
+    }
+
+
+def test_a_sitemap_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.sources.site_sitemap.MAX_ENTRIES", 2)
+    found = read_sitemap(sitemap("http://a.test/1", "http://a.test/2", "http://a.test/3"))
+    assert (len(found["links"]), found["cut"], found["failure"]) == (2, 1, None)
+    monkeypatch.setattr("pipelines.sources.site_sitemap.MAX_BYTES", 1000)
+    assert read_sitemap(gzip.compress(b" " * 1_000_000))["failure"] == "too_large"
+    assert read_sitemap(b"<x><url>")["failure"] == "damaged" and read_sitemap(b"")["failure"] == "damaged"
+
+
+def image_of(markup: str) -> dict[str, Any]:
+    return dict(page(markup)["images"][0])
+
+
+@pytest.mark.parametrize(
+    ("markup", "address"),
+    [
+        ('<img src="a.png" srcset="b.png 100w, c.png 900w, d.png 300w">', "c.png"),
+        ('<img src="a.png" srcset="b.png, c.png 2x,d.png 1.5x">', "c.png"),
+        ('<img src="a.png" srcset="b,1.png 100w,c,2.png 200w">', "c,2.png"),
+        ('<img src="a.png" srcset="data:image/gif;base64,AA 900w" data-srcset="b.png 1x, c.png 3x">', "c.png"),
+        ('<img src="pixel.gif" data-src="b.png">', "b.png"),
+        ('<img src="pixel.gif" data-original=" b.png ">', "b.png"),
+        ('<img src="data:image/gif;base64,AA" data-lazy-src="b.png">', "b.png"),
+        (
+            '<picture><source type="image/avif" srcset="b.avif 900w"><source srcset="c.webp 800w"><img src=a.png>',
+            "c.webp",
+        ),
+        ('<picture><source srcset="c.webp 800w"><img src=a.png srcset="d.png 900w"></picture>', "d.png"),
+        ('<picture><source srcset="c.webp 2x"></picture><img src="a.png">', "a.png"),
+        ('<img src="a.png" srcset=", ,">', "a.png"),
+        ('<img src="a.png" srcset="b.png nonsense">', "b.png"),
+    ],
+)
+def test_the_largest_address_of_an_image_is_taken(markup: str, address: str) -> None:
+    assert image_of(markup)["url"] == f"http://a.test/x/{address}"
+
+
+def test_open_graph() -> None:
+    found = page(
+        '<html lang="fr"><title>T</title><meta property="og:title" content="Mot">'
+        '<meta property="og:image" content="1.png">'
+        '<meta property="og:image:alt" content="un"><meta name="og:image" content="2.png">'
+        '<meta property="og:description" content="Dit">'
+    )
+    told = {row["url"][-5:]: [(t["text"], t["kind"], t["language"]) for t in row["texts"]] for row in found["images"]}
+    own = [("Mot", "og", "fr"), ("Dit", "og", "fr"), ("T", "title", "fr")]
+    assert told == {"1.png": [("un", "og", "fr"), *own], "2.png": own}
+    assert {row["found"] for row in found["images"]} == {"og"}
+
+
+@pytest.mark.parametrize(
+    ("markup", "licence"),
+    [
+        ('<img src=a.png><a href="http://creativecommons.org/licenses/by/4.0/">by</a>', "by/4.0/"),
+        (
+            '<a href="http://creativecommons.org/licenses/by/4.0/">by</a><link rel=license href=own><img src=a.png>',
+            "own",
+        ),
+        ("<link rel=license href=own><figure><img src=a.png><a rel=license href=its>l</a></figure>", "its"),
+        ("<figure><a rel=license href=its>l</a></figure><img src=a.png>", None),
+    ],
+)
+def test_the_licence_of_an_image(markup: str, licence: str | None) -> None:
+    named = image_of(markup)["license"]
+    assert (named or "").endswith(licence or "") and bool(named) == bool(licence)
+
+
+def test_words_of_a_caption_are_joined_as_they_are_seen() -> None:
+    found = image_of(
+        "<figure><img src=a.png><figcaption>o<b>n</b>e<br>two<p>three</p><script>x()</script><!-- no --></figcaption>"
+    )
+    assert " ".join(found["texts"][0]["text"].split()) == "one two three"
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe<\x00p\x00", b"", b"\x00" * 100, "<p>ä".encode("utf-16"), b"<" * 5000])
+def test_any_bytes_are_a_page(content: bytes) -> None:
+    assert read_page("http://a.test/", content, [("content-type", "text/html; charset=nonsense")], "x")["images"] == []
+
+
+def test_layouts_of_laion_and_datacomp_are_known(workspace: Workspace, tmp_path: Path) -> None:
+    laion = {"SAMPLE_ID": [7], "URL": ["http://a.test/l"], "TEXT": ["one"], "LICENSE": ["?"], "NSFW": ["UNLIKELY"]}
+    datacomp = {"uid": ["ab"], "url": ["http://a.test/d"], "text": ["two"], "original_width": [3], "sha256": ["x"]}
+    pq.write_table(pa.table(laion), tmp_path / "1.parquet")
+    pq.write_table(pa.table(datacomp), tmp_path / "2.parquet")
+    rows = rows_of(workspace, kind="urls", path=str(tmp_path / "*.parquet"))
+    found = {row["url"][-1]: (row["texts"][0]["text"], row["source_uid"], row["license"]) for row in rows}
+    assert found == {"l": ("one", "7", None), "d": ("two", "ab", None)}
+
+
+COCO = {
+    "images": [{"id": 5, "file_name": "b.jpg", "license": 1}, {"id": 6, "file_name": "absent.jpg"}],
+    "annotations": [{"id": 2, "image_id": 5, "caption": "second"}, {"id": 1, "image_id": 5, "caption": "first"}],
+    "licenses": [{"id": 1, "url": "http://l.test/by"}],
+}
+
+
+def test_captions_of_coco(workspace: Workspace, tmp_path: Path) -> None:
+    (tmp_path / "in/annotations").mkdir(parents=True)
+    (tmp_path / "in/b.jpg").write_bytes(picture(kind="JPEG"))
+    (tmp_path / "in/annotations/captions_val.json").write_text(json.dumps(COCO))
+    settings = {"kind": "folder", "path": str(tmp_path / "in"), "captions": "annotations/captions_*.json"}
+    [row] = rows_of(workspace, **settings)
+    assert [t["text"] for t in row["texts"]] == ["first", "second"]
+    assert (row["source_uid"], row["license"]) == ("5", "http://l.test/by")
+    (tmp_path / "in/annotations/captions_val.json").write_text('{"images": []}')
+    with pytest.raises(PairmillError, match="captions"):
+        rows_of(Workspace.open(tmp_path / "other", create=True), **settings)
+    with pytest.raises(PairmillError, match="none of"):
+        rows_of(Workspace.open(tmp_path / "third", create=True), **settings | {"captions": "/etc/*.json"})
+
+
+def make_tar(path: Path, members: dict[str, bytes]) -> None:
+    with path.open("wb") as file:
+        tar = TarWriter(file)
+        for name, data in members.items():
+            tar.add(*name.split(".", 1), data)
+        tar.close()
+
+
+def test_webdataset(workspace: Workspace, tmp_path: Path) -> None:
+    facts = {"uid": "ab", "caption": "words", "license": "cc0"}
+    pair = {"p1.jpg": picture(kind="JPEG"), "p1.txt": b"words\nmore", "p1.json": json.dumps(facts).encode()}
+    make_tar(tmp_path / "0.tar", pair | {"p2.png": picture(), "p2.json": b"{", "p3.txt": b"no image"})
+    settings = {"kind": "webdataset", "path": str(tmp_path / "*.tar")}
+    counts = cut_increment(workspace, "src", spec(**settings), FetchSpec(), quiet)
+    assert (counts.found, counts.new, counts.dropped) == (3, 2, {"no_image": 1})
+    rows = {row["url"]: row for row in workspace.store.read_table(part("src", "0000")).to_pylist()}
+    one, two = rows["src:0.tar/p1.jpg"], rows["src:0.tar/p2.png"]
+    assert [t["text"] for t in one["texts"]] == ["words", "more"] and one["license"] == "cc0"
+    assert (one["source_uid"], two["source_uid"], two["texts"]) == ("ab", "p2", [])
+    fetched = fetch_increment(workspace, "src", spec(**settings), FetchSpec(), "0000", quiet)
+    assert fetched.ok == 2
+    source = load_source("src", spec(**settings))
+    assert source.read("0.tar/p2.png", 4) == picture()[:5]  # type: ignore[attr-defined]
+    for outside in ("../0.tar/p2.png", "0.tar/p4.png", "1.tar/p2.png", "0.tar/../p2.png"):
+        with pytest.raises(Outside):
+            source.read(outside, 4)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.REGTYPE])
+def test_a_tar_that_reaches_out_is_refused(kind: bytes, workspace: Workspace, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        info = tarfile.TarInfo("../a.jpg" if kind == tarfile.REGTYPE else "a.jpg")
+        info.type, info.linkname = kind, "/etc/passwd"
+        tar.addfile(info)
+    with pytest.raises(PairmillError, match=r"0\.tar"):
+        rows_of(workspace, kind="webdataset", path=str(tmp_path / "0.tar"))
