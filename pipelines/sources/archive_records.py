@@ -3,7 +3,7 @@
 Read here by hand rather than by fastwarc, which (2.0.1) ends a truncated gzip archive without a word, loses the place
 behind a body that wasn't decoded to its end, and stops at the first broken header. Inflating is bounded, a record's
 block beyond `max_bytes` is passed over, and behind damage reading goes on at the next gzip member or "WARC/1." line.
-ISO 28500; about 15 % of what reading its pages costs.
+ISO 28500; about a tenth of what reading its pages costs.
 """
 
 import re

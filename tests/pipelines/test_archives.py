@@ -198,6 +198,8 @@ def test_finished_files_are_not_read_again(
     assert len(read) == 4 and read[3] == read[2]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_on_ray_as_inline(workspace: Workspace, tmp_path: Path) -> None:
     for n in range(2):
         (tmp_path / f"{n}.warc.gz").write_bytes(archive(*pages(3, 3 * n)) + b"rest")

@@ -88,6 +88,7 @@ def test_equal_to_a_merge_in_memory(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_equal_on_ray_and_to_the_table_of_a_single_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = ({"url": f"http://a.test/{n % 600}.png", "page": f"http://p.test/{n}"} for n in range(1000))
     rows = cleaned([row | {"position": n, "texts": [text(f"t {n}", "alt")]} for n, row in enumerate(made)])
