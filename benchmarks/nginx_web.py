@@ -7,7 +7,6 @@ import contextlib
 import io
 import os
 import re
-import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import pyarrow as pa
 from PIL import Image
 
 from pairs.identity import url_key
+from pairs.process import child
 from pairs.schemas import CANDIDATES
 from pairs.workspace import Workspace
 from pipelines.candidates import part
@@ -26,7 +26,7 @@ from pipelines.candidates import part
 UNIQUE = 100
 NGINX = "/usr/sbin/nginx"
 CONFIG = """
-daemon off; master_process on; worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/error.log;
+daemon off; master_process off; pid {folder}/nginx.pid; error_log {folder}/error.log;
 {user}events {{ worker_connections 2048; }}
 http {{
   log_format asked '$msec $uri $status'; access_log {folder}/access.log asked;
@@ -72,16 +72,12 @@ def nginx(folder: Path, port: int) -> Iterator[Path]:
     (folder / "nginx.conf").write_text(CONFIG.format(folder=folder, port=port, user=user))
     log = folder / "access.log"
     log.unlink(missing_ok=True)
-    process = subprocess.Popen([NGINX, "-p", str(folder), "-c", str(folder / "nginx.conf")])
-    try:
+    with child([NGINX, "-p", str(folder), "-c", str(folder / "nginx.conf")]):
         for _ in range(100):
             with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/00000.jpg"):
                 break
             time.sleep(0.1)
         yield log
-    finally:
-        process.terminate()
-        process.wait(20)
 
 
 def asked(log: Path, start: int = 0) -> list[tuple[float, str]]:
