@@ -19,7 +19,7 @@ from pairs.identity import canonical_url, url_key
 from pairs.recipe import FetchSpec, SourceSpec
 from pairs.schemas import CANDIDATES
 from pairs.store import table_metadata
-from pairs.workspace import Workspace
+from pairs.workspace import Workspace, refused
 from pipelines.sources import Context, Progress, Row, load_source
 
 TEXT_CHARS = 10_000
@@ -209,11 +209,15 @@ def _without_earlier(
     for _, keys, failed in _earlier_keys(workspace, name, earlier):
         waiting = (waiting | keys) - failed
         tries.update(failed)
-    dead = workspace.tombstones()["url_key"]
+    dead = workspace.tombstones()
     kept = []
     for row in merged:
         key = row["url_key"]
-        reasons = {"forgotten": key in dead, "earlier": key in waiting, "gave_up": tries[key] >= MAX_TRIES}
+        reasons = {
+            "forgotten": refused(dead, key, row["url"]),
+            "earlier": key in waiting,
+            "gave_up": tries[key] >= MAX_TRIES,
+        }
         reason = next((reason for reason, holds in reasons.items() if holds), None)
         if reason:
             dropped[reason] += 1

@@ -24,7 +24,7 @@ from pairs.recipe import FetchSpec, SourceSpec
 from pairs.schemas import LEDGER, PAIRS
 from pairs.shard import ShardRef, list_shards, write_shard
 from pairs.store import advice, table_metadata
-from pairs.workspace import Workspace
+from pairs.workspace import Workspace, refused
 from pipelines.candidates import part
 from pipelines.fetch import decode, pool
 from pipelines.fetch.client import NO_HEADERS, Answer, Client, Failure, Headers, Limits, Response, open_client
@@ -244,7 +244,7 @@ async def _body(job: Job, tools: Tools, row: Row) -> Answer:
     """The candidate's bytes, from the web or from a local source, or why there are none."""
     if row["opt_out"] is not None:
         return Answer(Failure("refused", row["opt_out"]), 0)
-    if row["url_key"] in tools.dead["url_key"]:
+    if refused(tools.dead, row["url_key"], row["url"]):
         return Answer(Failure("refused", "forgotten"), 0)
     if tools.read:
         await tools.client.room()
@@ -279,7 +279,7 @@ async def _keep(job: Job, tools: Tools, row: Row, answer: Answer, spool: IO[byte
     sha256 = sha256_hex(data)
     uid = make_uid(row["url_key"], sha256)
     ledger |= {"http_status": result.status or None, "size_bytes": len(data), "sha256": sha256}
-    if uid in tools.dead["uid"]:
+    if uid in tools.dead["uid"] or sha256 in tools.dead["sha256"]:
         return Outcome(ledger | {"status": "refused", "reason": "forgotten"}, None)
     decoded = await tools.decode(data)
     if isinstance(decoded, Failure):
