@@ -6,6 +6,7 @@ is derived before what it is derived from, so that a killed takedown still knows
 Cost: the key columns of all tables are read; only shards and tables that hold one of the pairs are written.
 """
 
+import io
 import json
 import re
 from collections import Counter
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from pairs.errors import PairmillError
 from pairs.identity import ID_LENGTH, held_out, local_key, url_key
@@ -93,7 +95,7 @@ def finish(
     dead = workspace.tombstones()
     new = {kind: sorted(dead[kind] - done[kind]) for kind in KINDS}
     path, record = _draft(workspace, records, new, found, done, reason)
-    scrub(workspace, needles(found.urls, found.texts), dead, found.uids)
+    scrub(workspace, needles(found.urls, found.texts | _captions(store, found.uids)), dead, found.uids)
     _canaries(store, found)
     rewrote = Counter({kind: _shards(store, kind, found.uids) for kind in ("shards",)})
     for kind in ("selections", "scores"):
@@ -197,6 +199,19 @@ def _meant(table: pa.Table, dead: Dead) -> pa.ChunkedArray:
 def _texts(table: pa.Table, keys: AbstractSet[str]) -> set[str]:
     rows = table.filter(_among(table["url_key"], keys))["texts"].to_pylist()
     return {entry["text"] for texts in rows for entry in texts or []}
+
+
+def _captions(store: Store, uids: AbstractSet[str]) -> set[str]:
+    """The synthetic texts of the pairs."""
+    made: set[str] = set()
+    for name in store.folders("scores"):
+        for path in store.files(f"scores/{name}", ".parquet"):
+            if "texts" not in pq.read_schema(io.BytesIO(store.read(path))).names:
+                break
+            table = store.read_table(path, ["uid", "texts"])
+            rows = table.filter(_among(table["uid"], uids))["texts"].to_pylist()
+            made |= {text for texts in rows for text in texts or () if isinstance(text, str)}
+    return made
 
 
 def _draft(
