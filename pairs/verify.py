@@ -4,6 +4,7 @@ Reads each tar once, in a stream of one shard at a time. A problem names the fil
 tar without a table is what a killed writer leaves, harmless, and counted as unfinished.
 """
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -48,9 +49,8 @@ def verify(workspace: Workspace, progress: Callable[[str], None] = lambda _: Non
     for kind, schema in SHARDED.items():
         for path in store.files(kind, ".parquet"):
             progress(path)
-            _guarded(
-                verdict, path, lambda p=path, s=schema, k=kind: _check_shard(verdict, store, shard_at(p), s, k, dead)
-            )  # type: ignore[misc]
+            check = functools.partial(_check_shard, verdict, store, path, schema, kind, dead)
+            _guarded(verdict, path, check)
         tables = {path.removesuffix(".parquet") for path in store.files(kind, ".parquet")}
         verdict.unfinished += [t for t in store.files(kind, ".tar") if t.removesuffix(".tar") not in tables]
     for kind in ALIGNED:
@@ -91,10 +91,8 @@ def _guarded(verdict: Verdict, path: str, check: Callable[[], Iterator[str]]) ->
         verdict.problems.append((path, kind + " ".join(str(error).split())))
 
 
-def _check_shard(
-    verdict: Verdict, store: Store, ref: ShardRef, schema: pa.Schema, kind: str, dead: Dead
-) -> Iterator[str]:
-    table = store.read_table(ref.table)
+def _check_shard(verdict: Verdict, store: Store, path: str, schema: pa.Schema, kind: str, dead: Dead) -> Iterator[str]:
+    ref, table = shard_at(path), store.read_table(path)
     meta = table_metadata(table)
     if not table.schema.equals(schema, check_metadata=False):
         yield "its columns aren't those of its kind"
