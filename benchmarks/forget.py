@@ -3,8 +3,8 @@
     python benchmarks/forget.py FOLDER [--pairs 5000] [--shards 20] [--forget 500] [--engine ray]
 
 Draws pictures, each with a text that no other has, and serves them on loopback; `pairmill fetch`, then `pairmill
-curate`, and once it has scored some shards, `forget` on uids spread over all shards. Afterwards: `curate` once more, `verify`,
-and a search for each address and text: all string values of Parquet files, text cells of databases, all other bytes.
+curate`, and once it has scored some shards, `forget` on uids spread over all shards. Afterwards: `curate` once more,
+`verify`, and a search for each address and text: all strings of Parquet files, cells of databases, all other bytes.
 """
 
 import argparse

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pairs.errors import PairmillError
-from pairs.identity import url_key
+from pairs.identity import canonical_url, url_key
 from pairs.workspace import Dead, Workspace, refused
 from pipelines.report.page import render
 
@@ -27,7 +27,9 @@ BUSY_S = 30.0
 
 def needles(urls: Iterable[str], texts: Iterable[str]) -> list[str]:
     """What is looked for, the longest first: each address and each longer text, also as JSON writes them."""
-    plain = {u for u in urls if u} | {t for t in texts if t and len(t) >= TEXT_CHARS and " " in t}
+    plain = {form for u in urls if u for form in (u, canonical_url(u))} | {
+        t for t in texts if t and len(t) >= TEXT_CHARS and " " in t
+    }
     escaped = {json.dumps(text, ensure_ascii=ascii_)[1:-1] for text in plain for ascii_ in (True, False)}
     return sorted(plain | escaped, key=lambda text: (-len(text), text))
 
