@@ -14,14 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from pairs.errors import PairmillError
-from pairs.identity import url_key
+from pairs.identity import sha256_hex, url_key
 from pairs.process import ROOT
 from pairs.recipe import FetchSpec, SourceSpec
 from pairs.shard import list_shards, read_shard
 from pairs.store import Store
 from pairs.verify import verify
 from pairs.workspace import Workspace, refused
-from pipelines import takedown
 from pipelines.candidates import cut_increment
 from pipelines.fetch.shards import fetch_increment
 from pipelines.takedown import finish, forget
@@ -229,8 +228,6 @@ def test_hosts_and_bytes_do_not_come_back(tmp_path: Path) -> None:
     with small_web(routes) as site:
         (tmp_path / "web.csv").write_text("url,text\n" + "".join(f"{site.url(p)},a square\n" for p in routes))
         spec = SourceSpec(kind="urls", allow=ALLOW, path=str(tmp_path / "web.csv"))
-        from pairs.identity import sha256_hex
-
         forget(space, {"sha256": [sha256_hex(routes["/1.png"])]}, "", alone)
         assert cut_increment(space, "web", spec, FetchSpec(), lambda *_: None).new == 3
         counts = fetch_increment(space, "web", spec, FetchSpec(), "0000", lambda *_: None)
@@ -285,6 +282,17 @@ def test_the_command_line(space: Workspace, tmp_path: Path, capsys: pytest.Captu
     assert flow.command(capsys, "forget", space.store.root, "--uids", str(tmp_path / "none")).code == 2
 
 
+def test_a_database_in_use_is_told_and_the_rest_waits(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.scrub.BUSY_S", 0.1)
+    base = sqlite3.connect(Path(space.store.root) / "prefect/prefect.db", isolation_level=None)
+    base.execute("BEGIN IMMEDIATE")
+    with pytest.raises(PairmillError, match="end the schedule"):
+        forget(space, ASKED, "asked for", alone)
+    base.execute("COMMIT")
+    base.close()
+    assert finish(space)["state"] == "done" and left(space) == {} and verify(space).ok
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_it_does_not_disturb_a_running_curation(tmp_path: Path) -> None:
@@ -293,4 +301,4 @@ def test_it_does_not_disturb_a_running_curation(tmp_path: Path) -> None:
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
     done = subprocess.run([*command, *numbers], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert takedown.KEYED and json.loads(done.stdout)["left"] == {}
+    assert json.loads(done.stdout)["left"] == {}
