@@ -163,6 +163,7 @@ class Killed(BaseException):
     """As a SIGKILL between two writes."""
 
 
+@pytest.mark.timeout(300)
 def test_killed_at_any_write_the_same_command_ends_it(
     space: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
