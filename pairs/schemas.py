@@ -106,4 +106,4 @@ TRAINING = pa.schema(
     ]
 )
 
-TOMBSTONES = pa.schema([("kind", pa.string()), ("id", pa.string()), ("reason", pa.string())])  # kind: url_key, uid
+TOMBSTONES = pa.schema([("kind", pa.string()), ("id", pa.string()), ("reason", pa.string())])  # kind: workspace.KINDS

@@ -5,18 +5,19 @@ records the tar's size and sha256; its rows record each member's offset, so that
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
 
 from pairs.errors import PairmillError
 from pairs.store import Store, table_metadata
-from pairs.tar import Member, TarWriter
+from pairs.tar import Member, TarWriter, read_members
 
 JSON_FIELDS: tuple[str, ...] = ("uid", "url_key", "url", "texts", "page", "license", "source_uid", "sha256", "exif")
 JSON_FIELDS += ("width", "height", "original_width", "original_height", "colour", "source", "increment")
 MEMBERS = ("image", "text", "json")
+KEPT = ("uid", "url_key", "source", "increment", "trusted")  # of a forgotten row: none of it is the pair's content
 
 
 @dataclass(frozen=True, order=True)
@@ -89,6 +90,40 @@ def _offsets(members: list[Member]) -> dict[str, object]:
     for name, member in zip(MEMBERS, members, strict=True):
         found |= {f"{name}_offset": member.offset, f"{name}_size": member.size}
     return found
+
+
+def rewrite_shard(store: Store, ref: ShardRef, gone: Collection[str]) -> int:
+    """Takes the pairs `gone` (uids) out of a shard: its tar is written without them, their rows stay at their places,
+    `forgotten` and blank but for `KEPT`. Members are found by name, so that what was killed between tar and table is
+    ended by doing it again. Returns how many living rows it blanked; with none it writes nothing."""
+    table = store.read_table(ref.table)
+    rows = table.to_pylist()
+    meant = sum(row["status"] == "ok" and row["uid"] in gone for row in rows)
+    if not meant:
+        return 0
+    data, members = store.read(ref.tar), dict[str, list[Member]]()
+    for member in read_members(data, ref.tar):
+        members.setdefault(member.key, []).append(member)
+    done = []
+    with store.writing(ref.tar) as file:
+        writer = TarWriter(file)
+        for row in rows:
+            if row["status"] != "ok" or row["uid"] in gone:
+                done.append({name: row.get(name) if name in KEPT else None for name in row} | {"status": "forgotten"})
+                continue
+            parts = members.get(row["uid"], [])
+            if len(parts) != len(MEMBERS):
+                raise PairmillError(
+                    expected=f"{len(MEMBERS)} members of {row['uid']} in {ref.tar}",
+                    found=str(len(parts)),
+                    remedy=f"delete {ref.table} and {ref.tar}, run the recipe again, then this command",
+                )
+            copies = [writer.add(m.key, m.ext, data[m.offset : m.offset + m.size]) for m in parts]
+            done.append(row | _offsets(copies))
+        writer.close()
+    metadata = table_metadata(table) | {"tar_size": str(writer.size), "tar_sha256": writer.sha256}
+    store.write_table(ref.table, pa.Table.from_pylist(done, schema=table.schema), metadata)
+    return meant
 
 
 @dataclass(frozen=True)

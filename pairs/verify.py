@@ -4,11 +4,13 @@ Reads each tar once, in a stream of one shard at a time. A problem names the fil
 tar without a table is what a killed writer leaves, harmless, and counted as unfinished.
 """
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pairs.errors import PairmillError
 from pairs.fingerprint import content_hash
@@ -17,10 +19,11 @@ from pairs.schemas import CANDIDATES, LEDGER, PAIRS, SELECTION, TRAINING
 from pairs.shard import MEMBERS, ShardRef, list_shards, shard_at
 from pairs.store import Store, table_metadata
 from pairs.tar import Member, read_members
-from pairs.workspace import Workspace, alive
+from pairs.workspace import Dead, Workspace, alive, refused
 
 SHARDED = {"pairs": PAIRS, "shards": TRAINING, "canaries": PAIRS}
 ALIGNED = ("scores", "selections")
+AGAIN = "run `pairmill forget` on this workspace again: it takes them out"
 
 
 @dataclass
@@ -42,27 +45,41 @@ class Verdict:
 def verify(workspace: Workspace, progress: Callable[[str], None] = lambda _: None) -> Verdict:
     """Checks everything below `workspace` that has a promise to keep."""
     verdict, store = Verdict(), workspace.store
+    dead = _guarded_tombstones(verdict, workspace)
     for kind, schema in SHARDED.items():
         for path in store.files(kind, ".parquet"):
             progress(path)
-            _guarded(verdict, path, lambda p=path, s=schema, k=kind: _check_shard(verdict, store, shard_at(p), s, k))  # type: ignore[misc]
+            check = functools.partial(_check_shard, verdict, store, path, schema, kind, dead)
+            _guarded(verdict, path, check)
         tables = {path.removesuffix(".parquet") for path in store.files(kind, ".parquet")}
         verdict.unfinished += [t for t in store.files(kind, ".tar") if t.removesuffix(".tar") not in tables]
     for kind in ALIGNED:
         for path in store.files(kind, ".parquet"):
             progress(path)
-            _guarded(verdict, path, lambda p=path: _check_aligned(verdict, store, p))  # type: ignore[misc]
+            _guarded(verdict, path, lambda p=path: _check_aligned(verdict, store, p, dead))  # type: ignore[misc]
     for path in store.files("candidates", ".parquet"):
         progress(path)
-        _guarded(verdict, path, lambda p=path: _check_candidates(verdict, store, p))  # type: ignore[misc]
+        _guarded(verdict, path, lambda p=path: _check_candidates(verdict, store, p, dead))  # type: ignore[misc]
     _guarded(verdict, "runs", lambda: _check_increments(verdict, store))
     for name in store.folders("shards"):
         _guarded(verdict, f"shards/{name}", lambda n=name: _check_training(verdict, workspace, n))  # type: ignore[misc]
-    _guarded(verdict, "tombstones.parquet", lambda: _check_tombstones(verdict, workspace))
     for name in (n for n in store.folders("models") if store.local and len(n) == 64):
         verdict.count("models")
         _guarded(verdict, f"models/{name}", lambda n=name: _check_model(store, n))  # type: ignore[misc]
     return verdict
+
+
+def _guarded_tombstones(verdict: Verdict, workspace: Workspace) -> Dead:
+    """The tombstones, counted; a damaged list of them is a problem, and counts as none for the other checks."""
+    dead: dict[str, set[str]] = {"url_key": set(), "uid": set(), "host": set(), "sha256": set()}
+
+    def read() -> Iterator[str]:
+        dead.update(workspace.tombstones())
+        verdict.count("tombstones", sum(map(len, dead.values())))
+        yield from ()
+
+    _guarded(verdict, "tombstones.parquet", read)
+    return dead
 
 
 def _guarded(verdict: Verdict, path: str, check: Callable[[], Iterator[str]]) -> None:
@@ -74,8 +91,8 @@ def _guarded(verdict: Verdict, path: str, check: Callable[[], Iterator[str]]) ->
         verdict.problems.append((path, kind + " ".join(str(error).split())))
 
 
-def _check_shard(verdict: Verdict, store: Store, ref: ShardRef, schema: pa.Schema, kind: str) -> Iterator[str]:
-    table = store.read_table(ref.table)
+def _check_shard(verdict: Verdict, store: Store, path: str, schema: pa.Schema, kind: str, dead: Dead) -> Iterator[str]:
+    ref, table = shard_at(path), store.read_table(path)
     meta = table_metadata(table)
     if not table.schema.equals(schema, check_metadata=False):
         yield "its columns aren't those of its kind"
@@ -91,6 +108,19 @@ def _check_shard(verdict: Verdict, store: Store, ref: ShardRef, schema: pa.Schem
     if meta.get("tar_size") != str(len(data)) or meta.get("tar_sha256") != sha256_hex(data):
         yield f"{ref.tar} isn't the tar that was recorded (size or sha256)"
     yield from _check_members(table, data, ref, kind)
+    yield from _check_dead(table, dead)
+
+
+def _check_dead(table: pa.Table, dead: Dead) -> Iterator[str]:
+    """What is forgotten, by key, uid, host, bytes, or as a canary's origin, has no living row."""
+    columns = ("uid", "url_key", "sha256", "source_uid")
+    dead_by = {"source_uid": dead["uid"]} | {name: dead[name] for name in columns[:3]}
+    rows = table.filter(pc.equal(table["status"], "ok"))
+    left = 0
+    for row in rows.select([n for n in (*columns, "url") if n in rows.column_names]).to_pylist():
+        left += any(row.get(n) in dead_by[n] for n in columns) or refused(dead, "", row.get("url"))
+    if left:
+        yield f"{left} pairs that are forgotten are still in it: {AGAIN}"
 
 
 def _check_members(table: pa.Table, data: bytes, ref: ShardRef, kind: str) -> Iterator[str]:
@@ -118,7 +148,7 @@ def _check_row(row: dict[str, object], members: list[Member], data: bytes, kind:
         yield f"{row['uid']}: the uid isn't the hash of its url_key and sha256"
 
 
-def _check_aligned(verdict: Verdict, store: Store, path: str) -> Iterator[str]:
+def _check_aligned(verdict: Verdict, store: Store, path: str, dead: Dead) -> Iterator[str]:
     """A score or selection table against the shard that it mirrors."""
     tail = path.split("/", 2)[2]
     base = next((f"{kind}/{tail}" for kind in ("pairs", "canaries") if store.has(f"{kind}/{tail}")), None)
@@ -131,9 +161,13 @@ def _check_aligned(verdict: Verdict, store: Store, path: str) -> Iterator[str]:
         yield f"its uids aren't those of {base}, row by row"
     if path.startswith("selections/") and not table.schema.equals(SELECTION, check_metadata=False):
         yield "its columns aren't those of a selection"
+    content = [n for n in table.column_names if n not in ("uid", "kept", "dropped_by", "would_drop")]
+    rows = table.filter(pc.is_in(table["uid"], pa.array(sorted(dead["uid"]), pa.string())))
+    if any(rows[name].null_count < rows.num_rows for name in content):
+        yield f"values of forgotten pairs are still in it: {AGAIN}"
 
 
-def _check_candidates(verdict: Verdict, store: Store, path: str) -> Iterator[str]:
+def _check_candidates(verdict: Verdict, store: Store, path: str, dead: Dead) -> Iterator[str]:
     _, source, increment, _ = path.split("/")
     table = store.read_table(path)
     keys = table["url_key"].to_pylist()
@@ -142,12 +176,14 @@ def _check_candidates(verdict: Verdict, store: Store, path: str) -> Iterator[str
         yield "its columns aren't those of candidates"
     if keys != sorted(set(keys)):
         yield "its url_keys aren't sorted and unique"
+    if left := sum(u is not None and refused(dead, k, u) for k, u in zip(keys, table["url"].to_pylist(), strict=True)):
+        yield f"{left} candidates that are forgotten are still in it: {AGAIN}"
     for group in store.folders("ledger"):
         if group.rpartition("-")[0] == source:
-            yield from _check_ledger(verdict, store, f"ledger/{group}/{increment}", keys)
+            yield from _check_ledger(verdict, store, f"ledger/{group}/{increment}", keys, dead)
 
 
-def _check_ledger(verdict: Verdict, store: Store, folder: str, keys: list[str]) -> Iterator[str]:
+def _check_ledger(verdict: Verdict, store: Store, folder: str, keys: list[str], dead: Dead) -> Iterator[str]:
     parts = [store.read_table(p) for p in store.files(folder, ".parquet")]
     if not parts:
         return
@@ -156,6 +192,9 @@ def _check_ledger(verdict: Verdict, store: Store, folder: str, keys: list[str]) 
     verdict.count("ledger rows", len(tried))
     if not ledger.schema.equals(LEDGER, check_metadata=False):
         yield f"{folder}: its columns aren't those of a ledger"
+    urls = ledger["url"].to_pylist()
+    if left := sum(u is not None and refused(dead, k, u) for k, u in zip(tried, urls, strict=True)):
+        yield f"{folder}: {left} rows that are forgotten still have their address: {AGAIN}"
     if len(tried) != len(set(tried)) or not set(tried) <= set(keys):
         yield f"{folder}: a candidate has two rows, or a row has no candidate"
 
@@ -183,10 +222,14 @@ def _check_fetched(store: Store, folder: str, cut: str) -> Iterator[tuple[str, s
     indices, made = [ref.index for ref in refs], sorted(int(p.rsplit("/", 1)[1].split(".")[0]) for p in parts)
     if indices != list(range(len(indices))) or indices != made:
         yield "pairs", f"shards {indices} where the ledger has parts {made}"
-    uids = {uid for ref in refs for uid in store.read_table(ref.table, ["uid"])["uid"].to_pylist()}
-    fetched = {row["uid"] for row in rows if row["status"] == "ok"}
-    if fetched != uids:
-        lost, strange = len(fetched - uids), len(uids - fetched)
+    had: dict[str, str] = {}
+    for ref in refs:
+        table = store.read_table(ref.table, ["url_key", "uid"])
+        had |= zip(table["url_key"].to_pylist(), table["uid"].to_pylist(), strict=True)
+    fetched = {row["url_key"]: row["uid"] for row in rows if row["status"] == "ok"}  # no uid: it is forgotten
+    same = {key for key, uid in fetched.items() if key in had and uid in (None, had[key])}
+    lost, strange = len(fetched) - len(same), len(had) - len(same)
+    if lost or strange:
         yield "pairs", f"{lost} pairs that the ledger calls ok are missing, {strange} are not in the ledger"
 
 
@@ -203,7 +246,7 @@ def _check_training(verdict: Verdict, workspace: Workspace, name: str) -> Iterat
             living |= set(table.filter(alive(table, dead))["uid"].to_pylist())
         kept = {u for t in chosen for u, k in zip(t["uid"].to_pylist(), t["kept"].to_pylist(), strict=True) if k}
         tables = trained.get(increment, [])
-        read = {uid for table in tables for uid in table["uid"].to_pylist()}
+        read = {u for t in tables for u in t.filter(pc.equal(t["status"], "ok"))["uid"].to_pylist()}
         if strange := read - kept:
             yield f"{len(strange)} training examples of {increment} are not kept by the selection"
         if lost := (kept & living) - read:
@@ -219,11 +262,6 @@ def _by_increment(store: Store, refs: list[ShardRef]) -> dict[str, list[pa.Table
     for ref in refs:
         found.setdefault("/".join(ref.folder.split("/")[2:]), []).append(store.read_table(ref.table))
     return found
-
-
-def _check_tombstones(verdict: Verdict, workspace: Workspace) -> Iterator[str]:
-    verdict.count("tombstones", sum(map(len, workspace.tombstones().values())))
-    yield from ()
 
 
 def _check_model(store: Store, name: str) -> Iterator[str]:

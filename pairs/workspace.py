@@ -11,20 +11,24 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pairs import FORMAT_VERSION
 from pairs.errors import PairmillError
+from pairs.identity import canonical_url
 from pairs.schemas import TOMBSTONES
 from pairs.shard import ShardRef, list_shards
 from pairs.store import TEMPORARY, Store, advice
 
 MARK = "workspace.json"
+KINDS = ("url_key", "uid", "host", "sha256")  # of tombstones: an address, a pair, a host with all below it, image bytes
+Dead = Mapping[str, AbstractSet[str]]
 
 
 class Workspace:
@@ -71,8 +75,9 @@ class Workspace:
         return Workspace(store)
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Holds the writers' lock; a second writer gets an error that names the first."""
+    def lock(self, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
+        """Holds the writers' lock. A second writer gets an error that names the first, or with `waiting`, which is told
+        the name, waits for it."""
         if not self.store.local:
             yield
             return
@@ -84,11 +89,15 @@ class Workspace:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
-                raise PairmillError(
-                    expected=f"no other writer in {self.store.root}",
-                    found=f"the lock is held by {file.read().strip() or 'another process'}",
-                    remedy="wait for it to end (`pairmill status` shows it), or choose another --workspace",
-                ) from None
+                holder = file.read().strip() or "another process"
+                if waiting is None:
+                    raise PairmillError(
+                        expected=f"no other writer in {self.store.root}",
+                        found=f"the lock is held by {holder}",
+                        remedy="wait for it to end (`pairmill status` shows it), or choose another --workspace",
+                    ) from None
+                waiting(holder)
+                fcntl.flock(file, fcntl.LOCK_EX)
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
@@ -108,20 +117,36 @@ class Workspace:
         return list_shards(self.store, f"pairs/{source}-{fingerprint}")
 
     def tombstones(self) -> dict[str, set[str]]:
-        """Ids that must never come back, by kind (`url_key`, `uid`)."""
+        """What must never come back: ids by kind (`KINDS`)."""
         table = self._tombstone_table()
-        dead: dict[str, set[str]] = {"url_key": set(), "uid": set()}
+        dead: dict[str, set[str]] = {kind: set() for kind in KINDS}
         for kind, name in zip(table["kind"].to_pylist(), table["id"].to_pylist(), strict=True):
             dead[kind].add(name)
         return dead
 
-    def bury(self, kind: str, ids: list[str], reason: str) -> None:
-        """Adds tombstones; call it under the lock."""
-        assert kind in ("url_key", "uid"), kind
-        old, dead = self._tombstone_table(), self.tombstones()[kind]
-        rows = [{"kind": kind, "id": i, "reason": reason} for i in dict.fromkeys(ids) if i not in dead]
-        new = pa.Table.from_pylist(rows, schema=TOMBSTONES)
-        self.store.write_table("tombstones.parquet", pa.concat_tables([old, new]))
+    def bury(self, kind: str, ids: Iterable[str], reason: str) -> None:
+        """Adds tombstones of one kind."""
+        self.bury_all({kind: ids}, reason)
+
+    def bury_all(self, ids: Mapping[str, Iterable[str]], reason: str) -> None:
+        """Adds tombstones by kind, all at once. They have a lock of their own: a takedown waits for no writer."""
+        assert set(ids) <= set(KINDS), ids
+        with self._burying():
+            old, dead = self._tombstone_table(), self.tombstones()
+            new = {(kind, i) for kind, names in ids.items() for i in names if i not in dead[kind]}
+            rows = [{"kind": kind, "id": i, "reason": reason} for kind, i in sorted(new)]
+            if rows:
+                added = pa.Table.from_pylist(rows, schema=TOMBSTONES)
+                self.store.write_table("tombstones.parquet", pa.concat_tables([old, added]))
+
+    @contextlib.contextmanager
+    def _burying(self) -> Iterator[None]:
+        if not self.store.local:
+            yield
+            return
+        with (self.store.local / ".tombstones.lock").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def _tombstone_table(self) -> pa.Table:
         path = "tombstones.parquet"
@@ -132,14 +157,31 @@ class Workspace:
         return list(alive(table, self.tombstones()).to_pylist())
 
 
-def alive(table: pa.Table, dead: Mapping[str, AbstractSet[str]]) -> pa.ChunkedArray:
+def alive(table: pa.Table, dead: Dead) -> pa.ChunkedArray:
     """For each row of a table with `uid`, `url_key` and `status`: true where readers may use it; no nulls. `dead` are
-    tombstones by kind."""
+    tombstones by kind; those of hosts and bytes have been turned into `url_key` and `uid` where there were pairs."""
     living = pc.fill_null(pc.equal(table["status"].cast(pa.string()), "ok"), False)
-    for kind, ids in dead.items():
+    for kind in ("url_key", "uid"):
         column = table[kind].cast(pa.string())
-        living = pc.and_(living, pc.invert(pc.is_in(column, pa.array(sorted(ids), pa.string()))))
+        living = pc.and_(living, pc.invert(pc.is_in(column, pa.array(sorted(dead.get(kind, ())), pa.string()))))
     return living
+
+
+def refused(dead: Dead, key: str, url: str | None) -> bool:
+    """Whether the address `url` of key `key` must not be asked for: it is forgotten, or its host or one above it is."""
+    if key in dead["url_key"] or not dead["host"] or not url:
+        return key in dead["url_key"]
+    parts = host_of(url).split(".")
+    return any(".".join(parts[start:]) in dead["host"] for start in range(len(parts)))
+
+
+def host_of(url: str) -> str:
+    """The host of an http address in lower case, without port; empty for a local source's path or a broken address."""
+    try:
+        parts = urlsplit(canonical_url(url))
+        return (parts.hostname or "").rstrip(".") if parts.scheme in ("http", "https") else ""
+    except ValueError:
+        return ""
 
 
 def _occupied(store: Store) -> bool:

@@ -17,7 +17,7 @@ from cluster.compute import Engine
 from pairs.errors import PairmillError
 from pairs.recipe import FetchSpec, SourceSpec
 from pairs.store import table_metadata
-from pairs.workspace import Workspace
+from pairs.workspace import Dead, Workspace, refused
 from pipelines.fetch.ledger import due, passing_failures
 from pipelines.merge import Merge, Merged, Sets, clean, merge, write_groups
 from pipelines.sources import Context, Progress, Row, load_source
@@ -66,8 +66,9 @@ def cut_increment(
     context = Context(workspace, name, increment, tuple(spec.allow), fetch_spec, progress, engine, workers)
     how = Merge(workspace.store, f"crawl/{name}/{increment}/merge", _judge, engine, workers)
     bad: Counter[str] = Counter()
-    rows = (row for found in source.candidates(context) if (row := clean(found, bad)) is not None)
-    merged = merge(rows, _earlier_keys(workspace, name, earlier, fetch_spec), workspace.tombstones()["url_key"], how)
+    dead = workspace.tombstones()
+    rows = _living(source.candidates(context), dead, bad)
+    merged = merge(rows, _earlier_keys(workspace, name, earlier, fetch_spec), dead["url_key"], how)
     context.dropped.update(bad)
     found = merged.outcome.taken + sum(count for reason, count in context.dropped.items() if reason != "text_cut")
     if not found:
@@ -136,6 +137,16 @@ def _counts(increment: str | None, found: int, merged: Merged, context: Context)
 
 def _plain(counts: Counter[str]) -> dict[str, int]:
     return {name: count for name, count in sorted(counts.items()) if count}
+
+
+def _living(rows: Iterator[Row], dead: Dead, dropped: Counter[str]) -> Iterator[Row]:
+    """The rows with an address that isn't forgotten; the others are counted."""
+    for found in rows:
+        row = clean(found, dropped)
+        if row is not None and refused(dead, row["url_key"], row["url"]):
+            dropped["forgotten"] += 1
+        elif row is not None:
+            yield row
 
 
 def _earlier_keys(workspace: Workspace, name: str, earlier: list[str], spec: FetchSpec) -> Iterator[Sets]:

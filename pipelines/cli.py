@@ -36,6 +36,7 @@ EngineOpt = Annotated[str | None, typer.Option("--engine", help="ray, or inline:
 NewOpt = Annotated[bool, typer.Option("--new", help="Look for what is new in the sources: the next increment.")]
 CalOpt = Annotated[bool, typer.Option("--recalibrate", help="Find thresholds anew instead of reusing pinned ones.")]
 AdvOpt = Annotated[bool, typer.Option("--advance", help="With --new: train the scorer anew, don't keep the last.")]
+LinesOpt = Annotated[Path | None, typer.Option(help="A file with one a line; - is stdin.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, nothing else.")]
 
 
@@ -183,6 +184,41 @@ def verify(workspace: SpaceArg, json: JsonOpt = False) -> None:
     from pipelines.inspection import tell_verdict
 
     raise typer.Exit(tell_verdict(Workspace.open(workspace), json))
+
+
+@app.command()
+def forget(
+    workspace: SpaceArg,
+    urls: LinesOpt = None,
+    uids: LinesOpt = None,
+    hosts: LinesOpt = None,
+    sha256: LinesOpt = None,
+    reason: Annotated[str, typer.Option(help="Noted with each tombstone.")] = "asked for",
+    wait: Annotated[bool, typer.Option(help="Wait for a running writer; else the next one does the rewriting.")] = True,
+    json: JsonOpt = False,
+) -> None:
+    """Forget pairs for good, in every file: by address, uid, host (with all below it) or sha256 of the image's bytes.
+    Each option names a file with one a line, or - for stdin. Without any, what was asked before is finished."""
+    from pipelines.takedown import forget as take_down
+    from pipelines.takedown import tell
+
+    files = {"urls": urls, "uids": uids, "hosts": hosts, "sha256": sha256}
+    asked = {option: _lines(path) for option, path in files.items() if path is not None}
+    space = Workspace.open(workspace)
+
+    def waiting(holder: str) -> None:
+        _err.print(f"forgotten from now on; waiting for {holder} to end, then files are rewritten", markup=False)
+
+    tell(take_down(space, asked, reason, waiting if wait else None), json)
+
+
+def _lines(path: Path) -> list[str]:
+    """The lines of a file that aren't blank; `-` is stdin."""
+    try:
+        text = sys.stdin.read() if str(path) == "-" else path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PairmillError(expected=f"a text file at {path}", found=str(error), remedy="correct the path") from None
+    return [line for line in text.splitlines() if line.strip()]
 
 
 @app.command()

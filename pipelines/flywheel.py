@@ -14,7 +14,7 @@ from prefect.artifacts import create_link_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from pairs.process import watch_parent
-from pipelines import stages
+from pipelines import stages, takedown
 from pipelines.console import Console
 from pipelines.run import Run, open_run
 
@@ -63,6 +63,7 @@ def flywheel(
     with run.workspace.lock(), contextlib.closing(run):
         for stage in (crawl, fetch):
             stage(run)
+            takedown.finish(run.workspace)
             if until == stage.name:
                 return stages.summary(run)
         scorer = first_filter(run)

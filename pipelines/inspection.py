@@ -145,6 +145,12 @@ def trace(workspace: Workspace, uid: str) -> dict[str, Any]:
     ref, row, full = _find(workspace, uid)
     store = workspace.store
     pair = _row(workspace, ref.table, row)
+    if pair["status"] == "ok" and not workspace.alive(store.read_table(ref.table).slice(row, 1))[0]:
+        raise PairmillError(
+            expected="a pair that isn't forgotten, or one that is gone from all files",
+            found=f"a tombstone of {full}, and files that still hold it",
+            remedy="run `pairmill forget` on this workspace: it takes out what is left",
+        )
     facts: dict[str, Any] = {"uid": full, "shard": ref.tar, "row": row, "pair": pair}
     key = pair["url_key"]
     source = ref.group.rsplit("-", 1)[0]

@@ -71,6 +71,8 @@ def train_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device)
     began, spec, out = time.perf_counter(), config.spec, Path(config.out_dir)
     store = Store(config.store)
     plan, left_out = make_plan(store, config.shards, spec, config.apart)
+    if ranks > 1:
+        _agree(plan.fingerprint)
     model = export.build(spec.model, spec.seed, spec.attention)
     model.with_vocabulary(model.token_embedding.weight[torch.from_numpy(plan.tokens.used)])
     model.to(device)
@@ -161,6 +163,18 @@ class Metrics:
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         self._file.write(json.dumps(plain) + "\n")
         _say(plain)
+
+
+def _agree(mark: str) -> None:
+    """A tombstone that falls between the looks of two ranks gives them different plans."""
+    first = torch.tensor(int(mark, 16))
+    dist.broadcast(first, 0)
+    if int(first) != int(mark, 16):
+        raise PairmillError(
+            expected="one plan on all ranks",
+            found="another one: pairs were forgotten while they started",
+            remedy="run the same command again",
+        )
 
 
 def _resume(

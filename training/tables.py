@@ -12,7 +12,7 @@ from pairs.fingerprint import fingerprint
 from pairs.recipe import PretrainSpec
 from pairs.shard import ShardRef
 from pairs.store import Store, table_metadata
-from pairs.workspace import Workspace
+from pairs.workspace import Dead, Workspace, alive
 from training.config import Pin
 from training.plan import BLOCK, WINDOW, Block, Plan
 from training.tokens import Tokeniser
@@ -22,18 +22,19 @@ VERSION = 1  # of the order that a plan gives; enters its fingerprint
 
 
 def make_plan(
-    store: Store, pins: Sequence[Pin], spec: PretrainSpec, apart: Collection[str] = ()
+    store: Store, pins: Sequence[Pin], spec: PretrainSpec, apart: Collection[str] = (), dead: Dead | None = None
 ) -> tuple[Plan, dict[str, int]]:
     """The plan over the pinned shards without the uids `apart`, and the counts of rows left out: forgotten, canary,
-    no_text, no_size."""
+    no_text, no_size. `dead` are the tombstones that hold; the workspace's where it is left out."""
     tokeniser, left_out = Tokeniser(spec.model.context), Counter[str]()
     columns: dict[str, list[int]] = {name: [] for name in ("image_offset", "image_size", "width", "height")}
     uids: list[str] = []
     texts: list[list[int]] = []
     blocks: list[Block] = []
+    dead = Workspace(store).tombstones() if dead is None else dead
     for pin in pins:
         table = pinned_table(store, pin)
-        kept = _usable(table, Workspace(store).alive(table), frozenset(apart), left_out)
+        kept = _usable(table, list(alive(table, dead).to_pylist()), frozenset(apart), left_out)
         blocks += _blocks(pin.ref, kept, len(uids))
         for row in kept:
             uids.append(row["uid"])
@@ -102,10 +103,10 @@ def pinned_table(store: Store, pin: Pin) -> pa.Table:
     return table.select(COLUMNS)
 
 
-def _usable(table: pa.Table, alive: list[bool], apart: frozenset[str], left_out: Counter[str]) -> list[dict[str, Any]]:
+def _usable(table: pa.Table, living: list[bool], apart: frozenset[str], left_out: Counter[str]) -> list[dict[str, Any]]:
     """The rows that can be trained on, with `choices`, their texts."""
     kept = []
-    for row, lives in zip(table.to_pylist(), alive, strict=True):
+    for row, lives in zip(table.to_pylist(), living, strict=True):
         texts = [t["text"] for t in row["texts"] or [] if t["text"]]
         row["choices"] = texts or ([row["text"]] if row["text"] else [])
         whole = all(row[name] and row[name] > 0 for name in ("width", "height", "image_size", "image_offset"))

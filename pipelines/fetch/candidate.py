@@ -15,6 +15,7 @@ from yarl import URL
 from pairs.identity import make_uid, sha256_hex
 from pairs.recipe import FetchSpec
 from pairs.schemas import LEDGER
+from pairs.workspace import KINDS, Dead, refused
 from pipelines.fetch.blocklists import Blocklists
 from pipelines.fetch.client import NO_HEADERS, Answer, Client, Failure, Headers, Limits, Permit, Response
 from pipelines.fetch.pool import Decode
@@ -36,7 +37,7 @@ class Tools:
     decode: Decode
     blocked: Blocklists
     read: Callable[[str, int], bytes] | None = None  # of a local source
-    dead: dict[str, set[str]] = field(default_factory=lambda: {"url_key": set(), "uid": set()})
+    dead: Dead = field(default_factory=lambda: dict.fromkeys(KINDS, frozenset()))
     said_no: dict[str, str] = field(default_factory=dict)  # what the site refused before
 
 
@@ -79,7 +80,7 @@ def _blank(row: Row, attempts: int) -> Row:
 
 def _refusal(tools: Tools, row: Row) -> str | None:
     """Why it isn't even asked for."""
-    if row["url_key"] in tools.dead["url_key"]:
+    if refused(tools.dead, row["url_key"], row["url"]):
         return "forgotten"
     return row["opt_out"] or tools.said_no.get(row["url_key"])
 
@@ -119,8 +120,9 @@ async def _keep(tools: Tools, row: Row, answer: Answer, spool: IO[bytes]) -> Out
     sha256 = sha256_hex(data)
     uid = make_uid(row["url_key"], sha256)
     ledger |= {"http_status": result.status or None, "size_bytes": len(data), "sha256": sha256}
-    if refused := Failure("refused", "forgotten") if uid in tools.dead["uid"] else tools.blocked.bytes(sha256):
-        return Outcome(ledger | _verdict(refused), None)
+    dead = uid in tools.dead["uid"] or sha256 in tools.dead["sha256"]
+    if stop := Failure("refused", "forgotten") if dead else tools.blocked.bytes(sha256):
+        return Outcome(ledger | _verdict(stop), None)
     decoded = await tools.decode(data)
     if not isinstance(decoded, Failure):
         decoded = tools.blocked.picture(decoded.facts.pop("phash", None)) or decoded

@@ -96,7 +96,10 @@ class Sampler:
                 side = "synthetic" if entry["kind"] == "synthetic" else "web"
                 counts.update([side, *([f"{side}_kept"] if entry["kept"] else [])])
         shown = self._chosen(list(entries), CAPTIONS)
-        cards = [{"image": self.thumbnail(row), "texts": [_short(e) for e in entries[row]]} for row in shown]
+        cards = [
+            {"uid": self.uids[row], "image": self.thumbnail(row), "texts": [_short(e) for e in entries[row]]}
+            for row in shown
+        ]
         return {
             "captions": [card for card in cards if card["image"]],
             "caption_counts": {key: counts[key] for key in ("web", "web_kept", "synthetic", "synthetic_kept")},

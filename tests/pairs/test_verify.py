@@ -247,7 +247,9 @@ def test_a_kept_pair_that_is_forgotten_since_is_not_missed(sound: Workspace) -> 
     change(sound.store, SELECTION, set_first("kept", True))
     assert not verify(sound).ok
     sound.bury("uid", [str(pair_row(0)["uid"])], "asked for")
-    assert verify(sound).ok
+    problems = verify(sound).problems
+    assert {path.split("/")[0] for path, _ in problems} == {"pairs", "scores"}, "it is missed nowhere, and still there"
+    assert all("run `pairmill forget` on this workspace again" in what for _, what in problems)
 
 
 def test_a_ledger_of_other_settings_is_checked_by_itself(sound: Workspace) -> None:

@@ -17,7 +17,7 @@ from pairs.errors import PairmillError
 from pairs.schemas import CANDIDATES, PAIRS
 from pairs.shard import ShardRef, write_shard
 from pairs.store import TEMPORARY, Store
-from pairs.workspace import MARK, Workspace
+from pairs.workspace import KINDS, MARK, Workspace
 from tests.pairs.small import image, pair_row
 
 HOLD = """if True:
@@ -144,11 +144,11 @@ def test_increments_and_shards_of_a_source(workspace: Workspace) -> None:
 
 
 def test_tombstones(workspace: Workspace) -> None:
-    assert workspace.tombstones() == {"url_key": set(), "uid": set()}
+    assert workspace.tombstones() == {kind: set() for kind in KINDS}
     workspace.bury("uid", ["u1", "u2", "u1"], "asked")
     workspace.bury("url_key", ["k3"], "opt-out")
     workspace.bury("uid", ["u2"], "asked again")
-    assert workspace.tombstones() == {"url_key": {"k3"}, "uid": {"u1", "u2"}}
+    assert workspace.tombstones() == {"url_key": {"k3"}, "uid": {"u1", "u2"}, "host": set(), "sha256": set()}
     rows = workspace.store.read_table("tombstones.parquet").to_pylist()
     assert [(r["id"], r["reason"]) for r in rows] == [("u1", "asked"), ("u2", "asked"), ("k3", "opt-out")]
     columns = {"uid": ["u0", "u1", "u3", "u4", "u5"], "url_key": ["k0", "k1", "k3", "k4", None]}

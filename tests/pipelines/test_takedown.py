@@ -1,0 +1,305 @@
+"""Takedown: what is meant is found, nothing of it is left, nothing else moves, and a kill at any write is mended."""
+
+import json
+import shutil
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from pairs.errors import PairmillError
+from pairs.identity import sha256_hex, url_key
+from pairs.process import ROOT
+from pairs.recipe import FetchSpec, SourceSpec
+from pairs.shard import list_shards, read_shard
+from pairs.store import Store
+from pairs.verify import verify
+from pairs.workspace import Workspace, refused
+from pipelines.candidates import cut_increment
+from pipelines.fetch.shards import fetch_increment
+from pipelines.takedown import finish, forget
+from tests.pairs.small import FOLDER, fill, image, pair_row
+from tests.pipelines import flow
+from tests.pipelines.conftest import Finished
+from tests.pipelines.small_web import ALLOW, picture, small_web
+
+CAPTION = "a machine's own words on number {}"
+SECRET = [value for i in (1, 5) for value in (pair_row(i)["url"], pair_row(i)["text"], CAPTION.format(i))]
+ASKED = {"uids": [pair_row(1)["uid"]], "urls": [pair_row(5)["url"], "http://never.test/seen.jpg"]}
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> Workspace:
+    """The small workspace, with synthetic captions, a canary of pair 1, and free text about pairs 1 and 5."""
+    space = fill(Workspace.open(tmp_path / "w", create=True))
+    store, local = space.store, space.store.local
+    assert local
+    for ref in list_shards(store, "pairs"):
+        uids = store.read_table(ref.table, ["uid"])["uid"].to_pylist()
+        numbers = [next(i for i in range(9) if pair_row(i)["uid"] == uid) for uid in uids]
+        table = pq.read_table(local / ref.beside("scores/text_stats-aaaaaaaaaaaa"))
+        table = table.append_column("texts", [[[CAPTION.format(i)] for i in numbers]])
+        store.write_table(ref.beside("scores/blip_caption-aaaaaaaaaaaa"), table)
+    shutil.copytree(local / FOLDER, local / "canaries/swapped_text-dddddddddddd/0000")
+    table = store.read_table("canaries/swapped_text-dddddddddddd/0000/00000.parquet")
+    origins = table.set_column(table.column_names.index("source_uid"), "source_uid", table["uid"])
+    store.write_table("canaries/swapped_text-dddddddddddd/0000/00000.parquet", origins)
+    store.delete("canaries/swapped_text-dddddddddddd/0000/00001.tar")
+    store.delete("canaries/swapped_text-dddddddddddd/0000/00001.parquet")
+    store.write_table(
+        "scores/canary_facts-dddddddddddd/swapped_text-dddddddddddd/0000/00000.parquet", table.select(["uid"])
+    )
+    _free_text(store, local)
+    return space
+
+
+def _free_text(store: Store, local: Path) -> None:
+    told = " and ".join(SECRET)
+    run = "runs/small-cccccccccccc-0001"
+    store.write(f"{run}/round-1/abc/logs/rank0.log", f"damaged: {told}\n")
+    stages = {"fetch": {"state": "failed", "started": 1.0, "error": f"could not read {told}"}}
+    store.write(f"{run}/stages.json", json.dumps(stages))
+    page = {"url": "http://host0.test/", "images": [{"url": pair_row(i)["url"], "texts": []} for i in (1, 2)]}
+    store.write("crawl/web/0001/pages.jsonl", json.dumps({"settings": "x"}) + "\n" + json.dumps(page) + "\n")
+    (local / "prefect").mkdir()
+    base = sqlite3.connect(local / "prefect/prefect.db")
+    base.execute("PRAGMA journal_mode = WAL")
+    base.execute("CREATE TABLE log (message TEXT, data JSON)")
+    base.execute("INSERT INTO log VALUES (?, ?)", (told, json.dumps({"why": told})))
+    base.execute("INSERT INTO log VALUES (?, ?)", (told * 40, None))
+    base.commit()
+    base.execute("DELETE FROM log WHERE data IS NULL")
+    base.commit()
+    base.close()
+
+
+def left(space: Workspace) -> dict[str, list[str]]:
+    """Which secrets stand in which file, Parquet's decompressed."""
+    found = {}
+    for path in space.store.files(""):
+        raw = space.store.read(path).decode("utf-8", "replace")
+        plain = str(space.store.read_table(path).to_pylist()) if raw.startswith("PAR1") else raw
+        names = [word for word in SECRET if word in plain or json.dumps(word)[1:-1] in plain]
+        found |= {path: names} if names else {}
+    return found
+
+
+def contents(space: Workspace) -> dict[str, bytes]:
+    """Every file but audit records, which name times, and databases."""
+    files = (p for p in space.store.files("") if not p.startswith(("forgotten/", "prefect/", ".")))
+    return {path: space.store.read(path) for path in files}
+
+
+def alone(holder: str) -> None:
+    raise AssertionError(f"waits for {holder}")
+
+
+def test_nothing_is_left_and_nothing_else_moves(space: Workspace) -> None:
+    assert len(left(space)) >= 14, "the search sees what is there"
+    before = {ref: read_shard(space.store, ref) for ref in list_shards(space.store, "pairs")}
+    facts = forget(space, ASKED, "asked for", alone)
+    assert left(space) == {}
+    verdict = verify(space)
+    assert (verdict.problems, verdict.unfinished) == ([], [])
+    assert facts["state"] == "done" and facts["rewritten"]["pairs"] == 2 == facts["rewritten"]["candidates"]
+    for ref, shard in before.items():
+        now = read_shard(space.store, ref)
+        for old, new, data in zip(shard.table.to_pylist(), now.table.to_pylist(), now.images(), strict=True):
+            assert (old["uid"], old["url_key"]) == (new["uid"], new["url_key"])
+            if new["status"] == "ok":
+                assert data == image(next(i for i in range(9) if pair_row(i)["uid"] == new["uid"]))
+            else:
+                assert {n for n, v in new.items() if v is not None} == {"uid", "url_key", "status"}
+    assert list_shards(space.store, "canaries") == [] and space.store.files("scores", "0.parquet")
+    lines = space.store.read("crawl/web/0001/pages.jsonl").decode().splitlines()
+    assert [i["url"] for i in json.loads(lines[1])["images"]] == [pair_row(2)["url"]]
+    assert json.loads(space.store.read("runs/small-cccccccccccc-0001/stages.json"))["fetch"]["state"] == "failed"
+
+
+def test_the_audit_record_says_nothing_of_the_pairs(space: Workspace) -> None:
+    facts = forget(space, ASKED, "asked for", alone)
+    record = json.loads(space.store.read("forgotten/0000.json"))
+    assert record == facts and record["reason"] == "asked for"
+    assert set(record["ids"]["uid"]) == {pair_row(1)["uid"], pair_row(5)["uid"]}
+    assert url_key("http://never.test/seen.jpg") in record["ids"]["url_key"]
+    assert finish(space) == {}, "what is done isn't done again"
+
+
+@pytest.mark.parametrize(
+    ("asked", "numbers"),
+    [
+        ({"urls": [pair_row(3)["url"].replace("host", "HOST") + "#x"]}, {3}),
+        ({"uids": [pair_row(2)["uid"].upper()]}, {2}),
+        ({"hosts": ["host1.test"]}, {1, 3, 5, 7}),
+        ({"hosts": ["test."]}, set(range(9))),
+        ({"sha256": [pair_row(4)["sha256"]]}, {4}),
+    ],
+)
+def test_each_option_finds_what_it_means(space: Workspace, asked: dict[str, list[str]], numbers: set[int]) -> None:
+    forget(space, asked, "asked for", alone)
+    table = space.store.read_table("candidates/web/0000/part-00000.parquet")
+    gone = {key for key, url in zip(table["url_key"].to_pylist(), table["url"].to_pylist(), strict=True) if url is None}
+    assert gone == {pair_row(i)["url_key"] for i in numbers}
+    assert verify(space).ok
+
+
+@pytest.mark.parametrize(
+    "asked", [{"uids": ["x"]}, {"hosts": ["a b"]}, {"hosts": ["a.test/x"]}, {"sha256": ["ab"]}, {"urls": ["x.jpg"]}]
+)
+def test_a_line_that_means_nothing_is_refused(space: Workspace, asked: dict[str, list[str]]) -> None:
+    before = contents(space)
+    with pytest.raises(PairmillError, match="correct this line"):
+        forget(space, asked, "asked for", alone)
+    assert contents(space) == before
+
+
+class Killed(BaseException):
+    """As a SIGKILL between two writes."""
+
+
+@pytest.mark.timeout(300)
+def test_killed_at_any_write_the_same_command_ends_it(
+    space: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish, delete, counted = Store._publish, Store.delete, [0, 10**9]
+
+    def after(step: Callable[..., None]) -> Callable[..., None]:
+        def run(*arguments: Any, **options: Any) -> None:
+            if counted[0] == counted[1]:
+                raise Killed
+            counted[0] += 1
+            step(*arguments, **options)
+
+        return run
+
+    monkeypatch.setattr(Store, "_publish", after(publish))
+    monkeypatch.setattr(Store, "delete", after(delete))
+    whole = Workspace.open(flow.copied(Path(space.store.root), tmp_path / "whole"))
+    forget(whole, ASKED, "asked for", alone)
+    steps = counted[0]
+    assert steps > 15
+    for step in range(steps):
+        copy = Workspace.open(flow.copied(Path(space.store.root), tmp_path / f"copy-{step}"))
+        counted[:] = [0, step]
+        with pytest.raises(Killed):
+            forget(copy, ASKED, "asked for", alone)
+        if step:  # the tombstones are the first write
+            assert not verify(copy).ok or step == steps - 1
+        counted[:] = [0, 10**9]
+        forget(copy, ASKED, "asked for", alone)
+        assert left(copy) == {} and verify(copy).problems == [], step
+        assert contents(copy) == contents(whole), step
+        assert finish(copy) == {}
+        shutil.rmtree(copy.store.root)
+
+
+def test_it_waits_for_a_writer_and_holds_at_once(space: Workspace) -> None:
+    waits, told = threading.Event(), []
+    with space.lock():
+        thread = threading.Thread(target=forget, args=(space, ASKED, "", lambda h: (told.append(h), waits.set())))
+        thread.start()
+        assert waits.wait(30) and "process" in told[0]
+        table = space.store.read_table(f"{FOLDER}/00000.parquet")
+        assert [row["uid"] for row, lives in zip(table.to_pylist(), space.alive(table), strict=True) if not lives] == [
+            pair_row(1)["uid"]
+        ], "no reader sees it any more"
+        assert left(space), "files are rewritten later"
+    thread.join(30)
+    assert left(space) == {} and verify(space).ok
+
+
+def test_without_waiting_the_next_writer_rewrites(space: Workspace) -> None:
+    facts = forget(space, ASKED, "asked for", None)
+    assert facts["state"] == "buried" and left(space)
+    problems = verify(space).problems
+    assert problems and all("run `pairmill forget`" in what for _, what in problems)
+    assert finish(space)["state"] == "done"
+    assert left(space) == {} and verify(space).ok
+
+
+def test_hosts_and_bytes_do_not_come_back(tmp_path: Path) -> None:
+    space = Workspace.open(tmp_path / "w", create=True)
+    routes = {"/0.png": picture("red"), "/1.png": picture("blue"), "/2.png": picture("green")}
+    with small_web(routes) as site:
+        (tmp_path / "web.csv").write_text("url,text\n" + "".join(f"{site.url(p)},a square\n" for p in routes))
+        spec = SourceSpec(kind="urls", allow=ALLOW, path=str(tmp_path / "web.csv"))
+        forget(space, {"sha256": [sha256_hex(routes["/1.png"])]}, "", alone)
+        assert cut_increment(space, "web", spec, FetchSpec(), lambda *_: None).new == 3
+        counts = fetch_increment(space, "web", spec, FetchSpec(), "0000", lambda *_: None)
+        assert counts.ok == 2 and counts.failed == {"refused/forgotten": 1}
+        facts = forget(space, {"hosts": ["127.0.0.1"]}, "", alone)
+        assert facts["rewritten"]["pairs"] == 2 and verify(space).ok
+        (tmp_path / "web.csv").write_text(f"url,text\n{site.url('/new.png')},a square\n")
+        later = cut_increment(space, "web", spec, FetchSpec(), lambda *_: None)
+        assert later.new == 0 and later.dropped == {"forgotten": 1}
+    assert refused({"url_key": set(), "host": {"a.test"}}, "k", "http://x.A.test:81/1.jpg")
+    assert not refused({"url_key": set(), "host": {"a.test"}}, "k", "http://ba.test/1.jpg")
+
+
+@pytest.mark.timeout(400)
+def test_a_finished_run_goes_on_without_them(finished: Finished, tmp_path: Path) -> None:
+    """Pins of earlier trainings don't hold any more: the same command trains a new model, and reuses what it can."""
+    root = tmp_path / "workspace"
+    space = Workspace.open(flow.copied(finished.workspace, root))
+    report = json.loads(space.store.read(f"{finished.run.folder}/report.json"))
+    cards = [card for s in report["rounds"][0]["samples"] for kind in ("kept", "dropped") for card in s[kind]]
+    uids = sorted({card["uid"] for card in cards})[:4]
+    facts = forget(space, {"uids": uids}, "asked for", alone)
+    page = space.store.read(f"{finished.run.folder}/report.html").decode()
+    report = space.store.read(f"{finished.run.folder}/report.json").decode()
+    assert not [uid for uid in uids if uid in report] and all(
+        card["image"] not in page for card in cards if card["uid"] in uids
+    )
+    assert verify(space).problems == []
+    trainings = {t["training"].split("/")[2]: t for t in facts["trainings"]}
+    steps = finished.run.recipe.pretrain.steps
+    assert trainings["round-1"]["finished"] and set(trainings["round-1"]["pairs"]) <= set(uids)
+    assert 0 < sum(trainings["round-1"]["pairs"].values()) <= steps * finished.run.recipe.pretrain.batch_pairs
+    again, told = flow.run_stages(finished.recipe, root)
+    before = json.loads(space.store.read(f"{finished.run.folder}/stages.json"))["round-1/pretrain"]
+    assert "round-1/pretrain" not in again.reused and "crawl" in again.reused and "fetch" in again.reused
+    assert before["training"] not in trainings["round-1"]["training"]
+    funnel = {row["step"]: row for row in told["rounds"][0]["funnel"]}
+    assert funnel["forgotten"]["dropped"] == len(uids)
+    assert json.loads(again.workspace.store.read(f"{again.folder}/report.json"))["rounds"][0]["adds_up"]
+    assert verify(space).problems == []
+
+
+def test_the_command_line(space: Workspace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "uids").write_text("\n".join(ASKED["uids"]) + "\n\n")
+    (tmp_path / "urls").write_text("\n".join(ASKED["urls"]))
+    files = ["--uids", str(tmp_path / "uids"), "--urls", str(tmp_path / "urls")]
+    told = flow.command(capsys, "forget", space.store.root, *files, "--json", "--reason", "asked by mail")
+    assert told.code == 0 and told.json["state"] == "done" and told.json["reason"] == "asked by mail"
+    assert left(space) == {}
+    assert flow.command(capsys, "verify", space.store.root).code == 0
+    assert flow.command(capsys, "forget", space.store.root).code == 0
+    assert flow.command(capsys, "forget", space.store.root, "--uids", str(tmp_path / "none")).code == 2
+
+
+def test_a_database_in_use_is_told_and_the_rest_waits(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.scrub.BUSY_S", 0.1)
+    base = sqlite3.connect(Path(space.store.root) / "prefect/prefect.db", isolation_level=None)
+    base.execute("BEGIN IMMEDIATE")
+    with pytest.raises(PairmillError, match="end the schedule"):
+        forget(space, ASKED, "asked for", alone)
+    base.execute("COMMIT")
+    base.close()
+    assert finish(space)["state"] == "done" and left(space) == {} and verify(space).ok
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_it_does_not_disturb_a_running_curation(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "forget.py"), str(tmp_path / "b")]
+    numbers = ["--pairs", "300", "--forget", "40", "--engine", "inline"]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([*command, *numbers], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["left"] == {}
