@@ -60,6 +60,8 @@ def load_policies(store: Store) -> Policies:
 
 
 def save_policies(store: Store, policies: Policies) -> None:
-    """Keeps them for the next run."""
+    """Keeps them for the next run, if there are any."""
+    if not policies.known:
+        return
     rows = [{"url": url, "asked_at": at, "text": text} for url, (at, text) in sorted(policies.known.items())]
     store.write_table(PATH, pa.Table.from_pylist(rows, schema=SCHEMA))

@@ -119,9 +119,10 @@ def test_trace_names_no_steps_once_a_pair_of_the_training_is_forgotten(
     one, other = next(trained), next(trained)
     dropped = rows(finished)["box"]["uid"]
     Workspace.open(space).bury("uid", [other], "asked for")
-    for uid in (one, other):
-        told = say("trace", uid, "--workspace", space, "--json").json["training"]
-        assert [(t["steps"], "1 of its pairs were forgotten" in t["note"]) for t in told][-1] == ([], True)
+    told = say("trace", one, "--workspace", space, "--json").json["training"]
+    assert [(t["steps"], "1 of its pairs were forgotten" in t["note"]) for t in told][-1] == ([], True)
+    refused = say("trace", other, "--workspace", space, "--json")
+    assert refused.code == 2 and "forg" in refused.err and not refused.out
     assert say("trace", dropped, "--workspace", space, "--json").json["training"] == []
 
 

@@ -66,7 +66,7 @@ def few_parts(patch: pytest.MonkeyPatch) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(
-    st.lists(ROWS, max_size=40), st.lists(st.tuples(KEY_SETS, KEY_SETS, KEY_SETS), max_size=3), KEY_SETS,
+    st.lists(ROWS, max_size=40), st.lists(st.tuples(KEY_SETS, KEY_SETS, KEY_SETS, KEY_SETS), max_size=3), KEY_SETS,
     st.sampled_from((1, 7, 1000)), st.sampled_from((1, 3, 1000)),
 )  # fmt: skip
 def test_equal_to_a_merge_in_memory(
@@ -92,12 +92,12 @@ def test_equal_to_a_merge_in_memory(
 def test_equal_on_ray_and_to_the_table_of_a_single_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = ({"url": f"http://a.test/{n % 600}.png", "page": f"http://p.test/{n}"} for n in range(1000))
     rows = cleaned([row | {"position": n, "texts": [text(f"t {n}", "alt")]} for n, row in enumerate(made)])
-    table, _ = plain(rows, [({KEYS[0]}, set(), {KEYS[0]})], set())
+    table, _ = plain(rows, [({KEYS[0]}, set(), {KEYS[0]}, set())], set())
     Store(tmp_path).write_table("plain.parquet", table, {"a": "b"})
-    whole = merged_bytes(rows, [({KEYS[0]}, set(), {KEYS[0]})], set())
+    whole = merged_bytes(rows, [({KEYS[0]}, set(), {KEYS[0]}, set())], set())
     assert whole[0] == Store(tmp_path).read("plain.parquet") and whole[1]["kept"] == 599
     monkeypatch.setattr(module, "RUN_ROWS", 300)
-    spill = functools.partial(merged_bytes, rows, [({KEYS[0]}, set(), {KEYS[0]})], set())
+    spill = functools.partial(merged_bytes, rows, [({KEYS[0]}, set(), {KEYS[0]}, set())], set())
     assert spill() == whole
     few_parts(monkeypatch)
     assert spill() == spill(engine="ray", workers=2) == whole
