@@ -30,7 +30,7 @@ daemon off; master_process off; pid {folder}/nginx.pid; error_log {folder}/error
 {user}events {{ worker_connections 2048; }}
 http {{
   log_format asked '$msec $uri $status'; access_log {folder}/access.log asked;
-  types {{ image/jpeg jpg; }} sendfile on; keepalive_requests 100000;
+  types {{ text/html html htm; image/jpeg jpg; image/png png; }} sendfile on; keepalive_requests 100000;
   client_body_temp_path {folder}/t1; proxy_temp_path {folder}/t2; fastcgi_temp_path {folder}/t3;
   uwsgi_temp_path {folder}/t4; scgi_temp_path {folder}/t5;
   server {{ listen 127.0.0.1:{port}; root {folder}/www; }}
