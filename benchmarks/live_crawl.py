@@ -1,11 +1,11 @@
 """A crawl of real documentation, served by nginx on loopback, against an independent extraction of the same pages.
 
     apt-get download gimp-help-en python-skimage-doc povray-doc && for f in *.deb; do dpkg -x $f docs; done
-    python benchmarks/live_crawl.py FOLDER gimp=docs/usr/share/gimp/2.0/help/en skimage=docs/usr/share/doc/… [--pages 3000]
+    python benchmarks/live_crawl.py FOLDER gimp=docs/usr/share/gimp/2.0/help/en skimage=docs/usr/share/doc/… [--pages N]
 
-Each NAME=DIR becomes http://127.0.0.1:PORT/NAME/. The pages that the server's log says were had are read from disk by the
-other extractor (`extraction.py`). A pair is (image address, kind of text, text without white space), each once, since
-candidates are merged by address. Prints recall, precision, disagreements, and what became of the pages.
+Each NAME=DIR becomes http://127.0.0.1:PORT/NAME/. The pages that the server's log says were had are read from disk by
+the other extractor (`extraction.py`). A pair is (image address, kind of text, text without white space), each once,
+since candidates are merged by address. Prints recall, precision, disagreements, and what became of the pages.
 """
 
 import argparse

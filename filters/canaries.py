@@ -6,7 +6,7 @@ a table like a score's (`canary_facts`): defect, twin, origin, half, how. Half o
 the other half reports. Cost: one decoding and one encoding per canary.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from pairs.schemas import PAIRS
 from pairs.shard import ShardRef, write_shard
 from pairs.store import Store
 
-VERSION = 1  # raise it when the same trusted pairs would give other canaries
+VERSION = 2  # raise it when the same trusted pairs would give other canaries
 FACTS = pa.schema(
     [
         ("uid", pa.string()),
@@ -51,16 +51,23 @@ class Origin:
 
 
 def make_canaries(
-    store: Store, shards: Mapping[str, Sequence[ShardRef]], trusted: Sequence[str], spec: CanariesSpec, seed: int
+    store: Store,
+    shards: Mapping[str, Sequence[ShardRef]],
+    trusted: Sequence[str],
+    spec: CanariesSpec,
+    seed: int,
+    only: Collection[str] | None = None,
 ) -> list[ShardRef]:
-    """The canary shards, one per defect; what exists is left. Empty where there are no trusted pairs or none are asked
-    for. At most `per_defect` canaries a defect, and at most `max_fraction` of the trusted pairs."""
+    """The canary shards, one per defect, all made from the same pairs; what exists is left. Empty where there are no
+    trusted pairs or none are asked for. At most `per_defect` canaries a defect, at most `max_fraction` of the trusted
+    pairs, and of the uids `only` where these are given."""
     origins = _origins(store, {name: refs for name, refs in shards.items() if name in trusted}, trusted)
     count = min(spec.per_defect, int(spec.max_fraction * len(origins)))
-    refs = []
+    refs, wanted = [], None if only is None else frozenset(only)
+    allowed = [origin for origin in origins if wanted is None or origin.uid in wanted]
+    chosen = sorted(allowed, key=lambda origin: unit_hash(seed, "canary", origin.uid))[:count]
+    partners = [_partner(chosen, origin, seed) for origin in chosen]
     for defect, plant in DEFECTS.items():
-        chosen = sorted(origins, key=lambda origin: unit_hash(seed, defect, origin.uid))[:count]
-        partners = [_partner(origins, origin, seed) for origin in chosen]
         plan = [(o, p) for o, p in zip(chosen, partners, strict=True) if p is not None or defect != "swapped_text"]
         if plan:
             refs.append(_publish(store, defect, plan, plant, seed))
@@ -68,9 +75,9 @@ def make_canaries(
 
 
 def set_apart(store: Store, refs: Sequence[ShardRef]) -> list[str]:
-    """uids of the trusted pairs that the canaries of a `LEARNED` defect in `refs` are made from. A model that is asked
-    about them must not have trained on them, or false drops are flattered and an older model always wins."""
-    return sorted({row["origin"] for ref in refs for row in facts(store, ref).to_pylist() if row["defect"] in LEARNED})
+    """uids of the trusted pairs that the canaries in `refs` are made from, swapped texts included. A model that is
+    asked about them must not have trained on them, or false drops are flattered and an older model always wins."""
+    return sorted({origin for ref in refs for origin in facts(store, ref)["origin"].to_pylist()})
 
 
 def facts(store: Store, ref: ShardRef) -> pa.Table:
@@ -94,9 +101,9 @@ def _origins(store: Store, shards: Mapping[str, Sequence[ShardRef]], trusted: Se
     frame = load_frame(store, shards, [f"pairs.{name}" for name in READ], {}, trusted)
     usable = frame.alive & ~frame.held_out
     place = np.repeat(np.arange(len(frame.shards)), np.diff(frame.starts))
-    found = []
-    for row in np.flatnonzero(usable):
-        values = frame.table.slice(int(row), 1).to_pylist()[0]
+    found: list[Origin] = []
+    rows = np.flatnonzero(usable)
+    for row, values in zip(rows, frame.table.take(rows).to_pylist(), strict=True):
         fields = {name: values[f"pairs.{name}"] for name in READ}
         if (fields["text"] or "").strip():
             found.append(Origin(values["uid"], frame.shards[place[row]][1], fields))
@@ -137,7 +144,6 @@ def _copy(origin: Origin, pixels: np.ndarray, seed: int) -> Planted:
     return pixels[top : height - top, left : width - left], 90, f"cropped by {cut:.3f} of each side"
 
 
-LEARNED = ("swapped_text",)  # defects that trained models tell
 DEFECTS: dict[str, Callable[[Origin, np.ndarray, int], Planted]] = {"swapped_text": _same, "near_duplicate": _copy}
 
 

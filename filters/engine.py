@@ -112,12 +112,11 @@ def score_shards(
     workers: int,
     progress: Callable[[int, int], None] | None = None,
     dead: Dead | None = None,
-    gpus: float = 0.0,
 ) -> Stats:
     """Makes every missing table of the planned filters for the `shards`; engine and workers don't change the bytes.
 
     `progress(done, all)` is called after each shard; `dead` are tombstones, whose rows become null. Canary shards are
-    shards like any other: pass them in the same call, since on Ray every call starts its own actors.
+    shards like any other.
     """
     left = missing(store, planned, shards)
     total = Stats()
@@ -125,7 +124,7 @@ def score_shards(
         return total
     items = [(ref, [one.name for one in filters]) for ref, filters in left.items()]
     score = partial(_score_shard, store, list(planned), dead or {})
-    for done, stats in enumerate(map_shards(score, items, engine=engine, workers=workers, gpus=gpus), start=1):
+    for done, stats in enumerate(map_shards(score, items, engine=engine, workers=workers), start=1):
         total.add(stats)
         if progress:
             progress(done, len(items))

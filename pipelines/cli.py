@@ -15,7 +15,7 @@ import typer
 from rich.console import Console as Rich
 
 from pairs.errors import PairmillError
-from pairs.recipe import load_recipe
+from pairs.recipe import Recipe, load_recipe
 from pairs.workspace import Workspace
 from pipelines.console import printable
 
@@ -52,14 +52,18 @@ def _run(
 ) -> None:
     from pipelines import stages
 
-    if engine not in (None, "ray", "inline"):
-        raise PairmillError(expected="--engine ray or inline", found=engine, remedy="leave it out for the recipe's own")
-    spec = load_recipe(recipe)
+    spec = _recipe(recipe, engine)
     stages.check(spec)  # a mistake in the recipe is told before anything is written or started
     root = workspace or f"workspace/{spec.name}"
     with _server(root, _load_flow):
         result = _load_flow()(str(recipe), root, engine, until, new, cal, js, advance)
     _tell(result, js)
+
+
+def _recipe(path: Path, engine: str | None) -> Recipe:
+    if engine not in (None, "ray", "inline"):
+        raise PairmillError(expected="--engine ray or inline", found=engine, remedy="leave it out for the recipe's own")
+    return load_recipe(path)
 
 
 @contextlib.contextmanager
@@ -129,7 +133,7 @@ def demo(
     from pipelines.demo.server import running_server
     from pipelines.demo.web import make_web
 
-    root = workspace or f"workspace/{load_recipe(recipe).name}"
+    root = workspace or f"workspace/{_recipe(recipe, engine).name}"
     with (
         _server(root, lambda: make_web(DEMO_WEB, seed=seed, noise=noise, port=DEMO_PORT)),
         running_server(DEMO_WEB, DEMO_PORT),
@@ -143,7 +147,7 @@ def demo_web(
     seed: Annotated[int, typer.Option()] = 7,
     noise: Annotated[float, typer.Option(help="Share of ordinary pairs whose texts are swapped, in [0, 1].")] = 0.3,
     scenes: Annotated[int, typer.Option(help="Scenes on the pages.")] = 2400,
-    trusted: Annotated[int, typer.Option(help="Scenes of the trusted folder.")] = 900,
+    trusted: Annotated[int, typer.Option(help="Scenes of the trusted folder.")] = 1100,
     port: Annotated[int, typer.Option(help="Port that its links name.")] = 8765,
     serve: Annotated[bool, typer.Option("--serve", help="Serve it until interrupted.")] = False,
 ) -> None:

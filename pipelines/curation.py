@@ -24,9 +24,11 @@ from pairs.recipe import Recipe, TextsSpec
 from pairs.schemas import PAIRS
 from pairs.shard import ShardRef
 from pairs.strict import nearest
+from pipelines import scorer as scorer_in_force
 from pipelines.models import model_folder
 from pipelines.run import Run
 from pipelines.training_shards import publish_training_shards
+from training.launch import NVIDIA
 
 Facts = dict[str, Any]
 Shards = Mapping[str, Sequence[ShardRef]]
@@ -93,7 +95,9 @@ def select_trusted(run: Run, shards: Shards) -> str:
 
 def plant(run: Run, shards: Shards) -> list[ShardRef]:
     """The canary shards of the run's pairs."""
-    return canaries.make_canaries(run.workspace.store, shards, run.recipe.trusted, run.recipe.canaries, run.recipe.seed)
+    spec, held = run.recipe.canaries, scorer_in_force.kept(run)
+    only = held.get("apart") if held else None  # what a kept scorer hasn't trained on
+    return canaries.make_canaries(run.workspace.store, shards, run.recipe.trusted, spec, run.recipe.seed, only)
 
 
 def set_apart(run: Run, shards: Shards) -> list[str]:
@@ -114,7 +118,8 @@ def curate(run: Run, number: int, scorer: Facts, shards: Shards) -> Facts:
     again = run.recalibrate
     chosen = select(store, recipe.name, recipe.keep, recipe.texts, shards, scores, recipe.trusted, recalibrate=again)
     published = publish_training_shards(run.workspace, chosen.folder, shards, recipe.trusted)
-    apart = published.count(store, canaries.set_apart(store, planted))
+    origins = canaries.set_apart(store, planted)
+    apart = published.count(store, origins)
     pins = chosen.manifest["thresholds"]
     real = Judged(store, shards, recipe.trusted, scores, reducers, recipe.keep, recipe.texts, chosen.folder, pins)
     told = report(planted, real)
@@ -129,6 +134,7 @@ def curate(run: Run, number: int, scorer: Facts, shards: Shards) -> Facts:
         "canary_recall": recalls,
         "training_pairs": published.total - apart,
         "set_apart": apart,
+        "apart": origins,
         "reused": not scored and not chosen.written and not published.wrote,
     }
 
@@ -140,8 +146,9 @@ def score(run: Run, planned: Sequence[PlannedFilter], refs: Sequence[ShardRef], 
     if not left:
         return 0
     show = run.console.progress(told)
-    # One shard is scored here: starting Ray on this machine would take longer. On a cluster its workers have the GPUs.
-    engine = "inline" if len(left) == 1 and "RAY_ADDRESS" not in os.environ else run.engine
+    # One shard is scored here, with the same bytes: starting Ray takes longer. Where GPUs are its workers have them.
+    alone = len(left) == 1 and "RAY_ADDRESS" not in os.environ and not NVIDIA.exists()
+    engine = "inline" if alone else run.engine
     if engine == "ray":
         run.hold("ray", ray_session(run.recipe.workers))
     score_shards(

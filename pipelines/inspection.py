@@ -204,6 +204,9 @@ def _training(workspace: Workspace, uid: str) -> list[dict[str, Any]]:
         tables = (workspace.store.read_table(pin.ref.table, ["uid"]) for pin in config.shards)
         if not any(uid in table["uid"].to_pylist() for table in tables):
             continue
+        if uid in config.apart:
+            rows.append(told | {"steps": [], "note": "set apart: canaries are made from it"})
+            continue
         plan, left_out = make_plan(workspace.store, config.shards, config.spec, config.apart)
         if plan.fingerprint != record["result"]["plan"]:
             rows.append(told | {"steps": [], "note": _changed(left_out, record["result"]["left_out"])})

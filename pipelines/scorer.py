@@ -32,7 +32,8 @@ def record(run: Run) -> None:
     """Puts what the run ended with into force: what its last promotion left, else what scored its last round."""
     if kept(run) or not (ended := _ended_with(run)):
         return
-    told = ended | {"run": run.folder}
+    curated = run.read("round-1/curation.json") or {}
+    told = ended | {"run": run.folder, "apart": curated.get("apart")}
     run.workspace.store.write(_path(run), json.dumps(told, indent=1, sort_keys=True))
 
 
@@ -63,4 +64,6 @@ def _in_force(run: Run) -> Facts | None:
         )
     for sha in told["models"].values():
         model_folder(run.workspace, sha)
-    return {"name": f"{told['name']}, in force since {told['run']}", "models": told["models"]}
+    return {"name": f"{told['name']}, in force since {told['run']}", "models": told["models"]} | {
+        "apart": told.get("apart")
+    }

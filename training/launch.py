@@ -62,7 +62,7 @@ def _run(job: Job, ranks: int, on_line: OnLine) -> Line:
             if "error" in line:
                 raise PairmillError(**line["error"])
             on_line(line)
-    raise AssertionError("rank 0 ended without a result")
+    raise AssertionError("lines end by a result or an error")
 
 
 def preflight(spec: PretrainSpec) -> None:
@@ -129,7 +129,7 @@ def _lines(ranks: list[Process], logs: Path) -> Iterator[Line]:
             yield json.loads(text)
         elif text:
             continue
-        elif ranks[rank].wait() != 0:
+        elif ranks[rank].wait() != 0 or rank == 0:
             log = logs / f"rank{rank}.log"
             own = log.read_text().rpartition(START)[2]
             end = [line for line in own.splitlines() if line.strip()][-3:]

@@ -225,7 +225,8 @@ def _join(rank: int, ranks: int) -> torch.device:
 
 
 def _say(line: dict[str, Any]) -> None:
-    os.write(1, json.dumps(line).encode() + b"\n")  # in one piece: two processes may write into the same pipe
+    # In one piece, since two processes may write into the same pipe; first ending what a library left unended.
+    os.write(1, b"\n" + json.dumps(line).encode() + b"\n")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 
 from pairs.errors import PairmillError
 from pairs.identity import url_key
+from pairs.process import die_with_parent
 from pipelines.demo import defects, texts
 from pipelines.demo.pages import ROBOTS, Page, layout, write_pages
 from pipelines.demo.plan import ALL_HOSTS, HOSTS, SLOW_HOST, Slot, plan, random_name, stream
@@ -139,7 +140,7 @@ def _write_pictures(root: Path, seed: int, trusted: int, per_class: int) -> None
 
 
 def _pool() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(len(os.sched_getaffinity(0)))
+    return ProcessPoolExecutor(len(os.sched_getaffinity(0)), initializer=die_with_parent, initargs=(os.getpid(),))
 
 
 def _trusted(seed: int, i: int) -> tuple[bytes, str]:

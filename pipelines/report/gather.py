@@ -61,12 +61,13 @@ def _rounds(run: Run) -> Iterator[Facts]:
         store = run.workspace.store
         manifest = json.loads(store.read(f"{curated['selection']}/manifest.json"))
         total = json.loads(store.read(f"{curated['selection']}/funnel.json"))["total"]
+        apart, record = curated.get("set_apart", 0), _record(run, number)
         yield {
             "round": number,
             "scorer": curated["scorer"]["name"],
             "selection": curated["selection"],
-            "funnel": funnel_rows(total, curated["training_pairs"], curated["set_apart"]),
-            "adds_up": adds_up(total, curated["training_pairs"], curated["set_apart"]),
+            "funnel": funnel_rows(total, curated["training_pairs"], apart),
+            "adds_up": adds_up(total, curated["training_pairs"], apart) and _all_read(record, total, apart),
             "thresholds": [
                 {"rule": name, "threshold": t["value"], "found": t["found"], "now": t["now"]}
                 for name, t in manifest["thresholds"].items()
@@ -102,6 +103,16 @@ def adds_up(total: Facts, training: int, apart: int = 0) -> bool:
     dropped = sum(rule["dropped"] for rule in total["rules"])
     start = total["candidates"] is None or total["candidates"] - lost == total["pairs"]
     return bool(start and total["pairs"] - dropped == total["kept"] == training + apart)
+
+
+def _all_read(record: Facts | None, total: Facts, apart: int) -> bool:
+    """Whether what the training says that it read and left out are the kept pairs, where there was a training."""
+    if record is None:
+        return True
+    left_out = record["result"]["left_out"]
+    return bool(
+        record["result"]["pairs"] + sum(left_out.values()) == total["kept"] and left_out.get("canary", 0) == apart
+    )
 
 
 def _canaries(told: Facts) -> Facts:
@@ -179,9 +190,13 @@ def _samples(sampler: Sampler, recipe: Recipe, frame: Frame, manifest: Facts, na
     return {"rule": name} | sampler.of_rule(name, values, limit)
 
 
-def _training(run: Run, number: int) -> Facts | None:
+def _record(run: Run, number: int) -> Facts | None:
     facts = (run.read("stages.json") or {}).get(f"round-{number}/pretrain", {})
-    record = trained(run.workspace, facts["training"]) if "training" in facts else None
+    return trained(run.workspace, facts["training"]) if "training" in facts else None
+
+
+def _training(run: Run, number: int) -> Facts | None:
+    record = _record(run, number)
     if not record:
         return None
     path = f"{record['folder']}/metrics.jsonl"

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,13 @@ def refuse(number: int) -> int:
     if number == 2:
         raise PairmillError(expected="another number", found="2", remedy="nothing")
     return number
+
+
+def die_once(mark: str) -> str:
+    if not Path(mark).exists():
+        Path(mark).touch()
+        os._exit(1)
+    return mark
 
 
 class Odd(Exception):
@@ -73,7 +81,7 @@ def test_an_error_that_cannot_travel_is_told_in_words() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_ray_gives_the_same_and_ends_what_it_started() -> None:
+def test_ray_gives_the_same_and_ends_what_it_started(tmp_path: Path) -> None:
     with ray_session(2):
         import ray
 
@@ -84,8 +92,10 @@ def test_ray_gives_the_same_and_ends_what_it_started() -> None:
         assert {row[3] for row in again} <= {row[3] for row in found}, "the actors stay warm"
         with pytest.raises(PairmillError, match="another number"):
             list(map_shards(refuse, [1, 2, 3], engine="ray", workers=1))
-        with pytest.raises(PairmillError, match="it died"):
+        with pytest.raises(PairmillError, match="3 died of it"):
             list(map_shards(os._exit, [1], engine="ray", workers=1))
+        marks = [str(tmp_path / str(n)) for n in range(4)]
+        assert sorted(map_shards(die_once, marks, engine="ray", workers=2)) == marks, "what a death took is done again"
         anew = list(map_shards(square, range(4), engine="ray", workers=2))
         assert sorted(row[0] for row in anew) == [0, 1, 4, 9], "a pool that failed is made anew"
         with ray_session(2):

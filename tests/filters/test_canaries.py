@@ -109,11 +109,17 @@ def test_canaries_come_from_trusted_pairs_that_are_not_held_out(workspace: Works
     assert make_canaries(workspace.store, shards, ["clean"], SPEC, seed=1) != refs
 
 
-def test_the_originals_of_swapped_texts_are_set_apart(workspace: Workspace) -> None:
-    refs = make_canaries(workspace.store, fill(workspace), ["clean"], SPEC, seed=0)
-    origins = [{f["origin"] for f in workspace.store.read_table(facts_path(ref)).to_pylist()} for ref in refs]
-    assert set_apart(workspace.store, refs) == sorted(origins[0]) and origins[0] != origins[1]
-    assert set_apart(workspace.store, refs[1:]) == set_apart(workspace.store, []) == []
+def test_all_that_canaries_are_made_from_is_set_apart(workspace: Workspace) -> None:
+    shards = fill(workspace)
+    refs = make_canaries(workspace.store, shards, ["clean"], SPEC, seed=0)
+    apart = set_apart(workspace.store, refs)
+    assert set_apart(workspace.store, refs[:1]) == set_apart(workspace.store, refs[1:]) == apart and len(apart) == 20
+    clean = workspace.store.read_table(shards["clean"][0].table).to_pylist()
+    texts = {pair["text"] for pair in clean if pair["uid"] in apart}
+    assert set(read_shard(workspace.store, refs[0]).table["text"].to_pylist()) <= texts, "swapped ones too"
+    fewer = make_canaries(workspace.store, shards, ["clean"], SPEC, 0, apart[:8])
+    assert set_apart(workspace.store, fewer) == apart[:8]
+    assert make_canaries(workspace.store, shards, ["clean"], SPEC, 0, apart) == refs
 
 
 def test_no_trusted_pairs_or_none_asked_for_give_no_canaries(workspace: Workspace) -> None:
