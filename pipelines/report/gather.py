@@ -67,7 +67,7 @@ def _rounds(run: Run) -> Iterator[Facts]:
             "scorer": curated["scorer"]["name"],
             "selection": curated["selection"],
             "funnel": funnel_rows(total, curated["training_pairs"], apart),
-            "adds_up": adds_up(total, curated["training_pairs"], apart) and _all_read(record, total, apart),
+            "adds_up": adds_up(total, curated["training_pairs"], apart) and all_read(record, total, apart),
             "thresholds": [
                 {"rule": name, "threshold": t["value"], "found": t["found"], "now": t["now"]}
                 for name, t in manifest["thresholds"].items()
@@ -105,7 +105,7 @@ def adds_up(total: Facts, training: int, apart: int = 0) -> bool:
     return bool(start and total["pairs"] - dropped == total["kept"] == training + apart)
 
 
-def _all_read(record: Facts | None, total: Facts, apart: int) -> bool:
+def all_read(record: Facts | None, total: Facts, apart: int) -> bool:
     """Whether what the training says that it read and left out are the kept pairs, where there was a training."""
     if record is None:
         return True

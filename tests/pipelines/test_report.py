@@ -13,7 +13,7 @@ import pytest
 from pipelines import stages
 from pipelines.console import Console
 from pipelines.report import plots
-from pipelines.report.gather import adds_up, funnel_rows
+from pipelines.report.gather import adds_up, all_read, funnel_rows
 from pipelines.report.page import render
 from pipelines.run import open_run
 from tests.pipelines import flow
@@ -83,6 +83,9 @@ def test_a_lost_pair_shows() -> None:
     assert not adds_up(total | {"candidates": 11}, 5) and not adds_up(total | {"kept": 6}, 6)
     assert [row["left"] for row in funnel_rows(total, 5)] == [10, 8, 8, 5, 5]
     assert adds_up(total, 3, 2) and not adds_up(total, 5, 2)
+    read = {"result": {"pairs": 2, "left_out": {"canary": 2, "forgotten": 1}}}
+    assert all_read(None, total, 2) and all_read(read, total, 2)
+    assert not all_read(read, total, 1) and not all_read({"result": {"pairs": 2, "left_out": {"canary": 2}}}, total, 2)
     assert [row["left"] for row in funnel_rows(total, 3, 2)] == [10, 8, 8, 5, 3, 3]
 
 

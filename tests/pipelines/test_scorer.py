@@ -9,7 +9,7 @@ import pytest
 
 from pairs.errors import PairmillError
 from pairs.workspace import Workspace
-from pipelines import scorer, stages, training_jobs
+from pipelines import curation, scorer, stages, training_jobs
 from pipelines.console import Console
 from pipelines.run import Run, open_run
 from tests.pipelines import flow
@@ -18,6 +18,8 @@ from tests.pipelines.conftest import Finished
 pytestmark = pytest.mark.timeout(400)
 QUIET = Console(quiet=True)
 RESULT = {"name": "the model of round 1", "models": {"clip": "c" * 64, "captioner": "d" * 64, "matcher": "e" * 64}}
+
+APART = ["a" * 32, "b" * 32]
 
 
 @pytest.fixture
@@ -33,6 +35,7 @@ def ended(path: Path, result: dict[str, object] = RESULT) -> Run:
     """A run that has ended with `result`, its models' folders beside it."""
     run = opened(path)
     assert scorer.settle(run) is None, "a first run trains its scorer"
+    run.write("round-1/curation.json", {"apart": APART})
     run.write("round-2/promotion.json", {"told": "", "scorer": result})
     scorer.record(run)
     run.workspace.store.write(f"{run.folder}/report.html", "done")
@@ -55,6 +58,16 @@ def test_a_new_run_keeps_what_the_last_one_ended_with(path: Path) -> None:
     run.workspace.store.write(f"{run.folder}/report.html", "done")
     third = opened(path, new=True)
     assert scorer.settle(third) == told, "the scorer in force is still the first run's"
+
+
+def test_a_kept_scorer_is_asked_only_about_pairs_it_never_saw(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(curation.canaries, "make_canaries", lambda *given: asked.append(given[5]) or [])
+    curation.plant(ended(path), {})
+    run = opened(path, new=True)
+    stages.first_filter(run)
+    curation.plant(run, {})
+    assert asked == [None, APART]
 
 
 def test_a_run_that_advances_trains_its_scorer(path: Path) -> None:

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -89,3 +91,10 @@ def test_errors_of_a_rank_arrive_as_advice(tmp_path: Path) -> None:
     with pytest.raises(PairmillError, match=r"00007\.parquet"):
         launch.train(missing)
     assert time.perf_counter() - began < 120 and not (Path(cfg.out_dir) / "model").exists()
+
+
+def test_a_process_that_ends_without_a_result_is_an_error_not_a_wait(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "print('loading', end='')"], stdout=subprocess.PIPE)
+    (tmp_path / "rank0.log").write_text("--- this rank starts\nall went well\n")
+    with pytest.raises(PairmillError, match="exit code 0: all went well"):
+        list(launch._lines([process], tmp_path))
