@@ -55,8 +55,9 @@ def forget(
     """Forgets what `asked` names (lines by option: urls, uids, hosts, sha256). Waits for other writers, telling
     `waiting` their name; without it the next writer does the rewriting. Returns the audit record's facts."""
     dead = _parse(asked)
+    workspace.bury_all(dead, reason)  # a damaged table can't hold this back
     meant = look_up(workspace.store, dead)
-    workspace.bury_all({**dead, "url_key": meant.keys, "uid": meant.uids}, reason)
+    workspace.bury_all({"url_key": meant.keys, "uid": meant.uids}, reason)
     if waiting is None:
         return {"state": "buried", "url_keys": len(meant.keys), "uids": len(meant.uids)}
     with workspace.lock(waiting):
@@ -192,7 +193,8 @@ def _meant(table: pa.Table, dead: Dead) -> pa.ChunkedArray:
         if kind in table.column_names and dead[kind]:
             mask = pc.or_(mask, _among(table[kind], dead[kind]))
     if dead["host"]:
-        mask = pc.or_(mask, pa.array([refused({**dead, "url_key": set()}, "", u) for u in table["url"].to_pylist()]))
+        hosts = {**dead, "url_key": frozenset[str]()}
+        mask = pc.or_(mask, pa.array([refused(hosts, "", u) for u in table["url"].to_pylist()], pa.bool_()))
     return mask
 
 

@@ -80,7 +80,7 @@ def _blank(row: Row, attempts: int) -> Row:
 
 def _refusal(tools: Tools, row: Row) -> str | None:
     """Why it isn't even asked for."""
-    if refused(tools.dead, row["url_key"], row["url"]):
+    if not row["url"] or refused(tools.dead, row["url_key"], row["url"]):
         return "forgotten"
     return row["opt_out"] or tools.said_no.get(row["url_key"])
 
@@ -146,8 +146,8 @@ def _pair(tools: Tools, row: Row, uid: str, sha256: str, size: int) -> Row:
 
 
 def host_of(row: Row) -> str:
-    """For the gates; "" for a local file."""
+    """For the gates; "" for a local file and a forgotten row."""
     try:
-        return URL(row["url"]).host or ""
+        return URL(row["url"] or "").host or ""
     except ValueError:
         return ""

@@ -94,7 +94,8 @@ async def _fetch_all(job: Job, blocks: list[tuple[int, list[Row]]]) -> int:
     settings, store = job.fetch, job.workspace.store
     read = getattr(load_source(job.name, job.spec), "read", None)
     if not read:
-        require_contact(settings.agent, (host_of(row) for _, rows in blocks for row in rows if not row["opt_out"]))
+        asked = (row for _, rows in blocks for row in rows if row["url"] and not row["opt_out"])
+        require_contact(settings.agent, map(host_of, asked))
     allow = networks(job.spec.allow, f"sources.{job.name}")
     client = open_client(settings.agent, settings.per_host, settings.connections, allow, delay_s=settings.delay_s)
     cores = min(len(os.sched_getaffinity(0)), sum(len(rows) for _, rows in blocks))

@@ -242,6 +242,32 @@ def test_hosts_and_bytes_do_not_come_back(tmp_path: Path) -> None:
     assert not refused({"url_key": set(), "host": {"a.test"}}, "k", "http://ba.test/1.jpg")
 
 
+def test_a_fetch_goes_on_after_a_rewriting_takedown(tmp_path: Path) -> None:
+    space = Workspace.open(tmp_path / "w", create=True)
+    with small_web({"/0.png": picture("red"), "/1.png": picture("blue")}) as site:
+        (tmp_path / "web.csv").write_text(f"url,text\n{site.url('/0.png')},a square\n{site.url('/1.png')},a square\n")
+        spec = SourceSpec(kind="urls", allow=ALLOW, path=str(tmp_path / "web.csv"))
+        cut_increment(space, "web", spec, FetchSpec(), lambda *_: None)
+        assert forget(space, {"urls": [site.url("/0.png")]}, "", alone)["rewritten"]["candidates"] == 1
+        for side in (16, 32):
+            counts = fetch_increment(space, "web", spec, FetchSpec(side_px=side), "0000", lambda *_: None)
+            assert counts.ok == 1 and counts.failed == {"refused/forgotten": 1}
+        assert "/0.png" not in site.asked
+    assert verify(space).problems == []
+
+
+def test_tables_without_rows_and_damaged_ones_hold_no_takedown_back(space: Workspace) -> None:
+    for path in ("candidates/web/0000/part-00000.parquet", f"{FOLDER}/00000.parquet"):
+        empty = space.store.read_table(path)[:0]
+        space.store.write_table(path.replace("00000", "00009").replace("web/0000", "web/0009"), empty)
+    forget(space, {"hosts": ["host1.test"]}, "", alone)
+    assert pair_row(1)["url_key"] in space.tombstones()["url_key"]
+    space.store.write(f"{FOLDER}/00008.parquet", b"damaged")
+    with pytest.raises(PairmillError, match="a Parquet table"):
+        forget(space, {"hosts": ["host0.test"]}, "", alone)
+    assert "host0.test" in space.tombstones()["host"]
+
+
 @pytest.mark.timeout(400)
 def test_a_finished_run_goes_on_without_them(finished: Finished, tmp_path: Path) -> None:
     """Pins of earlier trainings don't hold any more: the same command trains a new model, and reuses what it can."""
