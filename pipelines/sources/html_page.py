@@ -106,7 +106,10 @@ def _parse(body: bytes, content_type: str | None) -> tuple[html.HtmlElement, int
     _, plain = html_to_unicode(content_type, body, default_encoding="cp1252", auto_detect_fun=_utf8)
     data = plain.replace("\0", "").encode("utf-8", "replace")
     parser = html.HTMLParser(recover=True, encoding="utf-8", huge_tree=True, remove_comments=True, remove_pis=True)
-    root = html.document_fromstring(data, parser=parser) if data.strip() else html.Element("html")
+    try:
+        root = html.document_fromstring(data, parser=parser)
+    except etree.ParserError:  # nothing but blanks, a document type or a comment
+        root = html.Element("html")
     return root, any("depth" in error.message for error in parser.error_log)
 
 

@@ -27,7 +27,7 @@ from pipelines.fetch.client import REDIRECTS, Client, Failure, Headers, Limits, 
 from pipelines.fetch.guard import networks
 from pipelines.fetch.policies import load_policies, save_policies
 from pipelines.fetch.robots import Robots
-from pipelines.sources.html_page import read_page
+from pipelines.sources.html_page import join, read_page
 from pipelines.sources.site import FULL_DISK, read_pages
 from pipelines.sources.site_cache import (
     VALIDATORS,
@@ -96,7 +96,7 @@ class GuardedHandler:
             raise PageFailed(answer.result)
         url, status, headers, body = answer.result
         names = ("Content-Type", "X-Robots-Tag", "TDM-Reservation", "Location", *VALIDATORS)
-        kept = {name: headers.getall(name) for name in names if name in headers}
+        kept = {n: [v.encode("utf-8", "replace") for v in headers.getall(n)] for n in names if n in headers}
         return HtmlResponse(url, status, kept, body, request=request)
 
     async def close(self) -> None:
@@ -192,21 +192,30 @@ class SiteSpider(Spider):
 
     def parse(self, response: Response, **_: Any) -> None:
         assert isinstance(response, HtmlResponse) and response.request
+        request = response.request
         try:
-            if response.request.meta["map"]:
-                self._record_map(response.request, self._read_map(response))
-                return
-            headers = [(k.decode(), v.decode("latin-1")) for k, values in response.headers.items() for v in values]
-            if response.status == 304:
-                found = unchanged(self._before[response.request.meta["key"]], headers, self._config["agent"])
-            elif response.status in REDIRECTS:
-                found = {"failure": "redirected", "redirect": _target(response)}
+            try:
+                found = self._read_map(response) if request.meta["map"] else self._read_page(response, request)
+            except OSError:
+                raise
+            except Exception:  # whatever a stranger wrote, it costs its own page alone
+                self.logger.exception("a page that can't be read: %s", request.meta["key"])
+                found = {"failure": "broken_page"}
+            if request.meta["map"]:
+                self._record_map(request, found)
             else:
-                read = read_page(response.url, response.body, headers, self._config["agent"])
-                found = read | validators(headers)
-            self._record({**_place(response.request), **found})
+                self._record({**_place(request), **found})
         except Exception as error:
             self._stop(error)
+
+    def _read_page(self, response: HtmlResponse, request: Request) -> dict[str, Any]:
+        headers = [(k.decode(), v.decode()) for k, values in response.headers.items() for v in values]
+        if response.status == 304:
+            return unchanged(self._before[request.meta["key"]], headers, self._config["agent"])
+        if response.status in REDIRECTS:
+            target = _target(response)
+            return {"failure": "redirected" if target else "bad_redirect", "redirect": target}
+        return read_page(response.url, response.body, headers, self._config["agent"]) | validators(headers)
 
     def failed(self, failure: TwistedFailure) -> None:
         error = failure.value
@@ -269,8 +278,8 @@ def _ways(page: dict[str, Any]) -> tuple[list[str], str | None]:
 
 
 def _target(response: Response) -> str | None:
-    location = response.headers.get("Location")
-    return response.urljoin(location.decode("latin-1")).partition("#")[0] if location else None
+    target = join(response.url, (response.headers.get("Location") or b"").decode())
+    return target.partition("#")[0] if target else None
 
 
 def _end_torn_line(path: Path) -> None:

@@ -43,6 +43,7 @@ async def client() -> AsyncIterator[Client]:
         ("unavailable_after: 2990-06-25T15:00:00+00:00", None),
         ("unavailable_after: Mon, 25-Jun-60 15:00:00 GMT", None),
         ("unavailable_after: who knows when", "unavailable_after"),
+        ("unavailable_after: Mon 01 Jan 99999999999999999999 00:00:00 GMT", "unavailable_after"),
         ("unavailable_after: 2990-01-01, noml", "noml"),
     ],
 )
