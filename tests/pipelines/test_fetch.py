@@ -190,6 +190,18 @@ async def test_a_decoder_that_dies_or_outgrows_its_memory_costs_one_image(monkey
         await decoder.stop()
 
 
+async def test_a_cancelled_decoding_leaves_nothing_to_the_next_image() -> None:
+    async with decoders(SPEC, 1) as decode:
+        await decode(picture())
+        task = asyncio.create_task(decode(encoded(Image.effect_noise((1900, 1900), 80))))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        for colour, rgb in (("lime", [0, 255, 0]), ("blue", [0, 0, 255])):
+            assert pixels(await decode(picture(colour)))[5, 5].tolist() == rgb
+
+
 @pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:
     return Workspace.open(tmp_path / "work", create=True)

@@ -15,7 +15,7 @@ from pairs.store import Store
 from pairs.workspace import Workspace
 from pipelines.candidates import cut_increment
 from pipelines.fetch import policies
-from pipelines.fetch.client import Client, Failure, Limits, any_headers, any_url, open_client, require_contact
+from pipelines.fetch.client import Answer, Client, Failure, Limits, any_headers, any_url, open_client, require_contact
 from pipelines.fetch.guard import networks
 from pipelines.fetch.policies import Policies, load_policies, save_policies
 from pipelines.fetch.robots import Robots, _matches, opt_out, opted_out
@@ -107,6 +107,28 @@ async def test_policy_files_are_kept_a_day_across_runs(
         assert site.asked == ["/robots.txt"]
     store.write(policies.PATH, b"damaged")
     assert load_policies(store) == Policies()
+
+
+async def test_only_an_answer_that_there_is_no_file_allows_everything(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = [("permanent", "no_such_host", None), ("permanent", "bad_response", None), ("permanent", "http_300", 300)]
+    given = [Failure(*f) for f in failures] + [Failure("permanent", "http_410", 410)]  # type: ignore[arg-type]
+    asked: list[str] = []
+
+    async def fetch(url: str, *_: object) -> Answer:
+        asked.append(url)
+        return Answer(given[len(asked) - 1], 1)
+
+    monkeypatch.setattr(client, "fetch", fetch)
+    known, url = Policies(), "http://a.test/robots.txt"
+    for number, (_, reason, code) in enumerate(failures, 1):
+        monkeypatch.setattr(policies, "RETRY_S", 300.0 if number == 1 else -1.0)
+        assert await known.get(client, url) == Failure("transient", reason, code) and len(asked) == number
+        monkeypatch.setattr(policies, "RETRY_S", 300.0)
+        assert await known.get(client, url) == Failure("transient", reason, code) and len(asked) == number
+    monkeypatch.setattr(policies, "RETRY_S", -1.0)
+    assert await known.get(client, url) == "" and set(known.known) == {url}
 
 
 async def test_a_host_is_asked_no_faster_than_its_crawl_delay(client: Client) -> None:
