@@ -17,9 +17,9 @@ from cluster.compute import Engine
 from pairs.errors import PairmillError
 from pairs.recipe import FetchSpec, SourceSpec
 from pairs.store import table_metadata
-from pairs.workspace import Dead, Workspace, refused
+from pairs.workspace import Workspace
 from pipelines.fetch.ledger import due, passing_failures
-from pipelines.merge import Merge, Merged, Sets, clean, merge, write_groups
+from pipelines.merge import Merge, Merged, Sets, clean, living, merge, write_groups
 from pipelines.sources import Context, Progress, Row, load_source
 
 MAX_TRIES = 5  # increments in which a candidate may fail for a passing cause
@@ -67,7 +67,7 @@ def cut_increment(
     how = Merge(workspace.store, f"crawl/{name}/{increment}/merge", _judge, engine, workers)
     bad: Counter[str] = Counter()
     dead = workspace.tombstones()
-    rows = _living(source.candidates(context), dead, bad)
+    rows = living((row for r in source.candidates(context) if (row := clean(r, bad)) is not None), dead, bad)
     merged = merge(rows, _earlier_keys(workspace, name, earlier, fetch_spec), dead["url_key"], how)
     context.dropped.update(bad)
     found = merged.outcome.taken + sum(count for reason, count in context.dropped.items() if reason != "text_cut")
@@ -137,16 +137,6 @@ def _counts(increment: str | None, found: int, merged: Merged, context: Context)
 
 def _plain(counts: Counter[str]) -> dict[str, int]:
     return {name: count for name, count in sorted(counts.items()) if count}
-
-
-def _living(rows: Iterator[Row], dead: Dead, dropped: Counter[str]) -> Iterator[Row]:
-    """The rows with an address that isn't forgotten; the others are counted."""
-    for found in rows:
-        row = clean(found, dropped)
-        if row is not None and refused(dead, row["url_key"], row["url"]):
-            dropped["forgotten"] += 1
-        elif row is not None:
-            yield row
 
 
 def _earlier_keys(workspace: Workspace, name: str, earlier: list[str], spec: FetchSpec) -> Iterator[Sets]:

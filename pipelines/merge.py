@@ -23,6 +23,7 @@ from cluster.compute import Engine, map_shards
 from pairs.identity import canonical_url, url_key
 from pairs.schemas import CANDIDATES
 from pairs.store import Store
+from pairs.workspace import Dead, refused
 from pipelines.sources import Row
 
 RUN_ROWS = 50_000
@@ -202,6 +203,15 @@ def clean(row: Row, dropped: Counter[str]) -> Row | None:
         if words:
             texts.append(entry | {"text": words[:TEXT_CHARS]})
     return blank | {"position": 0} | row | {"texts": texts}
+
+
+def living(rows: Iterable[Row], dead: Dead, dropped: Counter[str]) -> Iterator[Row]:
+    """The clean rows that aren't forgotten; the others are counted."""
+    for row in rows:
+        if refused(dead, row["url_key"], row["url"]):
+            dropped["forgotten"] += 1
+        else:
+            yield row
 
 
 def _as_found(url: str) -> str:

@@ -96,7 +96,8 @@ def finish(
     new = {kind: sorted(dead[kind] - done[kind]) for kind in KINDS}
     path, record = _draft(workspace, records, new, found, done, reason)
     scrub(workspace, needles(found.urls, found.texts | _captions(store, found.uids)), dead, found.uids)
-    store.delete("cache", recursive=True)  # pages as they were read; what is in it can be had again
+    for made in ("cache", *(f"crawl/{c}/{part}" for c in _crawls(store) for part in ("merge", "files"))):
+        store.delete(made, recursive=True)  # what is in it can be had again
     _canaries(store, found)
     rewrote = Counter({kind: _shards(store, kind, found.uids) for kind in ("shards",)})
     for kind in ("selections", "scores"):
@@ -108,6 +109,10 @@ def finish(
     if path:
         store.write(path, json.dumps(facts, indent=1))
     return facts
+
+
+def _crawls(store: Store) -> list[str]:
+    return [f"{source}/{name}" for source in store.folders("crawl") for name in store.folders(f"crawl/{source}")]
 
 
 def _now() -> str:

@@ -103,9 +103,10 @@ async def _fetch_all(job: Job, blocks: list[tuple[int, list[Row]]]) -> int:
     pixels = decode.DecodeSpec(**{n: getattr(settings, n) for n in names}, hash=len(job.blocked.hashes) > 0)
     policies = load_policies(store)
     async with client.session, pool.decoders(pixels, cores) as decode_one:
-        permit = job.blocked.guarding(Robots(client, policies).permit)
+        dead = job.workspace.tombstones()
+        permit = job.blocked.guarding(Robots(client, policies).permit, dead)
         said_no = ledger.said_no(store, job.name, job.increment)
-        facts = (client, permit, decode_one, job.blocked, read, job.workspace.tombstones(), said_no)
+        facts = (client, permit, decode_one, job.blocked, read, dead, said_no)
         job.progress(job.finished, job.total, await preflight(settings.agent, decode_one))
         try:
             await _schedule(job, Tools(job.name, job.increment, settings, *facts), blocks)

@@ -14,9 +14,10 @@ from typing import Any, Protocol
 
 from cluster.compute import Engine
 from pairs.errors import PairmillError
+from pairs.identity import url_key
 from pairs.recipe import FetchSpec, SourceSpec
 from pairs.strict import nearest, strict
-from pairs.workspace import Workspace
+from pairs.workspace import Dead, Workspace, refused
 
 Progress = Callable[[int, int, str], None]
 Row = dict[str, Any]
@@ -59,6 +60,11 @@ def load_source(name: str, spec: SourceSpec) -> Source:
         )
     module = importlib.import_module(f"{__name__}.{spec.kind}")
     return strict(module.Source, spec.settings, f"sources.{name}")  # type: ignore[no-any-return]
+
+
+def forgotten(dead: Dead, url: str) -> bool:
+    """Whether tombstones mean an http address."""
+    return any(dead.values()) and refused(dead, url_key(url), url)
 
 
 def text(value: str, kind: str, language: str | None = None) -> dict[str, str | None]:

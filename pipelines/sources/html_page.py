@@ -67,8 +67,9 @@ class Found:
 
 
 def read_page(url: str, body: bytes, headers: Sequence[tuple[str, str]], agent: str) -> dict[str, Any]:
-    """A page's record: `images` (url, texts, found, license), `links` as found (without fragment), `opt_out`, and
-    `cut`, the number of elements beyond the limits. `headers` are pairs of name and value."""
+    """A page's record: `images` (url, texts, found, license), `links` as found (without fragment), `opt_out`,
+    `cut`, the number of elements beyond the limits, and `dated`, as `is_dated` says. `headers` are pairs of name
+    and value."""
     root, cut = _parse(body, next((value for name, value in headers if name.lower() == "content-type"), None))
     found = Found(robots_names(agent), cut=cut)
     for element in root.iter(*TAGS):
@@ -82,7 +83,14 @@ def read_page(url: str, body: bytes, headers: Sequence[tuple[str, str]], agent: 
         "links": [] if words & NO_FOLLOW else sorted({a.partition("#")[0] for a in _joined(found.links, base)}),
         "opt_out": opt_out,
         "cut": found.cut,
+        "dated": is_dated(headers, found.robots),
     }
+
+
+def is_dated(headers: Sequence[tuple[str, str]], metas: Sequence[str] = ()) -> bool:
+    """Whether a page's headers or its robots tags `metas` name a date after which it may not be used."""
+    told = [*metas, *(value for name, value in headers if name.lower() == "x-robots-tag")]
+    return any("unavailable_after" in value.lower() for value in told)
 
 
 def robots_names(agent: str) -> tuple[str, str]:

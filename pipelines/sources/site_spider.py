@@ -23,12 +23,14 @@ from yarl import URL
 
 from pairs.identity import canonical_url
 from pairs.store import FULL
+from pairs.workspace import Workspace
 from pipelines.fetch.client import REDIRECTS, Client, Failure, Headers, Limits, any_headers, open_client
 from pipelines.fetch.guard import networks
 from pipelines.fetch.policies import load_policies, save_policies
 from pipelines.fetch.robots import Robots
+from pipelines.sources import forgotten
 from pipelines.sources.html_page import join, read_page
-from pipelines.sources.site import FULL_DISK, read_pages
+from pipelines.sources.site import FULL_DISK, read_pages, without_dead
 from pipelines.sources.site_cache import (
     VALIDATORS,
     conditions,
@@ -135,6 +137,7 @@ class SiteSpider(Spider):
         self._pages = {page["key"]: _ways(page) for page in read_pages(path)}
         self._maps = {found["sitemap"]: found for found in read_pages(path, "sitemap")}
         self._before = load_unchanging(config)
+        self._dead = Workspace(place(config)[0]).tombstones()
         _end_torn_line(path)
         self._file = path.open("ab", buffering=0)
         self._unsynced = self._waiting = 0
@@ -188,7 +191,8 @@ class SiteSpider(Spider):
             parts = URL(url)
         except ValueError:
             return False
-        return parts.host in self._hosts and not parts.path.lower().endswith(NOT_PAGES)
+        known = parts.host in self._hosts and not parts.path.lower().endswith(NOT_PAGES)
+        return known and not forgotten(self._dead, url)
 
     def parse(self, response: Response, **_: Any) -> None:
         assert isinstance(response, HtmlResponse) and response.request
@@ -215,7 +219,8 @@ class SiteSpider(Spider):
         if response.status in REDIRECTS:
             target = _target(response)
             return {"failure": "redirected" if target else "bad_redirect", "redirect": target}
-        return read_page(response.url, response.body, headers, self._config["agent"]) | validators(headers)
+        read = read_page(response.url, response.body, headers, self._config["agent"])
+        return read | ({} if read.pop("dated") else validators(headers))
 
     def failed(self, failure: TwistedFailure) -> None:
         error = failure.value
@@ -243,10 +248,16 @@ class SiteSpider(Spider):
 
     def _record_map(self, request: Request, found: dict[str, Any]) -> None:
         key = request.meta["key"]
-        self._maps[key] = {"sitemap": key, "links": [], "more": [], "cut": 0} | found
+        self._maps[key] = self._living({"sitemap": key, "links": [], "more": [], "cut": 0} | found)
         self._write(self._maps[key])
 
+    def _living(self, line: dict[str, Any]) -> dict[str, Any]:
+        kept = without_dead(line, self._dead)
+        assert kept is not None, "what is forgotten isn't asked for"
+        return kept
+
     def _record(self, page: dict[str, Any]) -> None:
+        page = self._living(page)
         self._pages[page["key"]] = _ways(page)
         self._write(page)
 

@@ -112,7 +112,11 @@ async def test_policy_files_are_kept_a_day_across_runs(
 async def test_only_an_answer_that_there_is_no_file_allows_everything(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failures = [("permanent", "no_such_host", None), ("permanent", "bad_response", None), ("permanent", "http_300", 300)]
+    failures = [
+        ("permanent", "no_such_host", None),
+        ("permanent", "bad_response", None),
+        ("permanent", "http_300", 300),
+    ]
     given = [Failure(*f) for f in failures] + [Failure("permanent", "http_410", 410)]  # type: ignore[arg-type]
     asked: list[str] = []
 

@@ -574,7 +574,17 @@ def test_words_of_a_caption_are_joined_as_they_are_seen() -> None:
     assert " ".join(found["texts"][0]["text"].split()) == "one two three"
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe<\x00p\x00", b"", b"\x00" * 100, "<p>ä".encode("utf-16"), b"<" * 5000, b"<!doctype html>", b"<!-- x -->"]
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff\xfe<\x00p\x00",
+        b"",
+        b"\x00" * 100,
+        "<p>ä".encode("utf-16"),
+        b"<" * 5000,
+        b"<!doctype html>",
+        b"<!-- x -->",
+    ],
 )
 def test_any_bytes_are_a_page(content: bytes) -> None:
     assert read_page("http://a.test/", content, [("content-type", "text/html; charset=nonsense")], "x")["images"] == []
