@@ -54,6 +54,8 @@ def verify(workspace: Workspace, progress: Callable[[str], None] = lambda _: Non
             _guarded(verdict, path, check)
         tables = {path.removesuffix(".parquet") for path in store.files(kind, ".parquet")}
         verdict.unfinished += [t for t in store.files(kind, ".tar") if t.removesuffix(".tar") not in tables]
+    for group in store.folders("pairs"):
+        _guarded(verdict, f"pairs/{group}", lambda g=group: _check_uids(store, g))  # type: ignore[misc]
     for kind in ALIGNED:
         for path in store.files(kind, ".parquet"):
             progress(path)
@@ -112,6 +114,13 @@ def _check_shard(verdict: Verdict, store: Store, path: str, schema: pa.Schema, k
         yield f"{ref.tar} isn't the tar that was recorded (size or sha256)"
     yield from _check_members(table, data, ref, kind)
     yield from _check_dead(table, dead)
+
+
+def _check_uids(store: Store, group: str) -> Iterator[str]:
+    """A pair is in one shard of its group alone, whatever its increments."""
+    uids = [store.read_table(ref.table, ["uid"])["uid"] for ref in list_shards(store, f"pairs/{group}")]
+    if uids and (twice := sum(map(len, uids)) - pc.count_distinct(pa.chunked_array(uids)).as_py()):
+        yield f"{twice} uids stand in it more than once"
 
 
 def _check_dead(table: pa.Table, dead: Dead) -> Iterator[str]:

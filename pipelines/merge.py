@@ -191,7 +191,7 @@ def clean(row: Row, dropped: Counter[str]) -> Row | None:
     """The row with its key, address and trimmed texts; None where it has no address to fetch."""
     blank: dict[str, Any] = dict.fromkeys(CANDIDATES.names)
     if row.get("url_key") is None:
-        reason = _bad_address(row["url"])
+        reason = bad_address(row["url"])
         if reason:
             dropped[reason] += 1
             return None
@@ -221,7 +221,8 @@ def _as_found(url: str) -> str:
     return plain if plain.isprintable() else canonical_url(url)
 
 
-def _bad_address(url: str) -> str | None:
+def bad_address(url: str) -> str | None:
+    """Why nothing can be fetched from an address, or None."""
     scheme = url.strip().partition(":")[0].lower()
     if scheme == "data":
         return "data_url"

@@ -105,7 +105,8 @@ async def _fetch_all(job: Job, blocks: list[tuple[int, list[Row]]]) -> int:
     async with client.session, pool.decoders(pixels, cores) as decode_one:
         dead = job.workspace.tombstones()
         permit = job.blocked.guarding(Robots(client, policies).permit, dead)
-        said_no = ledger.said_no(store, job.name, job.increment)
+        earlier = dict.fromkeys(ledger.taken(store, job.group, job.increment), "earlier")
+        said_no = ledger.said_no(store, job.name, job.increment) | earlier
         facts = (client, permit, decode_one, job.blocked, read, dead, said_no)
         job.progress(job.finished, job.total, await preflight(settings.agent, decode_one))
         try:

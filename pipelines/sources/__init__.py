@@ -2,7 +2,8 @@
 
 It holds a frozen dataclass `Source`, whose fields are its settings, with `candidates(context)` yielding rows of
 `pairs.schemas.CANDIDATES` (url, texts, page, found, …; `url_key` is added for those with an http URL). A source of
-local images also has `read(relative_path, max_bytes)`, and its rows name `<source>:<relative path>`.
+local images also has `read(relative_path, max_bytes)`, and its rows name `<source>:<relative path>`, or an http address
+that `read` takes in place of the path.
 """
 
 import importlib
@@ -21,6 +22,7 @@ from pairs.workspace import Dead, Workspace, refused
 
 Progress = Callable[[int, int, str], None]
 Row = dict[str, Any]
+HTTP = ("http://", "https://")
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from pairs.recipe import FetchSpec, SourceSpec
 from pairs.schemas import CANDIDATES, LEDGER, PAIRS
 from pairs.shard import read_shard
 from pairs.store import Store
+from pairs.verify import verify
 from pairs.workspace import Workspace
 from pipelines.candidates import cut_increment, part
 from pipelines.fetch.client import Failure
@@ -226,6 +227,23 @@ def fetch(workspace: Workspace, spec: FetchSpec) -> FetchCounts:
 def ledger_of(workspace: Workspace, spec: FetchSpec) -> list[dict[str, Any]]:
     files = workspace.store.files(f"ledger/src-{fetch_fingerprint(spec)}/0000")
     return [row for path in files for row in workspace.store.read_table(path).to_pylist()]
+
+
+def test_a_pair_of_an_earlier_increment_is_not_made_twice(workspace: Workspace) -> None:
+    """With other settings the first increment gives what it failed to give, and the second one has it too."""
+    store = workspace.store
+    with small_web({"/0.png": picture(), "/1.png": picture("blue")}) as site:
+        write_candidates(workspace, [site.url("/1.png"), site.url("/0.png")])
+        store.write_table(part("src", "0001"), store.read_table(part("src", "0000")))
+        write_candidates(workspace, [site.url("/0.png")])
+        assert fetch(workspace, FetchSpec(side_px=16)).ok == 1
+        counts = fetch_increment(workspace, "src", SITE, FetchSpec(side_px=16), "0001", quiet)
+        assert site.asked.count("/0.png") == 1
+    assert counts.ok == 1 and counts.failed == {"refused/earlier": 1} and verify(workspace).problems == []
+    group = f"pairs/src-{fetch_fingerprint(FetchSpec(side_px=16))}"
+    for end in ("tar", "parquet"):
+        store.write(f"{group}/0002/00000.{end}", store.read(f"{group}/0001/00000.{end}"))
+    assert (group, "1 uids stand in it more than once") in verify(workspace).problems
 
 
 async def drip(request: web.Request) -> web.StreamResponse:

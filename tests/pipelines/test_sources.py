@@ -30,12 +30,13 @@ from pairs.tar import TarWriter
 from pairs.workspace import Workspace
 from pipelines.candidates import CutCounts, cut_increment, part
 from pipelines.fetch.shards import fetch_increment
-from pipelines.sources import Outside, load_source
+from pipelines.sources import Outside, load_source, webdataset
 from pipelines.sources.folder import Source
 from pipelines.sources.html_page import read_page
 from pipelines.sources.site import _alone
 from pipelines.sources.site_sitemap import read_sitemap
 from pipelines.sources.site_spider import SiteSpider
+from pipelines.takedown import forget
 from tests.pipelines.small_web import ALLOW, SmallWeb, picture, redirect, small_web, with_headers
 
 
@@ -648,6 +649,38 @@ def test_webdataset(workspace: Workspace, tmp_path: Path) -> None:
     for outside in ("../0.tar/p2.png", "0.tar/p4.png", "1.tar/p2.png", "0.tar/../p2.png"):
         with pytest.raises(Outside):
             source.read(outside, 4)  # type: ignore[attr-defined]
+
+
+def test_a_tar_s_pairs_keep_their_addresses_and_the_texts_of_our_own_shards(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [{"text": "zwei Worte", "kind": "alt", "language": "de"}, {"text": "title", "kind": "title"}]
+    images = {n: picture(("red", "blue", "lime", "black")[n]) for n in range(4)}
+    for n, image in images.items():
+        facts = (
+            {"url": f"{'HTTP' if n == 1 else 'http'}://h{n}.test/A%20b.png#x", "texts": texts}
+            if n != 3
+            else {"url": "src:x/3.png"}
+        )
+        pair = {f"p{n}.png": image, f"p{n}.txt": b"title", f"p{n}.json": json.dumps(facts).encode()}
+        make_tar(tmp_path / f"{n}.tar", pair)
+    settings = {"kind": "webdataset", "path": str(tmp_path / "*.tar")}
+    rows = {row["url"]: row for row in rows_of(workspace, **settings)}
+    names = {f"{'HTTP' if n == 1 else 'http'}://h{n}.test/A%20b.png" for n in range(3)}
+    assert rows.keys() == names | {"src:3.tar/p3.png"}
+    assert rows["http://h0.test/A%20b.png"]["url_key"] == url_key("http://h0.test/A%20b.png")
+    assert rows["http://h0.test/A%20b.png"]["texts"] == [texts[0], texts[1] | {"language": None}]
+    forget(workspace, {"hosts": ["h2.test"]}, "", lambda _: None)
+    counts = fetch_increment(workspace, "src", spec(**settings), FetchSpec(), "0000", quiet)
+    assert counts.ok == 3 and counts.failed == {"refused/forgotten": 1}
+    source, whole, read = load_source("src", spec(**settings)), [], webdataset.read_members
+    monkeypatch.setattr(webdataset, "read_members", lambda data, name: whole.append(name) or read(data, name))
+    for n in (0, 1, 0, 1, 2, 0):
+        address = f"http://h{n}.test/A%20b.png" if n else f"{n}.tar/p{n}.png"
+        assert source.read(address, 10**6) == images[n]  # type: ignore[attr-defined]
+    assert sorted(whole) == ["0.tar", "1.tar", "2.tar"], "no tar is read twice"
+    with pytest.raises(Outside):
+        source.read("http://other.test/", 4)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.REGTYPE])
