@@ -1,8 +1,8 @@
 """Cuts the next increment of a source: what it yields now, merged by `url_key`, less what earlier increments have.
 
-The cut comes after the crawl has ended and sorts by `url_key`, and merged texts are ordered by where they stood, so that
-crawl order never reaches the bytes. Every row that isn't taken is counted by reason. What failed for a passing cause and
-has waited joins the new one, also where the source no longer has it. `pipelines/merge.py` bounds the memory.
+The cut comes after the crawl has ended and sorts by `url_key`, and merged texts are ordered by where they stood,
+so that crawl order never reaches the bytes. Every row that isn't taken is counted by reason. What failed for a passing
+cause and has waited joins the new one, also where the source no longer has it. `pipelines/merge.py` bounds the memory.
 """
 
 import json

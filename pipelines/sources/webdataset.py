@@ -1,7 +1,7 @@
 """`webdataset`: images and texts of tars that exist already, such as img2dataset's or our own shards.
 
 A pair is what has one key: an image, its texts in `.txt` (one a line) and `.json` (`caption`, `text` or `alt`, or the
-`texts` of our own shards), which may also name its `url`, `page`, `license` and `uid`. With an http `url` it is known by
+`texts` of our own shards), which may also name `url`, `page`, `license` and `uid`. With an http `url` it is known by
 that, so that a takedown finds it; its bytes come from the tar all the same. The uid, or else the key, is its
 `source_uid`. Tars are read by the strict reader of `pairs/tar.py`: one with a link, a device, a bad key or a cut end is
 refused whole. Each is read once, one at a time; of it is kept where its images lie, about 300 bytes each.
