@@ -8,13 +8,14 @@ import functools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pairs.errors import PairmillError
 from pairs.fingerprint import content_hash
-from pairs.identity import make_uid, sha256_hex
+from pairs.identity import make_uid, sha256_hex, url_key
 from pairs.schemas import CANDIDATES, LEDGER, PAIRS, SELECTION, TRAINING
 from pairs.shard import MEMBERS, ShardRef, list_shards, shard_at
 from pairs.store import Store, table_metadata
@@ -53,6 +54,8 @@ def verify(workspace: Workspace, progress: Callable[[str], None] = lambda _: Non
             _guarded(verdict, path, check)
         tables = {path.removesuffix(".parquet") for path in store.files(kind, ".parquet")}
         verdict.unfinished += [t for t in store.files(kind, ".tar") if t.removesuffix(".tar") not in tables]
+    for group in store.folders("pairs"):
+        _guarded(verdict, f"pairs/{group}", lambda g=group: _check_uids(store, g))  # type: ignore[misc]
     for kind in ALIGNED:
         for path in store.files(kind, ".parquet"):
             progress(path)
@@ -60,6 +63,8 @@ def verify(workspace: Workspace, progress: Callable[[str], None] = lambda _: Non
     for path in store.files("candidates", ".parquet"):
         progress(path)
         _guarded(verdict, path, lambda p=path: _check_candidates(verdict, store, p, dead))  # type: ignore[misc]
+    for path in [*store.files("crawl"), *store.files("cache")] if any(dead.values()) else []:
+        _guarded(verdict, path, lambda p=path: _check_found(store, p, dead))  # type: ignore[misc]
     _guarded(verdict, "runs", lambda: _check_increments(verdict, store))
     for name in store.folders("shards"):
         _guarded(verdict, f"shards/{name}", lambda n=name: _check_training(verdict, workspace, n))  # type: ignore[misc]
@@ -109,6 +114,13 @@ def _check_shard(verdict: Verdict, store: Store, path: str, schema: pa.Schema, k
         yield f"{ref.tar} isn't the tar that was recorded (size or sha256)"
     yield from _check_members(table, data, ref, kind)
     yield from _check_dead(table, dead)
+
+
+def _check_uids(store: Store, group: str) -> Iterator[str]:
+    """A pair is in one shard of its group alone, whatever its increments."""
+    uids = [store.read_table(ref.table, ["uid"])["uid"] for ref in list_shards(store, f"pairs/{group}")]
+    if uids and (twice := sum(map(len, uids)) - pc.count_distinct(pa.chunked_array(uids)).as_py()):
+        yield f"{twice} uids stand in it more than once"
 
 
 def _check_dead(table: pa.Table, dead: Dead) -> Iterator[str]:
@@ -181,6 +193,28 @@ def _check_candidates(verdict: Verdict, store: Store, path: str, dead: Dead) -> 
     for group in store.folders("ledger"):
         if group.rpartition("-")[0] == source:
             yield from _check_ledger(verdict, store, f"ledger/{group}/{increment}", keys, dead)
+
+
+def _check_found(store: Store, path: str, dead: Dead) -> Iterator[str]:
+    """What a crawl has written down so far, and what is kept of the pages it read."""
+    left = 0
+    if path.endswith(".jsonl"):
+        for line in store.read(path).split(b"\n")[:-1]:
+            left += sum(refused(dead, url_key(url), url) for url in _addresses(json.loads(line)))
+    elif path.endswith((".parquet", ".arrow")):
+        arrow = path.endswith(".arrow")
+        table = pa.ipc.open_file(pa.BufferReader(store.read(path))).read_all() if arrow else store.read_table(path)
+        rows = table.select([n for n in ("url_key", "url") if n in table.column_names]).to_pylist()
+        told = [(row.get("url_key") or url_key(row["url"]), row["url"]) for row in rows if row.get("url")]
+        left += sum(refused(dead, key, url) for key, url in told)
+    if left:
+        yield f"{left} addresses that are forgotten are still in it: {AGAIN}"
+
+
+def _addresses(line: dict[str, Any]) -> Iterator[str]:
+    """The addresses in a crawl's record of a page or a sitemap."""
+    yield from (line[name] for name in ("url", "sitemap", "redirect") if line.get(name))
+    yield from [*line.get("links", ()), *line.get("more", ()), *(image["url"] for image in line.get("images", ()))]
 
 
 def _check_ledger(verdict: Verdict, store: Store, folder: str, keys: list[str], dead: Dead) -> Iterator[str]:

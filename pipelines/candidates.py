@@ -1,8 +1,8 @@
 """Cuts the next increment of a source: what it yields now, merged by `url_key`, less what earlier increments have.
 
 The cut comes after the crawl has ended and sorts by `url_key`, and merged texts are ordered by where they stood,
-so that crawl order never reaches the bytes. Every row that isn't taken is counted by reason. What failed for a
-passing cause in its last increment joins the new one. `pipelines/merge.py` bounds the memory.
+so that crawl order never reaches the bytes. Every row that isn't taken is counted by reason. What failed for a passing
+cause and has waited joins the new one, also where the source no longer has it. `pipelines/merge.py` bounds the memory.
 """
 
 import json
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.compute import Engine
@@ -19,7 +20,7 @@ from pairs.recipe import FetchSpec, SourceSpec
 from pairs.store import table_metadata
 from pairs.workspace import Dead, Workspace, refused
 from pipelines.fetch.ledger import due, passing_failures
-from pipelines.merge import Merge, Merged, Sets, clean, merge, write_groups
+from pipelines.merge import Merge, Merged, Sets, clean, living, merge, write_groups
 from pipelines.sources import Context, Progress, Row, load_source
 
 MAX_TRIES = 5  # increments in which a candidate may fail for a passing cause
@@ -67,7 +68,8 @@ def cut_increment(
     how = Merge(workspace.store, f"crawl/{name}/{increment}/merge", _judge, engine, workers)
     bad: Counter[str] = Counter()
     dead = workspace.tombstones()
-    rows = _living(source.candidates(context), dead, bad)
+    fresh = living((row for r in source.candidates(context) if (row := clean(r, bad)) is not None), dead, bad)
+    rows = _with_due(fresh, workspace, name, earlier, fetch_spec, dead)
     merged = merge(rows, _earlier_keys(workspace, name, earlier, fetch_spec), dead["url_key"], how)
     context.dropped.update(bad)
     found = merged.outcome.taken + sum(count for reason, count in context.dropped.items() if reason != "text_cut")
@@ -139,14 +141,35 @@ def _plain(counts: Counter[str]) -> dict[str, int]:
     return {name: count for name, count in sorted(counts.items()) if count}
 
 
-def _living(rows: Iterator[Row], dead: Dead, dropped: Counter[str]) -> Iterator[Row]:
-    """The rows with an address that isn't forgotten; the others are counted."""
-    for found in rows:
-        row = clean(found, dropped)
-        if row is not None and refused(dead, row["url_key"], row["url"]):
-            dropped["forgotten"] += 1
-        elif row is not None:
-            yield row
+def _with_due(
+    rows: Iterator[Row], workspace: Workspace, name: str, earlier: list[str], spec: FetchSpec, dead: Dead
+) -> Iterator[Row]:
+    """The source's rows, then those of earlier increments that may be tried again and the source has no longer."""
+    again = _due(workspace, name, earlier, spec)
+    for row in rows:
+        again.discard(row["url_key"])
+        yield row
+    for increment in reversed(earlier) if again else ():
+        table = workspace.store.read_table(part(name, increment))
+        left = table.filter(pc.is_in(table["url_key"], pa.array(sorted(again), pa.string())))
+        for row in left.replace_schema_metadata(None).to_pylist():
+            again.discard(row["url_key"])
+            if row["url"] and not refused(dead, row["url_key"], row["url"]):
+                yield row | {"position": 0}
+
+
+def _due(workspace: Workspace, name: str, earlier: list[str], spec: FetchSpec) -> set[str]:
+    """The keys that failed for a passing cause wherever they were tried, not too often and long enough ago."""
+    times: dict[str, list[float]] = {}
+    for increment in earlier:
+        failed = passing_failures(workspace.store, name, increment, spec)
+        keys = workspace.store.read_table(part(name, increment), ["url_key"])["url_key"]
+        again = keys.filter(pc.is_in(keys, pa.array(sorted(times), pa.string()))).to_pylist()
+        for key in set(again) - failed.keys():
+            del times[key]
+        for key, at in failed.items():
+            times.setdefault(key, []).append(at)
+    return {key for key, at in times.items() if len(at) < MAX_TRIES and due(at, spec)}
 
 
 def _earlier_keys(workspace: Workspace, name: str, earlier: list[str], spec: FetchSpec) -> Iterator[Sets]:

@@ -23,6 +23,7 @@ from cluster.compute import Engine, map_shards
 from pairs.identity import canonical_url, url_key
 from pairs.schemas import CANDIDATES
 from pairs.store import Store
+from pairs.workspace import Dead, refused
 from pipelines.sources import Row
 
 RUN_ROWS = 50_000
@@ -190,7 +191,7 @@ def clean(row: Row, dropped: Counter[str]) -> Row | None:
     """The row with its key, address and trimmed texts; None where it has no address to fetch."""
     blank: dict[str, Any] = dict.fromkeys(CANDIDATES.names)
     if row.get("url_key") is None:
-        reason = _bad_address(row["url"])
+        reason = bad_address(row["url"])
         if reason:
             dropped[reason] += 1
             return None
@@ -204,6 +205,15 @@ def clean(row: Row, dropped: Counter[str]) -> Row | None:
     return blank | {"position": 0} | row | {"texts": texts}
 
 
+def living(rows: Iterable[Row], dead: Dead, dropped: Counter[str]) -> Iterator[Row]:
+    """The clean rows that aren't forgotten; the others are counted."""
+    for row in rows:
+        if refused(dead, row["url_key"], row["url"]):
+            dropped["forgotten"] += 1
+        else:
+            yield row
+
+
 def _as_found(url: str) -> str:
     """The address to ask for: as it stood, since a signature may cover the order of a query; its canonical form is for
     `url_key` alone. One that no line can hold is canonical all the same."""
@@ -211,7 +221,8 @@ def _as_found(url: str) -> str:
     return plain if plain.isprintable() else canonical_url(url)
 
 
-def _bad_address(url: str) -> str | None:
+def bad_address(url: str) -> str | None:
+    """Why nothing can be fetched from an address, or None."""
     scheme = url.strip().partition(":")[0].lower()
     if scheme == "data":
         return "data_url"

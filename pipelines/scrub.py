@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from pairs.errors import PairmillError
-from pairs.identity import canonical_url, url_key
-from pairs.workspace import Dead, Workspace, refused
+from pairs.identity import canonical_url
+from pairs.workspace import Dead, Workspace
 from pipelines.report.page import render
+from pipelines.sources.site import without_dead
 
 GONE = "[forgotten]"
 TEXT_CHARS = 12  # shorter texts mean many pairs
@@ -92,22 +93,13 @@ def _cards(value: Any, uids: Collection[str]) -> Any:
 
 
 def _pages(text: str, dead: Dead) -> str:
-    """The records of a crawl without the images that are dead; a page of a dead host keeps its address alone, so that
-    it isn't asked for again."""
+    """The whole lines of a crawl's records without what is forgotten."""
     lines = []
-    for line in text.splitlines(keepends=True):
-        page = json.loads(line) if line.endswith("\n") else {}
-        images = [i for i in page.get("images", []) if not refused(dead, _key(i["url"]), i["url"])]
-        changed = len(images) != len(page.get("images", []))
-        lines.append(json.dumps(page | {"images": images}) + "\n" if changed else line)
+    for line in text.split("\n")[:-1]:
+        kept = without_dead(before := json.loads(line), dead)
+        if kept is not None:
+            lines.append((line if kept == before else json.dumps(kept)) + "\n")
     return "".join(lines)
-
-
-def _key(url: str) -> str:
-    try:
-        return url_key(url)
-    except ValueError:
-        return ""
 
 
 def _database(path: Path, found: list[str]) -> None:

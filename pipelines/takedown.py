@@ -55,8 +55,9 @@ def forget(
     """Forgets what `asked` names (lines by option: urls, uids, hosts, sha256). Waits for other writers, telling
     `waiting` their name; without it the next writer does the rewriting. Returns the audit record's facts."""
     dead = _parse(asked)
+    workspace.bury_all(dead, reason)  # a damaged table can't hold this back
     meant = look_up(workspace.store, dead)
-    workspace.bury_all({**dead, "url_key": meant.keys, "uid": meant.uids}, reason)
+    workspace.bury_all({"url_key": meant.keys, "uid": meant.uids}, reason)
     if waiting is None:
         return {"state": "buried", "url_keys": len(meant.keys), "uids": len(meant.uids)}
     with workspace.lock(waiting):
@@ -95,7 +96,8 @@ def finish(
     new = {kind: sorted(dead[kind] - done[kind]) for kind in KINDS}
     path, record = _draft(workspace, records, new, found, done, reason)
     scrub(workspace, needles(found.urls, found.texts | _captions(store, found.uids)), dead, found.uids)
-    store.delete("cache", recursive=True)  # pages as they were read; what is in it can be had again
+    for made in ("cache", *(f"crawl/{c}/{part}" for c in _crawls(store) for part in ("merge", "files"))):
+        store.delete(made, recursive=True)  # what is in it can be had again
     _canaries(store, found)
     rewrote = Counter({kind: _shards(store, kind, found.uids) for kind in ("shards",)})
     for kind in ("selections", "scores"):
@@ -107,6 +109,10 @@ def finish(
     if path:
         store.write(path, json.dumps(facts, indent=1))
     return facts
+
+
+def _crawls(store: Store) -> list[str]:
+    return [f"{source}/{name}" for source in store.folders("crawl") for name in store.folders(f"crawl/{source}")]
 
 
 def _now() -> str:
@@ -192,7 +198,8 @@ def _meant(table: pa.Table, dead: Dead) -> pa.ChunkedArray:
         if kind in table.column_names and dead[kind]:
             mask = pc.or_(mask, _among(table[kind], dead[kind]))
     if dead["host"]:
-        mask = pc.or_(mask, pa.array([refused({**dead, "url_key": set()}, "", u) for u in table["url"].to_pylist()]))
+        hosts = {**dead, "url_key": frozenset[str]()}
+        mask = pc.or_(mask, pa.array([refused(hosts, "", u) for u in table["url"].to_pylist()], pa.bool_()))
     return mask
 
 

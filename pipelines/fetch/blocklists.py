@@ -15,7 +15,9 @@ from yarl import URL
 
 from pairs.errors import PairmillError
 from pairs.recipe import BlockSpec
+from pairs.workspace import Dead
 from pipelines.fetch.client import Failure, Permit
+from pipelines.sources import forgotten
 
 HOST = re.compile(r"[^\s/:@]+|\[[0-9a-f:.]+\]")
 
@@ -45,10 +47,13 @@ class Blocklists:
         distance = np.bitwise_count(self.hashes ^ np.uint64(int(phash, 16)))
         return Failure("refused", "block_hash") if distance.min() <= self.radius else None
 
-    def guarding(self, permit: Permit) -> Permit:
-        """`permit`, asked only for hosts that aren't listed: also at each redirect."""
+    def guarding(self, permit: Permit, dead: Dead) -> Permit:
+        """`permit`, asked only for hosts that aren't listed and addresses that aren't forgotten: also at each
+        redirect."""
 
         async def both(url: URL) -> Failure | None:
+            if forgotten(dead, str(url)):
+                return Failure("refused", "forgotten")
             return self.host(url.host or "") or await permit(url)
 
         return both

@@ -20,7 +20,7 @@ from pipelines.fetch.blocklists import Blocklists
 from pipelines.fetch.client import NO_HEADERS, Answer, Client, Failure, Headers, Limits, Permit, Response
 from pipelines.fetch.pool import Decode
 from pipelines.fetch.robots import opted_out
-from pipelines.sources import Outside, Row
+from pipelines.sources import HTTP, Outside, Row
 
 ASK = {"Accept": "image/webp,image/png,image/jpeg,image/gif;q=0.8,*/*;q=0.5"}
 
@@ -38,7 +38,7 @@ class Tools:
     blocked: Blocklists
     read: Callable[[str, int], bytes] | None = None  # of a local source
     dead: Dead = field(default_factory=lambda: dict.fromkeys(KINDS, frozenset()))
-    said_no: dict[str, str] = field(default_factory=dict)  # what the site refused before
+    said_no: dict[str, str] = field(default_factory=dict)  # what the site refused before, or gave
 
 
 class Outcome(NamedTuple):
@@ -80,7 +80,7 @@ def _blank(row: Row, attempts: int) -> Row:
 
 def _refusal(tools: Tools, row: Row) -> str | None:
     """Why it isn't even asked for."""
-    if refused(tools.dead, row["url_key"], row["url"]):
+    if not row["url"] or refused(tools.dead, row["url_key"], row["url"]):
         return "forgotten"
     return row["opt_out"] or tools.said_no.get(row["url_key"])
 
@@ -91,7 +91,9 @@ async def _body(tools: Tools, row: Row) -> Answer:
         return Answer(Failure("refused", reason), 0)
     if tools.read:
         await tools.client.room()
-        return Answer(_read_local(tools.read, row["url"].partition(":")[2], tools.fetch.max_bytes), 1)
+        url = row["url"]
+        path = url if url.lower().startswith(HTTP) else url.partition(":")[2]
+        return Answer(_read_local(tools.read, path, tools.fetch.max_bytes), 1)
     limits = Limits(tools.fetch.deadline_s, tools.fetch.max_bytes, attempts=tools.fetch.attempts)
 
     def judge(headers: Headers) -> Failure | None:
@@ -146,8 +148,8 @@ def _pair(tools: Tools, row: Row, uid: str, sha256: str, size: int) -> Row:
 
 
 def host_of(row: Row) -> str:
-    """For the gates; "" for a local file."""
+    """For the gates; "" for a local file and a forgotten row."""
     try:
-        return URL(row["url"]).host or ""
+        return URL(row["url"] or "").host or ""
     except ValueError:
         return ""

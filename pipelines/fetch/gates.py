@@ -1,10 +1,10 @@
 """What stops a fetch early, with the probable cause: a preflight, the first batch, a success rate that collapses.
 
 Preflight: three images drawn here go from a server on loopback through a client and the decoders like those that
-follow, before the first shard. First batch: after `FIRST` candidates the source's success rate, earlier increments
-included, must reach `gates.min_fetch_success`. Collapse: of hosts that gave images, the last `FIRST` candidates fall
-below a fifth of what they gave before (dead hosts, whose answers come last, don't count). A floor of 0 turns both off.
-What is published stays, and the same command goes on.
+follow, before the first shard. First batch: after `FIRST` candidates that nobody refused the source's success rate,
+earlier increments included, must reach `gates.min_fetch_success`. Collapse: of hosts that gave images, the last `FIRST`
+candidates fall below a fifth of what they gave before (dead hosts, whose answers come last, don't count). A floor of 0
+turns both off. What is published stays, and the same command goes on.
 """
 
 import asyncio
@@ -89,7 +89,8 @@ def _failed(kind: str, failure: Failure) -> PairmillError:
 
 @dataclass
 class SuccessGate:
-    """Judges each outcome ("ok" or "status/reason") as it comes. `before` are those of earlier increments."""
+    """Judges each outcome ("ok" or "status/reason") as it comes, refusals left out. `before` are those of earlier
+    increments."""
 
     source: str
     floor: float
@@ -101,9 +102,9 @@ class SuccessGate:
 
     def judge(self, outcome: str, host: str) -> None:
         """Raises PairmillError where the fetch had better stop."""
-        self.now[outcome] += 1
-        if not self.floor:
+        if not self.floor or outcome.startswith("refused/"):
             return
+        self.now[outcome] += 1
         if outcome == "ok":
             self.good.add(host)
         if host in self.good:

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import pyarrow.compute as pc
+
 from pairs.fingerprint import fingerprint
 from pairs.recipe import FetchSpec
 from pairs.store import Store
@@ -87,6 +89,16 @@ def said_no(store: Store, source: str, increment: str) -> dict[str, str]:
             for row in store.read_table(path, ["url_key", "status", "reason"]).to_pylist():
                 if row["status"] == "refused" and row["reason"] in SAID_NO:
                     found[row["url_key"]] = row["reason"]
+    return found
+
+
+def taken(store: Store, group: str, increment: str) -> set[str]:
+    """The keys that are ok in a group's increments before this one: they are its pairs already."""
+    found: set[str] = set()
+    for earlier in (name for name in store.folders(f"ledger/{group}") if name < increment):
+        for path in store.files(f"ledger/{group}/{earlier}", ".parquet"):
+            table = store.read_table(path, ["url_key", "status"])
+            found |= set(table.filter(pc.equal(table["status"], "ok"))["url_key"].to_pylist())
     return found
 
 

@@ -1,7 +1,8 @@
 """The policy files of origins (robots.txt, tdmrep.json): asked for once, kept a day (RFC 9309), across runs too.
 
 They lie in one small table, `cache/policies.parquet`, read when a fetch begins and written when it ends; a kill costs
-asking again. Only what is settled is kept: a body, or that there is none (4xx, kept as an empty one).
+asking again. Only what is settled is kept: a body, or that there is none (4xx but 408 and 429, or 204, kept as an empty
+one). What failed otherwise is asked for again after `RETRY_S`.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ from pipelines.fetch.client import Client, Failure, Limits, Response, any_header
 
 PATH = "cache/policies.parquet"
 KEPT_S = 24 * 3600.0
+RETRY_S = 300.0
 LIMITS = Limits(deadline_s=15.0, max_bytes=500 * 1024, redirects=5, attempts=2, cut=True)
 SCHEMA = pa.schema([("url", pa.string()), ("asked_at", pa.float64()), ("text", pa.string())])
 
@@ -33,18 +35,26 @@ class Policies:
         now = time.time()
         if url in self.known and now - self.known[url][0] < KEPT_S:
             return self.known[url][1]
-        if url not in self._asked or now - self._asked[url][0] >= KEPT_S:
-            self._asked[url] = now, asyncio.create_task(self._load(client, url, now))
-        return await asyncio.shield(self._asked[url][1])
+        at, task = self._asked.get(url, (0.0, None))
+        if task is None or (task.done() and now - at >= RETRY_S):
+            task = asyncio.create_task(self._load(client, url, now))
+            self._asked[url] = now, task
+        return await asyncio.shield(task)
 
     async def _load(self, client: Client, url: str, now: float) -> str | Failure:
         answer = await client.fetch(url, LIMITS, any_url, any_headers, {"Accept": "text/plain, */*;q=0.1"})
         result = answer.result
-        if isinstance(result, Failure) and result.status != "permanent":
-            return result
+        if isinstance(result, Failure) and not _is_none(result):
+            return result if result.status == "refused" else result._replace(status="transient")
         text = result.body.decode("utf-8", "replace") if isinstance(result, Response) else ""
         self.known[url] = now, text
         return text
+
+
+def _is_none(failure: Failure) -> bool:
+    """Whether the server said that there is no such file."""
+    status = failure.http_status or 0
+    return failure.status == "permanent" and (status == 204 or 400 <= status < 500)
 
 
 def load_policies(store: Store) -> Policies:

@@ -53,6 +53,9 @@ class Decoder:
         except (asyncio.IncompleteReadError, ConnectionError):
             await self.stop()
             return Failure("permanent", "decoder_crash")
+        except BaseException:  # a cancelled one would leave its answer in the pipe, for the next image
+            await self.stop()
+            raise
         reason = facts.pop("reason", None)
         return Failure("permanent", reason) if reason else Decoded(image, facts)
 

@@ -57,10 +57,10 @@ def _settled(found: re.Match[str]) -> str:
     for read in (datetime.fromisoformat, parsedate_to_datetime, _spelled_date):
         try:
             when = read(date)
-        except (ValueError, TypeError):
+            when = when if when.tzinfo else when.replace(tzinfo=UTC)
+            return "unavailable_after" if when.timestamp() <= time.time() else ""
+        except (ValueError, TypeError, OverflowError):
             continue
-        when = when if when.tzinfo else when.replace(tzinfo=UTC)
-        return "unavailable_after" if when.timestamp() <= time.time() else ""
     return "unavailable_after"
 
 

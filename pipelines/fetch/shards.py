@@ -94,7 +94,8 @@ async def _fetch_all(job: Job, blocks: list[tuple[int, list[Row]]]) -> int:
     settings, store = job.fetch, job.workspace.store
     read = getattr(load_source(job.name, job.spec), "read", None)
     if not read:
-        require_contact(settings.agent, (host_of(row) for _, rows in blocks for row in rows if not row["opt_out"]))
+        asked = (row for _, rows in blocks for row in rows if row["url"] and not row["opt_out"])
+        require_contact(settings.agent, map(host_of, asked))
     allow = networks(job.spec.allow, f"sources.{job.name}")
     client = open_client(settings.agent, settings.per_host, settings.connections, allow, delay_s=settings.delay_s)
     cores = min(len(os.sched_getaffinity(0)), sum(len(rows) for _, rows in blocks))
@@ -102,9 +103,11 @@ async def _fetch_all(job: Job, blocks: list[tuple[int, list[Row]]]) -> int:
     pixels = decode.DecodeSpec(**{n: getattr(settings, n) for n in names}, hash=len(job.blocked.hashes) > 0)
     policies = load_policies(store)
     async with client.session, pool.decoders(pixels, cores) as decode_one:
-        permit = job.blocked.guarding(Robots(client, policies).permit)
-        said_no = ledger.said_no(store, job.name, job.increment)
-        facts = (client, permit, decode_one, job.blocked, read, job.workspace.tombstones(), said_no)
+        dead = job.workspace.tombstones()
+        permit = job.blocked.guarding(Robots(client, policies).permit, dead)
+        earlier = dict.fromkeys(ledger.taken(store, job.group, job.increment), "earlier")
+        said_no = ledger.said_no(store, job.name, job.increment) | earlier
+        facts = (client, permit, decode_one, job.blocked, read, dead, said_no)
         job.progress(job.finished, job.total, await preflight(settings.agent, decode_one))
         try:
             await _schedule(job, Tools(job.name, job.increment, settings, *facts), blocks)

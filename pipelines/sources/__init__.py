@@ -2,7 +2,8 @@
 
 It holds a frozen dataclass `Source`, whose fields are its settings, with `candidates(context)` yielding rows of
 `pairs.schemas.CANDIDATES` (url, texts, page, found, …; `url_key` is added for those with an http URL). A source of
-local images also has `read(relative_path, max_bytes)`, and its rows name `<source>:<relative path>`.
+local images also has `read(relative_path, max_bytes)`, and its rows name `<source>:<relative path>`, or an http address
+that `read` takes in place of the path.
 """
 
 import importlib
@@ -14,12 +15,14 @@ from typing import Any, Protocol
 
 from cluster.compute import Engine
 from pairs.errors import PairmillError
+from pairs.identity import url_key
 from pairs.recipe import FetchSpec, SourceSpec
 from pairs.strict import nearest, strict
-from pairs.workspace import Workspace
+from pairs.workspace import Dead, Workspace, refused
 
 Progress = Callable[[int, int, str], None]
 Row = dict[str, Any]
+HTTP = ("http://", "https://")
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,11 @@ def load_source(name: str, spec: SourceSpec) -> Source:
         )
     module = importlib.import_module(f"{__name__}.{spec.kind}")
     return strict(module.Source, spec.settings, f"sources.{name}")  # type: ignore[no-any-return]
+
+
+def forgotten(dead: Dead, url: str) -> bool:
+    """Whether tombstones mean an http address."""
+    return any(dead.values()) and refused(dead, url_key(url), url)
 
 
 def text(value: str, kind: str, language: str | None = None) -> dict[str, str | None]:

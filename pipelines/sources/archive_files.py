@@ -20,7 +20,8 @@ from cluster.compute import map_shards
 from pairs.errors import PairmillError
 from pairs.fingerprint import fingerprint
 from pairs.store import Store, file_system
-from pipelines.merge import SPILLED, clean
+from pairs.workspace import Dead
+from pipelines.merge import SPILLED, clean, living
 from pipelines.sources import Context, Row
 
 VERSION = 1  # raise it when an equal archive gives other rows
@@ -60,7 +61,7 @@ def read_archives(context: Context, files: list[str], read: Reader, limits: Limi
     done = set(store.files(folder, ".parquet"))
     left = [(path, table) for path, table in zip(files, tables, strict=True) if table not in done]
     finished = len(files) - len(left)
-    work = partial(_read_file, store, read, limits)
+    work = partial(_read_file, store, read, limits, context.workspace.tombstones())
     for _ in map_shards(work, left, engine=context.engine, workers=context.workers):
         finished += 1
         context.progress(finished, len(files), f"{finished} files")
@@ -75,7 +76,7 @@ def _mark(path: str, read: Reader, limits: Limits) -> str:
     return fingerprint({"archive": VERSION, "read": kind, "path": path, "size": fs.size(inside), **vars(limits)})
 
 
-def _read_file(store: Store, read: Reader, limits: Limits, item: tuple[str, str]) -> None:
+def _read_file(store: Store, read: Reader, limits: Limits, dead: Dead, item: tuple[str, str]) -> None:
     path, table = item
     pages, dropped, held = Counter[str](), Counter[str](), list[Row]()
     with (
@@ -86,7 +87,7 @@ def _read_file(store: Store, read: Reader, limits: Limits, item: tuple[str, str]
         for fate, rows, cut in read(file, limits):
             pages[fate] += 1
             pages["cut"] += cut
-            held += [kept for row in rows if (kept := clean(row, dropped)) is not None]
+            held += living((kept for row in rows if (kept := clean(row, dropped)) is not None), dead, dropped)
             if len(held) >= GROUP_ROWS:
                 writer.write_table(pa.Table.from_pylist(held, schema=SPILLED))
                 held = []

@@ -16,6 +16,8 @@ HEAD_BYTES = 1 << 16
 MARK = b"WARC/1."
 GZIP = b"\x1f\x8b\x08"
 STATUS = re.compile(rb"HTTP/\d(?:\.\d)? (\d{3})(?: |\r?\n|$)")
+LENGTH = re.compile(r"[0-9]{1,15}")
+CHUNK_LENGTH = re.compile(rb"[0-9a-fA-F]{1,8}")
 END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
 
 
@@ -43,7 +45,7 @@ def records(file: IO[bytes], max_bytes: int) -> Iterator[Record | str]:
     feed = _Feed(file)
     while feed.begin():
         fields = _fields(feed.head() or b"")
-        if not fields.get("content-length", "").isdigit():
+        if not LENGTH.fullmatch(fields.get("content-length", "")):
             yield feed.lost("broken_record")
             continue
         size = int(fields["content-length"])
@@ -196,10 +198,10 @@ def body(answer: Answer, max_bytes: int) -> bytes | str:
 def _unchunked(data: bytes) -> bytes:
     found, place = list[bytes](), 0
     while (end := data.find(b"\r\n", place, place + 64)) >= 0:
-        try:
-            size = int(data[place:end].partition(b";")[0], 16)
-        except ValueError:
+        length = CHUNK_LENGTH.fullmatch(data[place:end].partition(b";")[0].strip())
+        if not length:
             return b"".join(found) if found else data
+        size = int(length[0], 16)
         if not size:
             break
         found.append(data[end + 2 : end + 2 + size])

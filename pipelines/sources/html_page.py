@@ -67,8 +67,9 @@ class Found:
 
 
 def read_page(url: str, body: bytes, headers: Sequence[tuple[str, str]], agent: str) -> dict[str, Any]:
-    """A page's record: `images` (url, texts, found, license), `links` as found (without fragment), `opt_out`, and
-    `cut`, the number of elements beyond the limits. `headers` are pairs of name and value."""
+    """A page's record: `images` (url, texts, found, license), `links` as found (without fragment), `opt_out`,
+    `cut`, the number of elements beyond the limits, and `dated`, as `is_dated` says. `headers` are pairs of name
+    and value."""
     root, cut = _parse(body, next((value for name, value in headers if name.lower() == "content-type"), None))
     found = Found(robots_names(agent), cut=cut)
     for element in root.iter(*TAGS):
@@ -82,7 +83,14 @@ def read_page(url: str, body: bytes, headers: Sequence[tuple[str, str]], agent: 
         "links": [] if words & NO_FOLLOW else sorted({a.partition("#")[0] for a in _joined(found.links, base)}),
         "opt_out": opt_out,
         "cut": found.cut,
+        "dated": is_dated(headers, found.robots),
     }
+
+
+def is_dated(headers: Sequence[tuple[str, str]], metas: Sequence[str] = ()) -> bool:
+    """Whether a page's headers or its robots tags `metas` name a date after which it may not be used."""
+    told = [*metas, *(value for name, value in headers if name.lower() == "x-robots-tag")]
+    return any("unavailable_after" in value.lower() for value in told)
 
 
 def robots_names(agent: str) -> tuple[str, str]:
@@ -106,7 +114,10 @@ def _parse(body: bytes, content_type: str | None) -> tuple[html.HtmlElement, int
     _, plain = html_to_unicode(content_type, body, default_encoding="cp1252", auto_detect_fun=_utf8)
     data = plain.replace("\0", "").encode("utf-8", "replace")
     parser = html.HTMLParser(recover=True, encoding="utf-8", huge_tree=True, remove_comments=True, remove_pis=True)
-    root = html.document_fromstring(data, parser=parser) if data.strip() else html.Element("html")
+    try:
+        root = html.document_fromstring(data, parser=parser)
+    except etree.ParserError:  # nothing but blanks, a document type or a comment
+        root = html.Element("html")
     return root, any("depth" in error.message for error in parser.error_log)
 
 

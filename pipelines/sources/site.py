@@ -24,11 +24,12 @@ from pairs.errors import PairmillError
 from pairs.fingerprint import fingerprint
 from pairs.process import ROOT, child
 from pairs.store import advice, no_space
+from pairs.workspace import Dead
 from pipelines.fetch.client import require_contact
 from pipelines.fetch.guard import networks, refuse_url
-from pipelines.sources import Context, Row
+from pipelines.sources import Context, Row, forgotten
 
-VERSION = 3  # raise it when an equal page gives another record
+VERSION = 4  # raise it when an equal page gives another record
 POLL_S = 0.2
 LOG_CHARS = 2000
 ORPHAN_S = 10.0  # how long the crawler of a killed run may take to end
@@ -162,6 +163,23 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 def read_pages(path: Path, kind: str = "url") -> Iterator[dict[str, Any]]:
     """The finished pages that a crawl recorded, or with "sitemap" the sitemaps."""
     return (line for line in _lines(path) if kind in line)
+
+
+def without_dead(line: dict[str, Any], dead: Dead) -> dict[str, Any] | None:
+    """A crawl's record, of a page or a sitemap, without the addresses that are forgotten; None where it is one."""
+    if not any(dead.values()):
+        return line
+    if forgotten(dead, line.get("url") or line.get("sitemap") or ""):
+        return None
+    kept = {n: [url for url in line[n] if not forgotten(dead, url)] for n in ("links", "more") if n in line}
+    images = [image for image in line.get("images", ()) if not forgotten(dead, image["url"])]
+    onward = line.get("redirect")
+    return (
+        line
+        | kept
+        | ({"images": images} if "images" in line else {})
+        | ({"redirect": None} if onward and forgotten(dead, onward) else {})
+    )
 
 
 def _rows(page: dict[str, Any]) -> Iterator[Row]:

@@ -1,7 +1,8 @@
 """Pages that say of themselves when they change: what one crawl read of them, the next one asks for conditionally.
 
 `cache/pages/<source>.jsonl` holds the records of the latest crawl's pages that came with an ETag or a Last-Modified
-(RFC 9110, 13.1). An answer of 304 means that the record still holds, under whatever opt-out its headers bring.
+(RFC 9110, 13.1). An answer of 304 means that the record still holds, under whatever opt-out its headers bring. A page
+that may be used until some date only isn't kept, for the record doesn't know when it ends.
 """
 
 import itertools
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from pairs.store import Store
-from pipelines.sources.html_page import forbids
-from pipelines.sources.site import VERSION, read_pages
+from pairs.workspace import Workspace
+from pipelines.sources.html_page import NO_FOLLOW, forbids, is_dated
+from pipelines.sources.site import VERSION, read_pages, without_dead
 
 CONDITION = {"ETag": "If-None-Match", "Last-Modified": "If-Modified-Since"}
 VALIDATORS = tuple(CONDITION)
@@ -36,9 +38,14 @@ def load_unchanging(config: Mapping[str, Any]) -> dict[str, Page]:
 
 
 def save_unchanging(config: Mapping[str, Any]) -> None:
-    """Keeps this crawl's pages that have a validator; those that it didn't meet any more are let go."""
+    """Keeps this crawl's pages that have a validator, but for what is forgotten; those that it didn't meet any more are
+    let go, unless it met none."""
     store, path = place(config)
-    pages = (page for page in read_pages(Path(config["pages"])) if any(page.get(name) for name in VALIDATORS))
+    recorded, dead = Path(config["pages"]), Workspace(store).tombstones()
+    if all(page["failure"] for page in read_pages(recorded)):
+        return
+    living = (without_dead(page, dead) for page in read_pages(recorded))
+    pages = (page for page in living if page and any(page.get(name) for name in VALIDATORS))
     with store.writing(path) as file:
         file.writelines(json.dumps(line).encode() + b"\n" for line in itertools.chain([_reader(config)], pages))
 
@@ -56,8 +63,14 @@ def validators(headers: Sequence[tuple[str, str]]) -> dict[str, str]:
 
 
 def unchanged(before: Page, headers: Sequence[tuple[str, str]], agent: str) -> Page:
-    """The earlier record, under an opt-out that the headers may have brought since."""
-    return before | {"opt_out": before["opt_out"] or forbids(headers, [], False, agent)[1]}
+    """The earlier record, under what the headers have brought since; where that changes it, or ends some day, the next
+    crawl asks for the page whole."""
+    words, opt_out = forbids(headers, [], False, agent)
+    links = [] if words & NO_FOLLOW else before["links"]
+    now = before | {"opt_out": before["opt_out"] or opt_out, "links": links}
+    if now != before or is_dated(headers):
+        return {name: value for name, value in now.items() if name not in VALIDATORS}
+    return now | validators(headers)
 
 
 def _reader(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,12 +23,14 @@ from yarl import URL
 
 from pairs.identity import canonical_url
 from pairs.store import FULL
+from pairs.workspace import Workspace
 from pipelines.fetch.client import REDIRECTS, Client, Failure, Headers, Limits, any_headers, open_client
 from pipelines.fetch.guard import networks
 from pipelines.fetch.policies import load_policies, save_policies
 from pipelines.fetch.robots import Robots
-from pipelines.sources.html_page import read_page
-from pipelines.sources.site import FULL_DISK, read_pages
+from pipelines.sources import forgotten
+from pipelines.sources.html_page import join, read_page
+from pipelines.sources.site import FULL_DISK, read_pages, without_dead
 from pipelines.sources.site_cache import (
     VALIDATORS,
     conditions,
@@ -96,7 +98,7 @@ class GuardedHandler:
             raise PageFailed(answer.result)
         url, status, headers, body = answer.result
         names = ("Content-Type", "X-Robots-Tag", "TDM-Reservation", "Location", *VALIDATORS)
-        kept = {name: headers.getall(name) for name in names if name in headers}
+        kept = {n: [v.encode("utf-8", "replace") for v in headers.getall(n)] for n in names if n in headers}
         return HtmlResponse(url, status, kept, body, request=request)
 
     async def close(self) -> None:
@@ -135,6 +137,7 @@ class SiteSpider(Spider):
         self._pages = {page["key"]: _ways(page) for page in read_pages(path)}
         self._maps = {found["sitemap"]: found for found in read_pages(path, "sitemap")}
         self._before = load_unchanging(config)
+        self._dead = Workspace(place(config)[0]).tombstones()
         _end_torn_line(path)
         self._file = path.open("ab", buffering=0)
         self._unsynced = self._waiting = 0
@@ -188,25 +191,36 @@ class SiteSpider(Spider):
             parts = URL(url)
         except ValueError:
             return False
-        return parts.host in self._hosts and not parts.path.lower().endswith(NOT_PAGES)
+        known = parts.host in self._hosts and not parts.path.lower().endswith(NOT_PAGES)
+        return known and not forgotten(self._dead, url)
 
     def parse(self, response: Response, **_: Any) -> None:
         assert isinstance(response, HtmlResponse) and response.request
+        request = response.request
         try:
-            if response.request.meta["map"]:
-                self._record_map(response.request, self._read_map(response))
-                return
-            headers = [(k.decode(), v.decode("latin-1")) for k, values in response.headers.items() for v in values]
-            if response.status == 304:
-                found = unchanged(self._before[response.request.meta["key"]], headers, self._config["agent"])
-            elif response.status in REDIRECTS:
-                found = {"failure": "redirected", "redirect": _target(response)}
+            try:
+                found = self._read_map(response) if request.meta["map"] else self._read_page(response, request)
+            except OSError:
+                raise
+            except Exception:  # whatever a stranger wrote, it costs its own page alone
+                self.logger.exception("a page that can't be read: %s", request.meta["key"])
+                found = {"failure": "broken_page"}
+            if request.meta["map"]:
+                self._record_map(request, found)
             else:
-                read = read_page(response.url, response.body, headers, self._config["agent"])
-                found = read | validators(headers)
-            self._record({**_place(response.request), **found})
+                self._record({**_place(request), **found})
         except Exception as error:
             self._stop(error)
+
+    def _read_page(self, response: HtmlResponse, request: Request) -> dict[str, Any]:
+        headers = [(k.decode(), v.decode()) for k, values in response.headers.items() for v in values]
+        if response.status == 304:
+            return unchanged(self._before[request.meta["key"]], headers, self._config["agent"])
+        if response.status in REDIRECTS:
+            target = _target(response)
+            return {"failure": "redirected" if target else "bad_redirect", "redirect": target}
+        read = read_page(response.url, response.body, headers, self._config["agent"])
+        return read | ({} if read.pop("dated") else validators(headers))
 
     def failed(self, failure: TwistedFailure) -> None:
         error = failure.value
@@ -234,10 +248,16 @@ class SiteSpider(Spider):
 
     def _record_map(self, request: Request, found: dict[str, Any]) -> None:
         key = request.meta["key"]
-        self._maps[key] = {"sitemap": key, "links": [], "more": [], "cut": 0} | found
+        self._maps[key] = self._living({"sitemap": key, "links": [], "more": [], "cut": 0} | found)
         self._write(self._maps[key])
 
+    def _living(self, line: dict[str, Any]) -> dict[str, Any]:
+        kept = without_dead(line, self._dead)
+        assert kept is not None, "what is forgotten isn't asked for"
+        return kept
+
     def _record(self, page: dict[str, Any]) -> None:
+        page = self._living(page)
         self._pages[page["key"]] = _ways(page)
         self._write(page)
 
@@ -269,8 +289,8 @@ def _ways(page: dict[str, Any]) -> tuple[list[str], str | None]:
 
 
 def _target(response: Response) -> str | None:
-    location = response.headers.get("Location")
-    return response.urljoin(location.decode("latin-1")).partition("#")[0] if location else None
+    target = join(response.url, (response.headers.get("Location") or b"").decode())
+    return target.partition("#")[0] if target else None
 
 
 def _end_torn_line(path: Path) -> None:

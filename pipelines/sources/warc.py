@@ -36,7 +36,12 @@ def read_pages(file: IO[bytes], limits: Limits) -> Iterator[Page]:
         if isinstance(record, str):
             yield record, [], False
         elif record.headers.get("warc-type") == "response":
-            yield _page(record, limits)
+            try:
+                yield _page(record, limits)
+            except OSError:
+                raise
+            except Exception:  # whatever a stranger wrote, it costs its own page alone
+                yield "broken_page", [], False
 
 
 def _page(record: Record, limits: Limits) -> Page:

@@ -18,7 +18,7 @@ from pairs.workspace import Workspace
 from pipelines.candidates import CutCounts, cut_increment, part
 from pipelines.sources import archive_files
 from pipelines.sources.archive_files import Limits
-from pipelines.sources.archive_records import Record, body, http_answer, records
+from pipelines.sources.archive_records import Answer, Record, body, http_answer, records
 from pipelines.sources.warc import read_pages
 from tests.pipelines.small_web import ALLOW, small_web, with_headers
 
@@ -149,6 +149,30 @@ def test_a_header_that_is_none_is_passed_over() -> None:
     broken = data[:second] + b"GARC/9." + data[second + 7 :]
     assert fates(broken) == {"ok": 3, "broken_record": 1}
     assert fates(b"no archive at all " * 9_000) == {"broken_record": 1} and fates(b"") == {}
+
+
+@pytest.mark.parametrize("length", ["²", "9" * 5_000, "+5", "-1"])
+def test_a_length_that_is_none_costs_its_record(length: str) -> None:
+    data = archive(*pages(2), zipped=False)
+    at = data.find(b"Content-Length: ", data.find(b"/0.html")) + 16
+    broken = data[:at] + length.encode() + data[data.find(b"\r\n", at) :]
+    assert fates(broken) == {"ok": 1, "broken_record": 1}
+
+
+@pytest.mark.parametrize("length", [b"-6", b"+3", b"0x3", b"f" * 60, b"1_0"])
+def test_a_chunk_of_no_length_ends_the_body(length: bytes) -> None:
+    sent = Answer(200, [("Transfer-Encoding", "chunked")], b"3\r\n<p>\r\n" + length + b"\r\nxyz\r\n")
+    assert body(sent, 5_000) == b"<p>"
+
+
+def test_a_page_that_breaks_the_reader_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(url: str, *_: Any) -> dict[str, Any]:
+        raise OSError("gone") if url.endswith("9.html") else LookupError("a bug")
+
+    monkeypatch.setattr("pipelines.sources.warc.read_page", broken)
+    assert fates(archive(*pages(3))) == {"broken_page": 3}
+    with pytest.raises(OSError, match="gone"):
+        fates(archive(*pages(1, start=9)))
 
 
 PAGE = """<html lang=en><title>t</title><base href="/m/"><meta property="og:image" content="o.png">

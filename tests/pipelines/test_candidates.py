@@ -100,6 +100,19 @@ def test_passing_failures_come_again_until_they_succeed_or_wear_out(workspace: W
     assert cut(workspace, rows, tmp_path).dropped == {"earlier": 3}
 
 
+def test_what_is_due_comes_again_though_the_source_has_it_no_longer(workspace: Workspace, tmp_path: Path) -> None:
+    urls = [f"http://a.test/{name}" for name in ("ok", "busy", "gone", "dead")]
+    cut(workspace, [row(url, "its own words") for url in urls], tmp_path)
+    write_ledger(workspace, "0000", dict(zip(urls, ("ok", "transient", "permanent", "transient"), strict=True)))
+    workspace.bury("url_key", [url_key(urls[3])], "asked for")
+    later = cut(workspace, [row("http://a.test/new")], tmp_path)
+    assert (later.increment, later.new, later.found, later.dropped) == ("0001", 2, 2, {})
+    rows = workspace.store.read_table(part("table", "0001")).to_pylist()
+    assert {r["url"]: r["texts"][0]["text"] for r in rows} == {urls[1]: "its own words", "http://a.test/new": "a text"}
+    write_ledger(workspace, "0001", {urls[1]: "ok", "http://a.test/new": "ok"})
+    assert cut(workspace, [row("http://a.test/new")], tmp_path).dropped == {"earlier": 1}
+
+
 def test_an_empty_source_writes_nothing(workspace: Workspace, tmp_path: Path) -> None:
     with pytest.raises(PairmillError, match="none"):
         cut(workspace, [], tmp_path)

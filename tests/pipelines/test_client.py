@@ -206,7 +206,7 @@ def test_retry_after_takes_seconds_and_dates() -> None:
 
     assert parse("7") == 7.0
     assert parse("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
-    assert parse("soon") is None
+    assert parse("soon") is None and parse("Mon, 01 Jan 99999999999999999999 00:00:00 GMT") is None
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from pairs.recipe import FetchSpec, SourceSpec
 from pairs.schemas import CANDIDATES, LEDGER, PAIRS
 from pairs.shard import read_shard
 from pairs.store import Store
+from pairs.verify import verify
 from pairs.workspace import Workspace
 from pipelines.candidates import cut_increment, part
 from pipelines.fetch.client import Failure
@@ -190,6 +191,18 @@ async def test_a_decoder_that_dies_or_outgrows_its_memory_costs_one_image(monkey
         await decoder.stop()
 
 
+async def test_a_cancelled_decoding_leaves_nothing_to_the_next_image() -> None:
+    async with decoders(SPEC, 1) as decode:
+        await decode(picture())
+        task = asyncio.create_task(decode(encoded(Image.effect_noise((1900, 1900), 80))))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        for colour, rgb in (("lime", [0, 255, 0]), ("blue", [0, 0, 255])):
+            assert pixels(await decode(picture(colour)))[5, 5].tolist() == rgb
+
+
 @pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:
     return Workspace.open(tmp_path / "work", create=True)
@@ -214,6 +227,23 @@ def fetch(workspace: Workspace, spec: FetchSpec) -> FetchCounts:
 def ledger_of(workspace: Workspace, spec: FetchSpec) -> list[dict[str, Any]]:
     files = workspace.store.files(f"ledger/src-{fetch_fingerprint(spec)}/0000")
     return [row for path in files for row in workspace.store.read_table(path).to_pylist()]
+
+
+def test_a_pair_of_an_earlier_increment_is_not_made_twice(workspace: Workspace) -> None:
+    """With other settings the first increment gives what it failed to give, and the second one has it too."""
+    store = workspace.store
+    with small_web({"/0.png": picture(), "/1.png": picture("blue")}) as site:
+        write_candidates(workspace, [site.url("/1.png"), site.url("/0.png")])
+        store.write_table(part("src", "0001"), store.read_table(part("src", "0000")))
+        write_candidates(workspace, [site.url("/0.png")])
+        assert fetch(workspace, FetchSpec(side_px=16)).ok == 1
+        counts = fetch_increment(workspace, "src", SITE, FetchSpec(side_px=16), "0001", quiet)
+        assert site.asked.count("/0.png") == 1
+    assert counts.ok == 1 and counts.failed == {"refused/earlier": 1} and verify(workspace).problems == []
+    group = f"pairs/src-{fetch_fingerprint(FetchSpec(side_px=16))}"
+    for end in ("tar", "parquet"):
+        store.write(f"{group}/0002/00000.{end}", store.read(f"{group}/0001/00000.{end}"))
+    assert (group, "1 uids stand in it more than once") in verify(workspace).problems
 
 
 async def drip(request: web.Request) -> web.StreamResponse:

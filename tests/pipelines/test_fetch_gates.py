@@ -49,8 +49,10 @@ def test_the_first_batch_must_pass_the_floor() -> None:
     feed(SuccessGate("web", 0.2), bad * FIRST)
     feed(SuccessGate("web", 0.0), bad * FIRST)
     feed(SuccessGate("web", 0.5, Counter(ok=1000)), bad * (FIRST // 4))  # one bad increment among good ones
-    with pytest.raises(PairmillError, match="refused/robots"):
-        feed(SuccessGate("web", 0.5), ["refused/robots"] * FIRST)
+    gate = SuccessGate("web", 0.5)
+    feed(gate, ["refused/robots"] * FIRST * 2 + ["ok"] + ["transient/dns"] * (FIRST - 2))
+    with pytest.raises(PairmillError, match=rf"of the last {FIRST}: {FIRST - 1} × transient/dns"):
+        feed(gate, ["transient/dns"])
 
 
 def test_success_that_collapses_stops_and_dead_hosts_do_not_count() -> None:

@@ -1,6 +1,7 @@
 """What a site forbids and asks for is kept: reservations, dates, pace, a contact; its policy files hold for a day."""
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,10 +16,11 @@ from pairs.store import Store
 from pairs.workspace import Workspace
 from pipelines.candidates import cut_increment
 from pipelines.fetch import policies
-from pipelines.fetch.client import Client, Failure, Limits, any_headers, any_url, open_client, require_contact
+from pipelines.fetch.client import Answer, Client, Failure, Limits, any_headers, any_url, open_client, require_contact
 from pipelines.fetch.guard import networks
 from pipelines.fetch.policies import Policies, load_policies, save_policies
 from pipelines.fetch.robots import Robots, _matches, opt_out, opted_out
+from pipelines.sources.site_cache import load_unchanging, save_unchanging, unchanged
 from tests.pipelines.small_web import ALLOW, small_web, with_headers
 
 AGENT = "pairmill/1 (+mailto:test@localhost)"
@@ -43,6 +45,7 @@ async def client() -> AsyncIterator[Client]:
         ("unavailable_after: 2990-06-25T15:00:00+00:00", None),
         ("unavailable_after: Mon, 25-Jun-60 15:00:00 GMT", None),
         ("unavailable_after: who knows when", "unavailable_after"),
+        ("unavailable_after: Mon 01 Jan 99999999999999999999 00:00:00 GMT", "unavailable_after"),
         ("unavailable_after: 2990-01-01, noml", "noml"),
     ],
 )
@@ -108,6 +111,28 @@ async def test_policy_files_are_kept_a_day_across_runs(
     assert load_policies(store) == Policies()
 
 
+async def test_only_an_answer_that_there_is_no_file_allows_everything(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = [("no_such_host", None), ("bad_response", None), ("http_300", 300)]
+    given = [Failure("permanent", *failure) for failure in [*failures, ("http_410", 410)]]
+    asked: list[str] = []
+
+    async def fetch(url: str, *_: object) -> Answer:
+        asked.append(url)
+        return Answer(given[len(asked) - 1], 1)
+
+    monkeypatch.setattr(client, "fetch", fetch)
+    known, url = Policies(), "http://a.test/robots.txt"
+    for number, (reason, code) in enumerate(failures, 1):
+        monkeypatch.setattr(policies, "RETRY_S", 300.0 if number == 1 else -1.0)
+        assert await known.get(client, url) == Failure("transient", reason, code) and len(asked) == number
+        monkeypatch.setattr(policies, "RETRY_S", 300.0)
+        assert await known.get(client, url) == Failure("transient", reason, code) and len(asked) == number
+    monkeypatch.setattr(policies, "RETRY_S", -1.0)
+    assert await known.get(client, url) == "" and set(known.known) == {url}
+
+
 async def test_a_host_is_asked_no_faster_than_its_crawl_delay(client: Client) -> None:
     rules = with_headers(b"User-agent: *\nCrawl-delay: 0.2", {})
     with small_web({"/robots.txt": rules, "/a": with_headers(b"x", {})}) as site:
@@ -147,6 +172,54 @@ async def test_without_a_contact_only_loopback_is_asked() -> None:
     answer = await client.fetch("http://a.test/", LIMITS, any_url, any_headers)
     await client.session.close()
     assert answer.result == Failure("transient", "no_contact") and client.requests == 0
+
+
+def record(**more: object) -> dict[str, object]:
+    fields: dict[str, object] = {"key": "http://a.test/", "url": "http://a.test/", "links": ["http://b.test/"]}
+    images = [{"url": "http://b.test/1.png"}, {"url": "http://a.test/2.png"}]
+    return fields | {"images": images, "opt_out": None, "failure": None, "redirect": None, "cut": 0} | more
+
+
+def test_an_unchanged_page_heeds_what_its_headers_bring() -> None:
+    before = record(ETag='"1"')
+    assert unchanged(before, [("ETag", '"2"')], AGENT) == before | {"ETag": '"2"'}
+    assert unchanged(before, [], AGENT) == before
+    closed = unchanged(before, [("X-Robots-Tag", "nofollow")], AGENT)
+    assert closed["links"] == [] and "ETag" not in closed
+    dated = unchanged(before, [("X-Robots-Tag", "unavailable_after: 2990-01-01")], AGENT)
+    assert "ETag" not in dated and dated["opt_out"] is None
+
+
+def test_only_pages_that_a_crawl_met_are_kept_and_nothing_forgotten(tmp_path: Path) -> None:
+    space = Workspace.open(tmp_path / "w", create=True)
+    config = {"pages": str(tmp_path / "w/crawl/web/0000/pages.jsonl"), "agent": AGENT}
+
+    def save(*pages: dict[str, object]) -> dict[str, dict[str, object]]:
+        space.store.write("crawl/web/0000/pages.jsonl", "".join(json.dumps(p) + "\n" for p in pages))
+        save_unchanging(config)
+        return load_unchanging(config)
+
+    assert save(record(ETag="1"), record(key="http://a.test/x", url="http://a.test/x")).keys() == {"http://a.test/"}
+    assert save(record(ETag="1", failure="deadline")).keys() == {"http://a.test/"}, "a crawl that met none"
+    space.bury("host", ["b.test"], "asked for")
+    page = save(record(ETag="1"), record(ETag="1", key="http://b.test/", url="http://b.test/"))
+    assert page.keys() == {"http://a.test/"} and page["http://a.test/"]["links"] == []
+    assert page["http://a.test/"]["images"] == [{"url": "http://a.test/2.png"}]
+
+
+def test_a_page_with_a_date_is_asked_for_whole_again(tmp_path: Path) -> None:
+    workspace, asked = Workspace.open(tmp_path / "work", create=True), []
+
+    async def page(request: web.Request) -> web.StreamResponse:
+        asked.append(request.headers.get("If-None-Match"))
+        body = "<meta name=robots content='unavailable_after: 2990-01-01'><img src=a.png alt=a>"
+        return web.Response(text=body, content_type="text/html", headers={"ETag": '"1"'})
+
+    with small_web({"/": page}) as site:
+        settings = {"kind": "site", "seeds": [site.url("/")], "allow": ALLOW, "delay_s": 0.0}
+        for _ in range(2):
+            cut_increment(workspace, "web", SourceSpec.model_validate(settings), FetchSpec(), lambda *_: None)
+    assert asked == [None, None]
 
 
 PAGE = "<title>t</title><img src='/a.png' alt='a picture'><a href='/other.html'>"

@@ -1,5 +1,6 @@
 """Sources: what they yield from folders, tables and pages, what they refuse, and a crawl that is killed."""
 
+import asyncio
 import fcntl
 import gzip
 import json
@@ -17,6 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from aiohttp import web
+from scrapy import Request
+from scrapy.http import HtmlResponse
 
 from pairs import process
 from pairs.errors import PairmillError
@@ -27,11 +30,13 @@ from pairs.tar import TarWriter
 from pairs.workspace import Workspace
 from pipelines.candidates import CutCounts, cut_increment, part
 from pipelines.fetch.shards import fetch_increment
-from pipelines.sources import Outside, load_source
+from pipelines.sources import Outside, load_source, webdataset
 from pipelines.sources.folder import Source
 from pipelines.sources.html_page import read_page
 from pipelines.sources.site import _alone
 from pipelines.sources.site_sitemap import read_sitemap
+from pipelines.sources.site_spider import SiteSpider
+from pipelines.takedown import forget
 from tests.pipelines.small_web import ALLOW, SmallWeb, picture, redirect, small_web, with_headers
 
 
@@ -347,6 +352,53 @@ def test_a_site_is_crawled_politely(workspace: Workspace) -> None:
     assert not workspace.store.files("crawl")
 
 
+def raw(head: bytes) -> Any:
+    """Answers with header bytes that no library would write."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        assert request.transport
+        request.transport.write(b"HTTP/1.1 " + head + b"\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        request.transport.close()
+        return web.Response()
+
+    return answer
+
+
+def test_no_page_and_no_header_ends_a_crawl(workspace: Workspace) -> None:
+    odd = {
+        "/bracket": raw(b"302 Found\r\nLocation: http://[bad"),
+        "/latin": raw(b"302 Found\r\nLocation: /caf\xe9"),
+        "/umlaut": raw("302 Found\r\nLocation: /ä".encode()),
+        "/etag": raw(b'200 OK\r\nETag: "\xe9"\r\nX-Robots-Tag: \xff\r\nContent-Type: text/html'),
+        "/comment": "<!doctype html>",
+        "/date": '<meta name=robots content="unavailable_after: Mon 01 Jan 99999999999999999999 00:00:00 GMT">',
+        "/ä": "<img src=umlaut.png alt=u>",
+    }
+    with small_web(odd | {"/": '<img src="a.png" alt="a">' + "".join(link(path) for path in odd)}) as site:
+        counts = crawl(workspace, site)
+    assert counts.new == 2 and counts.pages["bad_redirect"] == 1 and counts.pages["redirected"] == 2
+    assert counts.pages["ok"] == 5
+
+
+def test_a_page_that_breaks_the_reader_costs_itself_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: list[dict[str, Any]] = []
+
+    def broken(url: str, *_: Any) -> dict[str, Any]:
+        raise OSError(28, "full") if "full" in url else LookupError("a bug")
+
+    def parse(url: str) -> SiteSpider:
+        spider = SiteSpider.__new__(SiteSpider)
+        spider.name, spider._config, spider.error, spider._ready = "site", {"agent": "x"}, None, asyncio.Event()
+        monkeypatch.setattr(spider, "_record", recorded.append)
+        meta = {"key": url, "as_found": url, "map": ""}
+        spider.parse(HtmlResponse(url, body=b"<p>", request=Request(url, meta=meta)))
+        return spider
+
+    monkeypatch.setattr("pipelines.sources.site_spider.read_page", broken)
+    assert parse("http://a.test/").error is None and recorded[0]["failure"] == "broken_page"
+    assert isinstance(parse("http://a.test/full").error, OSError) and len(recorded) == 1
+
+
 def test_an_opt_out_seen_later_buries_what_was_taken(workspace: Workspace) -> None:
     routes = {"/": '<img src="a.png" alt="a">', "/robots.txt": with_headers(b"", {}, 404)}
     with small_web(routes) as site:
@@ -523,7 +575,18 @@ def test_words_of_a_caption_are_joined_as_they_are_seen() -> None:
     assert " ".join(found["texts"][0]["text"].split()) == "one two three"
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe<\x00p\x00", b"", b"\x00" * 100, "<p>ä".encode("utf-16"), b"<" * 5000])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff\xfe<\x00p\x00",
+        b"",
+        b"\x00" * 100,
+        "<p>ä".encode("utf-16"),
+        b"<" * 5000,
+        b"<!doctype html>",
+        b"<!-- x -->",
+    ],
+)
 def test_any_bytes_are_a_page(content: bytes) -> None:
     assert read_page("http://a.test/", content, [("content-type", "text/html; charset=nonsense")], "x")["images"] == []
 
@@ -586,6 +649,38 @@ def test_webdataset(workspace: Workspace, tmp_path: Path) -> None:
     for outside in ("../0.tar/p2.png", "0.tar/p4.png", "1.tar/p2.png", "0.tar/../p2.png"):
         with pytest.raises(Outside):
             source.read(outside, 4)  # type: ignore[attr-defined]
+
+
+def test_a_tar_s_pairs_keep_their_addresses_and_the_texts_of_our_own_shards(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [{"text": "zwei Worte", "kind": "alt", "language": "de"}, {"text": "title", "kind": "title"}]
+    images = {n: picture(("red", "blue", "lime", "black")[n]) for n in range(4)}
+    for n, image in images.items():
+        facts = (
+            {"url": f"{'HTTP' if n == 1 else 'http'}://h{n}.test/A%20b.png#x", "texts": texts}
+            if n != 3
+            else {"url": "src:x/3.png"}
+        )
+        pair = {f"p{n}.png": image, f"p{n}.txt": b"title", f"p{n}.json": json.dumps(facts).encode()}
+        make_tar(tmp_path / f"{n}.tar", pair)
+    settings = {"kind": "webdataset", "path": str(tmp_path / "*.tar")}
+    rows = {row["url"]: row for row in rows_of(workspace, **settings)}
+    names = {f"{'HTTP' if n == 1 else 'http'}://h{n}.test/A%20b.png" for n in range(3)}
+    assert rows.keys() == names | {"src:3.tar/p3.png"}
+    assert rows["http://h0.test/A%20b.png"]["url_key"] == url_key("http://h0.test/A%20b.png")
+    assert rows["http://h0.test/A%20b.png"]["texts"] == [texts[0], texts[1] | {"language": None}]
+    forget(workspace, {"hosts": ["h2.test"]}, "", lambda _: None)
+    counts = fetch_increment(workspace, "src", spec(**settings), FetchSpec(), "0000", quiet)
+    assert counts.ok == 3 and counts.failed == {"refused/forgotten": 1}
+    source, whole, read = load_source("src", spec(**settings)), [], webdataset.read_members
+    monkeypatch.setattr(webdataset, "read_members", lambda data, name: whole.append(name) or read(data, name))
+    for n in (0, 1, 0, 1, 2, 0):
+        address = f"http://h{n}.test/A%20b.png" if n else f"{n}.tar/p{n}.png"
+        assert source.read(address, 10**6) == images[n]  # type: ignore[attr-defined]
+    assert sorted(whole) == ["0.tar", "1.tar", "2.tar"], "no tar is read twice"
+    with pytest.raises(Outside):
+        source.read("http://other.test/", 4)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.REGTYPE])

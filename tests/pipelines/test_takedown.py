@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -27,7 +28,7 @@ from pipelines.takedown import finish, forget
 from tests.pairs.small import FOLDER, fill, image, pair_row
 from tests.pipelines import flow
 from tests.pipelines.conftest import Finished
-from tests.pipelines.small_web import ALLOW, picture, small_web
+from tests.pipelines.small_web import ALLOW, picture, redirect, small_web
 
 CAPTION = "a machine's own words on number {}"
 SECRET = [value for i in (1, 5) for value in (pair_row(i)["url"], pair_row(i)["text"], CAPTION.format(i))]
@@ -240,6 +241,71 @@ def test_hosts_and_bytes_do_not_come_back(tmp_path: Path) -> None:
         assert later.new == 0 and later.dropped == {"forgotten": 1}
     assert refused({"url_key": set(), "host": {"a.test"}}, "k", "http://x.A.test:81/1.jpg")
     assert not refused({"url_key": set(), "host": {"a.test"}}, "k", "http://ba.test/1.jpg")
+
+
+def test_a_fetch_goes_on_after_a_rewriting_takedown(tmp_path: Path) -> None:
+    space = Workspace.open(tmp_path / "w", create=True)
+    with small_web({"/0.png": picture("red"), "/1.png": picture("blue")}) as site:
+        (tmp_path / "web.csv").write_text(f"url,text\n{site.url('/0.png')},a square\n{site.url('/1.png')},a square\n")
+        spec = SourceSpec(kind="urls", allow=ALLOW, path=str(tmp_path / "web.csv"))
+        cut_increment(space, "web", spec, FetchSpec(), lambda *_: None)
+        assert forget(space, {"urls": [site.url("/0.png")]}, "", alone)["rewritten"]["candidates"] == 1
+        for side in (16, 32):
+            counts = fetch_increment(space, "web", spec, FetchSpec(side_px=side), "0000", lambda *_: None)
+            assert counts.ok == 1 and counts.failed == {"refused/forgotten": 1}
+        assert "/0.png" not in site.asked
+    assert verify(space).problems == []
+
+
+def test_a_crawl_gives_nothing_back(space: Workspace) -> None:
+    """Its records, what is merged or read of archives, a line that a kill has torn, and the cache."""
+    store, gone = space.store, pair_row(1)["url"]
+    page = {"url": "http://host0.test/", "links": [gone, pair_row(2)["url"]], "images": [], "redirect": gone}
+    sitemap = {"sitemap": "http://host0.test/s.xml", "links": [gone], "more": [gone]}
+    lines = "".join(json.dumps(line) + "\n" for line in ({"settings": "x"}, page, sitemap, {"url": gone}))
+    table = store.read_table("candidates/web/0000/part-00000.parquet").select(["url_key", "url"])
+    files = {"crawl/web/0001/pages.jsonl": lines.encode() + gone.encode(), "cache/pages/web.jsonl": lines.encode()}
+    tables = ("crawl/web/0001/files/a.parquet", "cache/policies.parquet")
+    for path in (*files, *tables):
+        store.write(path, files[path]) if path in files else store.write_table(path, table)
+    with store.writing("crawl/web/0001/merge/rows-00000.arrow") as file, pa.ipc.new_file(file, table.schema) as out:
+        out.write_table(table)
+    space.bury("url_key", [pair_row(1)["url_key"]], "asked for")
+    named = {path for path, _ in verify(space).problems}
+    assert named >= {*files, *tables, "crawl/web/0001/merge/rows-00000.arrow"}
+    forget(space, ASKED, "asked for", alone)
+    assert left(space) == {} and verify(space).problems == []
+    assert store.files("cache") == [] and store.files("crawl", "pages.jsonl") == store.files("crawl")
+    kept = [json.loads(line) for line in store.read("crawl/web/0001/pages.jsonl").decode().splitlines()]
+    assert kept[1] == page | {"links": [pair_row(2)["url"]], "redirect": None} and len(kept) == 3
+
+
+def test_a_forgotten_host_is_asked_for_nothing(tmp_path: Path) -> None:
+    """Neither by a crawl whose links, redirects or sitemaps lead there nor by the redirect of an image."""
+    space = Workspace.open(tmp_path / "w", create=True)
+    with small_web({"/2.html": "<img src=2.png alt=b>", "/x.png": picture()}, "127.0.0.2") as dead:
+        links = f"<a href='{dead.url('/2.html')}'>x</a><a href='/moved'>y</a>"
+        routes: dict[str, Any] = {"/": f"<img src=1.png alt=a>{links}", "/1.png": redirect(dead.url("/x.png"))}
+        with small_web(routes | {"/moved": redirect(dead.url("/2.html"))}) as site:
+            forget(space, {"hosts": ["127.0.0.2"]}, "", alone)
+            more = {"hosts": ["127.0.0.2"], "sitemaps": [dead.url("/s.xml")], "delay_s": 0}
+            settings = {"kind": "site", "seeds": [site.url("/")], "allow": ALLOW, **more}
+            spec = SourceSpec.model_validate(settings)
+            assert cut_increment(space, "web", spec, FetchSpec(), lambda *_: None).new == 1
+            counts = fetch_increment(space, "web", spec, FetchSpec(), "0000", lambda *_: None)
+        assert counts.failed == {"refused/forgotten": 1} and dead.asked == []
+
+
+def test_tables_without_rows_and_damaged_ones_hold_no_takedown_back(space: Workspace) -> None:
+    for path in ("candidates/web/0000/part-00000.parquet", f"{FOLDER}/00000.parquet"):
+        empty = space.store.read_table(path)[:0]
+        space.store.write_table(path.replace("00000", "00009").replace("web/0000", "web/0009"), empty)
+    forget(space, {"hosts": ["host1.test"]}, "", alone)
+    assert pair_row(1)["url_key"] in space.tombstones()["url_key"]
+    space.store.write(f"{FOLDER}/00008.parquet", b"damaged")
+    with pytest.raises(PairmillError, match="a Parquet table"):
+        forget(space, {"hosts": ["host0.test"]}, "", alone)
+    assert "host0.test" in space.tombstones()["host"]
 
 
 @pytest.mark.timeout(400)
