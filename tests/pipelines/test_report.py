@@ -85,6 +85,8 @@ def test_a_lost_pair_shows() -> None:
     assert adds_up(total, 3, 2) and not adds_up(total, 5, 2)
     read = {"result": {"pairs": 2, "left_out": {"canary": 2, "forgotten": 1}}}
     assert all_read(None, total, 2) and all_read(read, total, 2)
+    gone = {"result": {"pairs": 3, "left_out": {"canary": 2, "forgotten": 1}}}
+    assert all_read(gone, total, 2) and not all_read(gone, total | {"kept": 7}, 2)
     assert not all_read(read, total, 1) and not all_read({"result": {"pairs": 2, "left_out": {"canary": 2}}}, total, 2)
     assert [row["left"] for row in funnel_rows(total, 3, 2)] == [10, 8, 8, 5, 3, 3]
 
