@@ -7,7 +7,7 @@
 
 A pair is (page, image address, kind of text, text without white space). The other extractor is written for this
 comparison from the words of docs/recipes.md and shares no code with ours. Prints recall, precision, disagreements,
-and pages per second of one core for both, whose order alternates, with the ratio's spread.
+and pages per second of one core for both, in turn, with the ratio's spread.
 """
 
 import argparse
