@@ -112,7 +112,7 @@ def _on_ray(function: Callable[[Any], Any], items: Sequence[Any], workers: int) 
                 told = ray.get(done[0])
             except ray.exceptions.RayError as died:  # out of memory, a crash, a lost node
                 tries[item] += 1
-                if tries[item] > RETRIES:
+                if tries[item] > RETRIES + (len(pool) if item < 0 else 0):  # idle ones may all have died meanwhile
                     raise _died(items[item] if item >= 0 else "its start", died) from died
                 left += [item] * (item >= 0)
                 pool[pool.index(actor)] = actor = _new(workers)

@@ -40,6 +40,19 @@ Page = tuple[str, list[Row], bool]  # what came of it (ok, or why nothing), its 
 Reader = Callable[[IO[bytes], Limits], Iterator[Page]]
 
 
+@dataclass(frozen=True)
+class Archives:
+    """What archive sources are set by. `path` is a file, a pattern or a list of them, local or at any fsspec address.
+    What is larger than `max_page_bytes` is left out and counted."""
+
+    path: str | list[str]
+    max_page_bytes: int = 5_000_000
+
+    def rows(self, context: Context, what: str, read: "Reader") -> Iterator[Row]:
+        files = paths(self.path, f"sources.{context.name}", what)
+        return read_archives(context, files, read, Limits(context.fetch.agent, self.max_page_bytes))
+
+
 def paths(patterns: str | list[str], where: str, what: str) -> list[str]:
     """The files that a path, a pattern or a list of them names, local or at any fsspec address, each once."""
     found: dict[str, None] = {}

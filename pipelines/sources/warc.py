@@ -6,28 +6,21 @@ another status, other types, pages that are too large, records that are broken, 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import IO
 
 from pipelines.sources import Context, Row
-from pipelines.sources.archive_files import Limits, Page, paths, placed, read_archives
+from pipelines.sources.archive_files import Archives, Limits, Page, placed
 from pipelines.sources.archive_records import Record, body, http_answer, records
 from pipelines.sources.html_page import read_page
 
 PAGES = frozenset({"text/html", "application/xhtml+xml"})
 
 
-@dataclass(frozen=True)
-class Source:
-    """`path` is a file, a pattern or a list of them, local or at any fsspec address. Pages larger than `max_page_bytes`
-    are left out and counted."""
-
-    path: str | list[str]
-    max_page_bytes: int = 5_000_000
+class Source(Archives):
+    """Archives and their settings."""
 
     def candidates(self, context: Context) -> Iterator[Row]:
-        files = paths(self.path, f"sources.{context.name}", "a WARC file")
-        return read_archives(context, files, read_pages, Limits(context.fetch.agent, self.max_page_bytes))
+        return self.rows(context, "a WARC file", read_pages)
 
 
 def read_pages(file: IO[bytes], limits: Limits) -> Iterator[Page]:

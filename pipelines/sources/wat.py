@@ -7,11 +7,10 @@ tags and headers are there. https://commoncrawl.org, "WAT response format".
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import IO, Any
 
 from pipelines.sources import Context, Row, text
-from pipelines.sources.archive_files import Limits, Page, paths, placed, read_archives
+from pipelines.sources.archive_files import Archives, Limits, Page, placed
 from pipelines.sources.archive_records import records
 from pipelines.sources.html_page import MAX_IMAGES, Words, forbids, join, robots_names
 
@@ -20,17 +19,11 @@ IMAGES = frozenset({"IMG@/src", "IMG@/data-src"})
 DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
-@dataclass(frozen=True)
-class Source:
-    """`path` is a file, a pattern or a list of them, local or at any fsspec address. Notes larger than `max_page_bytes`
-    are left out and counted."""
-
-    path: str | list[str]
-    max_page_bytes: int = 5_000_000
+class Source(Archives):
+    """Archives and their settings."""
 
     def candidates(self, context: Context) -> Iterator[Row]:
-        files = paths(self.path, f"sources.{context.name}", "a WAT file")
-        return read_archives(context, files, read_notes, Limits(context.fetch.agent, self.max_page_bytes))
+        return self.rows(context, "a WAT file", read_notes)
 
 
 def read_notes(file: IO[bytes], limits: Limits) -> Iterator[Page]:

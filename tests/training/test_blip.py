@@ -213,7 +213,12 @@ def test_a_job_runs_in_a_process_of_its_own_and_resumes(workspace: Workspace, tm
         launch.train_blip(job, stop)
     lines: list[dict[str, Any]] = []
     result = launch.train_blip(job, lines.append)
-    assert {line["stage"] for line in lines} == {"captioner", "matcher"}  # the shared beginning was done
+    steps: dict[str, list[int]] = {}
+    for line in lines:
+        steps.setdefault(line["stage"], []).append(line["step"])
+    assert steps.keys() == {"captioner", "matcher"}, "the shared beginning was done"
+    for name, total in (("captioner", SPEC.caption_steps), ("matcher", SPEC.match_steps)):  # beside each other
+        assert steps[name] == list(range(steps[name][0], total)), "each step once, in order, to the end"
     assert result.captioner.is_dir() and result.matcher.is_dir() and result.pairs > 10
     empty = job.model_copy(update={"shards": [], "out_dir": str(tmp_path / "none")})
     with pytest.raises(PairmillError, match="trusted pairs"):
