@@ -23,7 +23,8 @@ from typing import Any
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
-from nginx_web import asked, draw, nginx, pss_bytes, write_candidates
+from memory import pss_bytes
+from nginx_web import asked, draw, nginx, write_candidates
 
 from pairs.recipe import FetchSpec, SourceSpec
 from pairs.workspace import Workspace

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow as pa
 from PIL import Image
 
@@ -97,12 +96,3 @@ def write_candidates(folder: Path, port: int, count: int) -> Workspace:
     table = pa.Table.from_pylist(sorted(rows, key=lambda row: str(row["url_key"])), schema=CANDIDATES)
     workspace.store.write_table(part("web", "0000"), table)
     return workspace
-
-
-def pss_bytes(process: psutil.Process) -> int:
-    """Memory of a process and its children, shared pages counted once."""
-    total = 0
-    for one in [process, *process.children(recursive=True)]:
-        with contextlib.suppress(psutil.Error):
-            total += one.memory_full_info().pss
-    return total
