@@ -5,7 +5,7 @@
     python benchmarks/data_juicer.py PAIRS FOLDER --peer PEER/bin/python [--repeats 5]
 
 Ours: score, reduce and select over shards; theirs: its executor from JSONL to JSONL over the images as files, plain and
-with each of its fusion strategies, of which the fastest counts. Both decode pictures of the same sides in the same format
+with each of its fusion strategies, of which the fastest counts. Both decode pictures of the same sides and format
 (ours were stored by `pairmill fetch`, which isn't timed). Neither side's first run counts. Decisions are compared by
 image.
 """
