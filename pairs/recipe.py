@@ -4,6 +4,7 @@ Only the shape is checked here. The settings of a source, a filter or a reducer 
 of that name on its own floor (`pairs.strict.strict`), before anything runs.
 """
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -141,7 +142,8 @@ def _patches_fit(image_px: int, patch_px: int) -> None:
 
 
 class ModelSpec(Spec):
-    """A CLIP of open_clip's architecture. `image_px` is a multiple of `patch_px`."""
+    """A CLIP of open_clip's architecture. `image_px` is a multiple of `patch_px`; the logit scale starts at
+    exp(`logit_scale`), and there is a logit bias where one is given (siglip's objective needs it)."""
 
     embed_dim: int = Field(128, ge=1)
     image_px: int = Field(64, ge=1)
@@ -150,6 +152,8 @@ class ModelSpec(Spec):
     text: TowerSpec = TowerSpec(layers=3, width=128, heads=4)
     context: int = Field(32, ge=3)  # tokens of a text, its two marks included
     vocabulary: int = Field(49408, ge=1)
+    logit_scale: float = math.log(1 / 0.07)
+    logit_bias: float | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> "ModelSpec":
@@ -158,7 +162,7 @@ class ModelSpec(Spec):
 
 
 class PretrainSpec(Spec):
-    objective: Literal["clip"] = "clip"
+    objective: Literal["clip", "siglip"] = "clip"
     model: ModelSpec = ModelSpec()
     workers: int = Field(2, ge=1)
     batch_pairs: int = Field(64, ge=2)
@@ -174,6 +178,14 @@ class PretrainSpec(Spec):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     checkpoint_every: int = Field(100, ge=1)
     seed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _siglip_starts_apart(cls, given: Any) -> Any:
+        """SigLIP starts at scale 10 and bias -10, because nearly all of its pairs are negatives."""
+        if isinstance(given, dict) and given.get("objective") == "siglip" and isinstance(given.get("model", {}), dict):
+            return given | {"model": {"logit_scale": math.log(10), "logit_bias": -10.0} | given.get("model", {})}
+        return given
 
     @model_validator(mode="after")
     def _a_pair_for_each(self) -> "PretrainSpec":

@@ -29,8 +29,9 @@ def build(spec: ModelSpec, seed: int, attention: str = "auto") -> PackedClip:
     torch.manual_seed(seed)
     vision, text = ((t.layers, t.width, t.heads) for t in (spec.vision, spec.text))
     return PackedClip(
-        spec.embed_dim, spec.image_px, spec.patch_px, vision, text, spec.context, spec.vocabulary, attention
-    )
+        spec.embed_dim, spec.image_px, spec.patch_px, vision, text, spec.context, spec.vocabulary, attention,
+        spec.logit_scale, spec.logit_bias,
+    )  # fmt: skip
 
 
 def whole_table(spec: ModelSpec, seed: int, used: Ids, rows: Tensor) -> Tensor:
@@ -42,8 +43,10 @@ def whole_table(spec: ModelSpec, seed: int, used: Ids, rows: Tensor) -> Tensor:
 
 def config(spec: ModelSpec) -> dict[str, Any]:
     """open_clip's configuration of `spec`. Images are squashed into the square, so that nothing is cut away."""
+    starts = {"init_logit_scale": spec.logit_scale, "init_logit_bias": spec.logit_bias}
     return {
         "model_cfg": {
+            **{name: value for name, value in starts.items() if spec.logit_bias is not None},
             "embed_dim": spec.embed_dim,
             "vision_cfg": {
                 "image_size": spec.image_px,
@@ -86,6 +89,7 @@ def load(folder: Path, attention: str = "auto") -> tuple[PackedClip, ModelSpec]:
             text=TowerSpec(layers=t["layers"], width=t["width"], heads=t["heads"]),
             context=t["context_length"],
             vocabulary=t["vocab_size"],
+            logit_bias=cfg.get("init_logit_bias"),
         )
         model = build(spec, 0, attention)
         model.load_state_dict(load_file(folder / WEIGHTS))

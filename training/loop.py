@@ -21,9 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pairs.errors import PairmillError
 from pairs.recipe import PretrainSpec
-from training import objectives
 from training.data import Loader
 from training.models.clip import PackedClip
+from training.objectives import OBJECTIVES, Share
 
 PATIENCE = 10
 MAX_LOGIT_SCALE = math.log(100)
@@ -67,7 +67,7 @@ def train_steps(
     save: Callable[[int], None],
 ) -> None:
     """Steps [start, spec.steps), added to `totals`. `emit` gets a line for each, `save` how many are done, when due."""
-    ranks, rank, in_a_row = loader.ranks, loader.rank, 0
+    ranks, rank, in_a_row, objective = loader.ranks, loader.rank, 0, OBJECTIVES[spec.objective]
     lately: deque[tuple[int, int]] = deque(maxlen=PATIENCE)
     parameters = [p for p in model.parameters() if p.requires_grad]
     run: nn.Module = DistributedDataParallel(model, gradient_as_bucket_view=True) if ranks > 1 else model
@@ -78,8 +78,8 @@ def train_steps(
             group["lr"] = rate
 
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            image_BE, text_BE, scale = run(batch.images, batch.texts)
-        total, count = objectives.clip(image_BE, text_BE, scale, batch.valid, batch.same, batch.counts, rank)
+            image_BE, text_BE, scale, bias = run(batch.images, batch.texts)
+        total, count = objective(image_BE, text_BE, scale, bias, Share(batch.valid, batch.same, batch.counts, rank))
 
         tokens = batch.images.useful + batch.texts.useful
         computed = len(batch.images.place) + len(batch.texts.tokens)

@@ -74,7 +74,10 @@ def _pixels(images: PackedImages) -> Tensor:
 
 
 class PackedClip(nn.Module):
-    """Both towers. `forward` gives L2-normalised features (images, E), (texts, E), and the logit scale (> 0)."""
+    """Both towers. `forward` gives L2-normalised features (images, E), (texts, E), the logit scale (> 0), and the logit
+    bias, None where the model has none. `kind` says how examples are packed for it."""
+
+    kind = "clip"
 
     def __init__(
         self,
@@ -86,6 +89,8 @@ class PackedClip(nn.Module):
         context: int,
         vocabulary: int,
         backend: str = "auto",
+        logit_scale: float = math.log(1 / 0.07),
+        logit_bias: float | None = None,
     ) -> None:
         super().__init__()
         assert image_px % patch_px == 0, (image_px, patch_px)
@@ -97,13 +102,14 @@ class PackedClip(nn.Module):
         self.transformer = Transformer(width, layers, heads, backend)
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.logit_scale = nn.Parameter(torch.tensor(logit_scale))
+        self.logit_bias = None if logit_bias is None else nn.Parameter(torch.tensor(logit_bias))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
-    def forward(self, images: PackedImages, texts: PackedTexts) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: PackedImages, texts: PackedTexts) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         image_features = F.normalize(self.encode_image(images).float(), dim=-1)
         text_features = F.normalize(self.encode_text(texts).float(), dim=-1)
-        return image_features, text_features, self.logit_scale.exp()
+        return image_features, text_features, self.logit_scale.exp(), self.logit_bias
 
     def encode_image(self, images: PackedImages) -> Tensor:
         features: Tensor = self.visual(images)
