@@ -142,9 +142,15 @@ def _patches_fit(image_px: int, patch_px: int) -> None:
 
 
 class ModelSpec(Spec):
-    """A CLIP of open_clip's architecture. `image_px` is a multiple of `patch_px`; the logit scale starts at
-    exp(`logit_scale`), and there is a logit bias where one is given (siglip's objective needs it)."""
+    """A CLIP of open_clip's architecture, or SigLIP's towers (as wide as the embedding; texts of `context` tokens).
 
+    `image_px` is a multiple of `patch_px`. The logit scale starts at exp(`logit_scale`), and there is a logit bias
+    where one is given (siglip's objective needs it). `tokenizer`: clip, or a Hugging Face tokenizer's name or folder.
+    """
+
+    kind: Literal["clip", "siglip"] = "clip"
+    tokenizer: str = "clip"
+    positions: Literal["learned", "factorised"] = "learned"  # factorised: a vector for the row and one for the column
     embed_dim: int = Field(128, ge=1)
     image_px: int = Field(64, ge=1)
     patch_px: int = Field(8, ge=1)
@@ -158,6 +164,10 @@ class ModelSpec(Spec):
     @model_validator(mode="after")
     def _fits(self) -> "ModelSpec":
         _patches_fit(self.image_px, self.patch_px)
+        if self.kind == "siglip" and (self.embed_dim != self.vision.width or self.logit_bias is None):
+            raise ValueError("siglip has a logit_bias, and an embed_dim that is vision.width")
+        if self.kind == "siglip" and self.positions != "learned":
+            raise ValueError("siglip has learned positions")
         return self
 
 
@@ -173,6 +183,7 @@ class PretrainSpec(Spec):
     beta2: float = Field(0.98, gt=0, lt=1)
     clip_norm: float = Field(1.0, gt=0)
     max_patches: int = Field(64, ge=1)  # token budget of an image; its aspect stays
+    patch_dropout: float = Field(0.0, ge=0, lt=1)  # share of an image's patches that training leaves out (FLIP)
     jitter: float = Field(0.15, ge=0, lt=0.5)  # turn, stretch, zoom and shift; no mirror: captions say left and right
     attention: Literal["auto", "reference", "sdpa", "varlen"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -191,6 +202,8 @@ class PretrainSpec(Spec):
     def _a_pair_for_each(self) -> "PretrainSpec":
         if self.batch_pairs < self.workers:
             raise ValueError(f"batch_pairs {self.batch_pairs} leave some of the {self.workers} workers without a pair")
+        if (self.objective == "siglip") != (self.model.logit_bias is not None):
+            raise ValueError("a model.logit_bias goes with objective: siglip, and only with it")
         return self
 
 

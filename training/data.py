@@ -21,7 +21,7 @@ import torch
 from pairs.errors import PairmillError
 from pairs.identity import unit_hash
 from pairs.store import Store
-from training.packing import Grid, PackedImages, PackedTexts, pack_images, pack_texts
+from training.packing import CLIP, Form, Grid, PackedImages, PackedTexts, pack_images, pack_texts
 from training.plan import WINDOW, Block, Cost, Plan
 
 REDUCED = {8: cv2.IMREAD_REDUCED_COLOR_8, 4: cv2.IMREAD_REDUCED_COLOR_4, 2: cv2.IMREAD_REDUCED_COLOR_2}
@@ -51,10 +51,19 @@ class Loader:
     """Batches of one rank, step after step; `wait_s` is how long the last one was waited for."""
 
     def __init__(
-        self, plan: Plan, store: Store, rank: int, ranks: int, cost: Cost, patch_px: int, jitter: float
+        self,
+        plan: Plan,
+        store: Store,
+        rank: int,
+        ranks: int,
+        cost: Cost,
+        patch_px: int,
+        jitter: float,
+        form: Form = CLIP,
+        dropout: float = 0.0,
     ) -> None:
         self.plan, self.store, self.rank, self.ranks, self.cost = plan, store, rank, ranks, cost
-        self.patch_px, self.jitter = patch_px, jitter
+        self.patch_px, self.jitter, self.form, self.dropout = patch_px, jitter, form, dropout
         self.wait_s = 0.0
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
         self._lock = threading.Lock()
@@ -75,23 +84,34 @@ class Loader:
         """This rank's batch of `step`, packed."""
         parts = self.plan.split(step, self.ranks, self.cost)
         reasons: Counter[str] = Counter()
-        patches, valid = [], []
+        patches, cells, valid = [], [], []
         for epoch, row in parts[self.rank]:
             grid = self.plan.grid(row)
             pixels, reason = self._pixels(epoch, row, grid)
             valid.append(reason is None)
             if reason:
                 reasons[reason] += 1
-            patches.append(torch.from_numpy(patchify(pixels, grid, self.patch_px)))
+            cells.append(torch.from_numpy(self._cells(epoch, row, grid)))
+            patches.append(torch.from_numpy(patchify(pixels, grid, self.patch_px))[cells[-1]])
         texts = [torch.from_numpy(self.plan.tokens.ids[self.plan.text(e, r)]) for e, r in parts[self.rank]]
         return Batch(
-            images=pack_images(patches, [self.plan.grid(r) for _, r in parts[self.rank]]),
-            texts=pack_texts(texts),
+            images=pack_images(patches, [self.plan.grid(r) for _, r in parts[self.rank]], self.form, cells),
+            texts=pack_texts(texts, self.form),
             valid=torch.tensor(valid),
             same=torch.tensor([[r, self.plan.text(e, r)] for part in parts for e, r in part]),
             counts=tuple(len(part) for part in parts),
             damaged=dict(reasons),
         )
+
+    def _cells(self, epoch: int, row: int, grid: Grid) -> npt.NDArray[np.int64]:
+        """The cells of an image that this epoch looks at: all, or without those that patch dropout takes (FLIP, arXiv
+        2212.00794), drawn by the pair's uid."""
+        count = grid[0] * grid[1]
+        kept = max(1, round(count * (1 - self.dropout)))
+        if kept == count:
+            return np.arange(count)
+        draws = np.random.default_rng(int(unit_hash(self.plan.seed, epoch, self.plan.uids[row], "cells") * 2**53))
+        return np.sort(draws.permutation(count)[:kept])
 
     def _pixels(self, epoch: int, row: int, grid: Grid) -> tuple[Pixels, str | None]:
         """The jittered and resized picture (h·P, w·P, 3), RGB; zeros and the reason where it can't be read."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from pairs.errors import PairmillError
 from training import export
 from training.data import decode, patchify, resize
-from training.models.clip import PackedClip
+from training.models.clip import Towers
 from training.packing import pack_images, pack_texts
 from training.plan import grid_of
 from training.tokens import encode
@@ -127,7 +127,7 @@ def retrieval(model_folder: Path, images: Sequence[bytes], texts: Sequence[str])
 
 
 @torch.inference_mode()
-def embed_images(model: PackedClip, images: Sequence[bytes]) -> tuple[Tensor, Tensor]:
+def embed_images(model: Towers, images: Sequence[bytes]) -> tuple[Tensor, Tensor]:
     """Normalised features (images, E), each at its own aspect within the model's number of patches; which were read."""
     patch_px, budget = model.visual.conv1.kernel_size[0], model.visual.grid**2
     features, ok = [], []
@@ -139,16 +139,16 @@ def embed_images(model: PackedClip, images: Sequence[bytes]) -> tuple[Tensor, Te
             picture = np.zeros((1, 1, 3), np.uint8) if found is None else found
             grids.append(grid := grid_of(picture.shape[1], picture.shape[0], budget if ok[-1] else 1))
             patches.append(torch.from_numpy(patchify(resize(picture, grid, patch_px), grid, patch_px)))
-        features.append(F.normalize(model.encode_image(pack_images(patches, grids)), dim=-1))
+        features.append(F.normalize(model.encode_image(pack_images(patches, grids, model.form)), dim=-1))
     return torch.cat(features), torch.tensor(ok)
 
 
 @torch.inference_mode()
-def embed_texts(model: PackedClip, texts: Sequence[str]) -> Tensor:
+def embed_texts(model: Towers, texts: Sequence[str]) -> Tensor:
     """Normalised features (texts, E)."""
     context = len(model.positional_embedding)
-    ids = [torch.from_numpy(encode(text, context)[0]) for text in texts]
-    parts = [pack_texts(ids[start : start + BATCH]) for start in range(0, len(ids), BATCH)]
+    ids = [torch.from_numpy(encode(text, context, model.tokenizer)[0]) for text in texts]
+    parts = [pack_texts(ids[start : start + BATCH], model.form) for start in range(0, len(ids), BATCH)]
     return torch.cat([F.normalize(model.encode_text(part), dim=-1) for part in parts])
 
 

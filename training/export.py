@@ -18,20 +18,34 @@ from torch import Tensor
 from pairs.errors import PairmillError
 from pairs.recipe import ModelSpec, TowerSpec
 from training.checkpoint import publishing
-from training.models.clip import MEAN, STD, PackedClip
+from training.models.clip import MEAN, STD, PackedClip, Towers
+from training.models.siglip import HALF, PackedSiglip, from_open_clip, to_open_clip
 from training.tokens import Ids
 
 CONFIG, WEIGHTS, CARD = "open_clip_config.json", "open_clip_model.safetensors", "model_card.json"
 
 
-def build(spec: ModelSpec, seed: int, attention: str = "auto") -> PackedClip:
+TIMM = {  # SigLIP's image towers: (layers, width, heads, patch_px, image_px)
+    (12, 768, 12, 16, 224): "vit_base_patch16_siglip_224",
+    (12, 768, 12, 16, 256): "vit_base_patch16_siglip_256",
+    (12, 768, 12, 16, 384): "vit_base_patch16_siglip_384",
+    (24, 1024, 16, 16, 256): "vit_large_patch16_siglip_256",
+}
+
+
+def build(spec: ModelSpec, seed: int, attention: str = "auto") -> Towers:
     """The model of `spec` with the weights that `seed` gives."""
     torch.manual_seed(seed)
     vision, text = ((t.layers, t.width, t.heads) for t in (spec.vision, spec.text))
-    return PackedClip(
-        spec.embed_dim, spec.image_px, spec.patch_px, vision, text, spec.context, spec.vocabulary, attention,
-        spec.logit_scale, spec.logit_bias,
-    )  # fmt: skip
+    sizes = (spec.embed_dim, spec.image_px, spec.patch_px, vision, text, spec.context, spec.vocabulary, attention)
+    model: Towers
+    if spec.kind == "siglip":
+        assert spec.logit_bias is not None
+        model = PackedSiglip(*sizes, spec.logit_scale, spec.logit_bias)
+    else:
+        model = PackedClip(*sizes, spec.logit_scale, spec.logit_bias, spec.positions == "factorised")
+    model.tokenizer = spec.tokenizer
+    return model
 
 
 def whole_table(spec: ModelSpec, seed: int, used: Ids, rows: Tensor) -> Tensor:
@@ -43,28 +57,73 @@ def whole_table(spec: ModelSpec, seed: int, used: Ids, rows: Tensor) -> Tensor:
 
 def config(spec: ModelSpec) -> dict[str, Any]:
     """open_clip's configuration of `spec`. Images are squashed into the square, so that nothing is cut away."""
-    starts = {"init_logit_scale": spec.logit_scale, "init_logit_bias": spec.logit_bias}
+    biased = {"init_logit_scale": spec.logit_scale, "init_logit_bias": spec.logit_bias}
+    text: dict[str, Any] = {
+        "context_length": spec.context,
+        "vocab_size": spec.vocabulary,
+        "layers": spec.text.layers,
+        "width": spec.text.width,
+        "heads": spec.text.heads,
+    }
+    if spec.tokenizer != "clip":
+        text |= {"hf_tokenizer_name": spec.tokenizer, "tokenizer_kwargs": {"clean": "canonicalize"}}
+    vision: dict[str, Any] = {"image_size": spec.image_px}
+    if spec.kind == "siglip":
+        text |= {"no_causal_mask": True, "proj_bias": True, "pool_type": "last", "norm_kwargs": {"eps": 1e-6}}
+        name = timm_name(spec)
+        vision |= {"timm_model_name": name, "timm_model_pretrained": False, "timm_pool": "map", "timm_proj": "none"}
+    else:
+        v = spec.vision
+        vision |= {"patch_size": spec.patch_px, "layers": v.layers, "width": v.width, "head_width": v.width // v.heads}
+    mean, std = (MEAN, STD) if spec.kind == "clip" else (HALF, HALF)
     return {
         "model_cfg": {
-            **{name: value for name, value in starts.items() if spec.logit_bias is not None},
+            **({} if spec.logit_bias is None else biased),
+            **({"custom_text": True} if spec.kind == "siglip" else {}),
             "embed_dim": spec.embed_dim,
-            "vision_cfg": {
-                "image_size": spec.image_px,
-                "patch_size": spec.patch_px,
-                "layers": spec.vision.layers,
-                "width": spec.vision.width,
-                "head_width": spec.vision.width // spec.vision.heads,
-            },
-            "text_cfg": {
-                "context_length": spec.context,
-                "vocab_size": spec.vocabulary,
-                "layers": spec.text.layers,
-                "width": spec.text.width,
-                "heads": spec.text.heads,
-            },
+            "vision_cfg": vision,
+            "text_cfg": text,
         },
-        "preprocess_cfg": {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "squash"},
+        "preprocess_cfg": {"mean": mean, "std": std, "interpolation": "bicubic", "resize_mode": "squash"},
     }
+
+
+def timm_name(spec: ModelSpec) -> str:
+    """timm's name for SigLIP's image tower; open_clip knows such towers by name alone."""
+    v = spec.vision
+    name = TIMM.get((v.layers, v.width, v.heads, spec.patch_px, spec.image_px))
+    if name is None:
+        sizes = ", ".join(f"{w} wide, {layers} layers, {px} px" for layers, w, _, _, px in TIMM)
+        raise PairmillError(
+            expected=f"a siglip image tower that open_clip has: {sizes}, patches of 16",
+            found=f"{v.width} wide, {v.layers} layers, {spec.image_px} px, patches of {spec.patch_px}",
+            remedy="take one of these, or kind: clip with objective: siglip, in any size",
+        )
+    return name
+
+
+def public_weights(spec: ModelSpec, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The packed model's state dict as open_clip names and shapes it."""
+    whole = {name: tensor.detach().cpu().float().contiguous() for name, tensor in weights.items()}
+    if spec.kind == "siglip":
+        return to_open_clip(whole, _theirs(spec))
+    if spec.positions == "factorised":
+        rows, columns = (whole.pop(f"visual.positions.{name}") for name in ("rows", "columns"))
+        place = "visual.positional_embedding"
+        whole[place] = torch.cat([whole[place], (rows[:, None] + columns).flatten(0, 1)])
+    return whole
+
+
+def _theirs(spec: ModelSpec) -> dict[str, Tensor]:
+    """Names and shapes of open_clip's SigLIP of `spec`, without its memory."""
+    import open_clip  # seconds
+
+    with torch.device("meta"):
+        model = open_clip.model.CustomTextCLIP(
+            **{k: v for k, v in config(spec)["model_cfg"].items() if k != "custom_text"}
+        )
+    found: dict[str, Tensor] = model.state_dict()
+    return found
 
 
 def save(folder: Path, spec: ModelSpec, weights: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -72,27 +131,16 @@ def save(folder: Path, spec: ModelSpec, weights: dict[str, Tensor], facts: dict[
     with publishing(folder) as temporary:
         (temporary / CONFIG).write_text(json.dumps(config(spec), indent=2))
         (temporary / CARD).write_text(json.dumps(facts, indent=2, sort_keys=True))
-        whole = {name: tensor.detach().cpu().float().contiguous() for name, tensor in weights.items()}
-        (temporary / WEIGHTS).write_bytes(to_bytes(whole, metadata={"format": "pt"}))
+        (temporary / WEIGHTS).write_bytes(to_bytes(public_weights(spec, weights), metadata={"format": "pt"}))
 
 
-def load(folder: Path, attention: str = "auto") -> tuple[PackedClip, ModelSpec]:
+def load(folder: Path, attention: str = "auto") -> tuple[Towers, ModelSpec]:
     """The packed model in eval mode, from a folder that `save` or open_clip wrote."""
     try:
-        cfg = json.loads((folder / CONFIG).read_text())["model_cfg"]
-        v, t = cfg["vision_cfg"], cfg["text_cfg"]
-        spec = ModelSpec(
-            embed_dim=cfg["embed_dim"],
-            image_px=v["image_size"],
-            patch_px=v["patch_size"],
-            vision=TowerSpec(layers=v["layers"], width=v["width"], heads=v["width"] // v["head_width"]),
-            text=TowerSpec(layers=t["layers"], width=t["width"], heads=t["heads"]),
-            context=t["context_length"],
-            vocabulary=t["vocab_size"],
-            logit_bias=cfg.get("init_logit_bias"),
-        )
+        spec = spec_of(json.loads((folder / CONFIG).read_text())["model_cfg"])
         model = build(spec, 0, attention)
-        model.load_state_dict(load_file(folder / WEIGHTS))
+        weights = load_file(folder / WEIGHTS)
+        model.load_state_dict(from_open_clip(weights) if spec.kind == "siglip" else weights)
     except (OSError, KeyError, ValueError, RuntimeError) as error:
         raise PairmillError(
             expected=f"a CLIP in open_clip's folder format ({CONFIG}, {WEIGHTS}) at {folder}",
@@ -100,3 +148,28 @@ def load(folder: Path, attention: str = "auto") -> tuple[PackedClip, ModelSpec]:
             remedy="name the folder `model` of a finished training run",
         ) from error
     return model.eval(), spec
+
+
+def spec_of(cfg: dict[str, Any]) -> ModelSpec:
+    """The ModelSpec of open_clip's `model_cfg`; a KeyError or ValueError where that isn't one of ours."""
+    v, t = cfg["vision_cfg"], cfg["text_cfg"]
+    if t.get("no_causal_mask"):
+        layers, width, heads, patch_px, image_px = {name: sizes for sizes, name in TIMM.items()}[v["timm_model_name"]]
+        kind = {"kind": "siglip"}
+    else:
+        layers, width, patch_px, image_px = (v[name] for name in ("layers", "width", "patch_size", "image_size"))
+        heads, kind = width // v.get("head_width", 64), {}
+        if cfg.get("quick_gelu"):
+            raise ValueError("quick_gelu, which the packed towers don't have")
+    return ModelSpec(
+        **kind,  # type: ignore[arg-type]
+        tokenizer=t.get("hf_tokenizer_name", "clip"),
+        embed_dim=cfg["embed_dim"],
+        image_px=image_px,
+        patch_px=patch_px,
+        vision=TowerSpec(layers=layers, width=width, heads=heads),
+        text=TowerSpec(layers=t["layers"], width=t["width"], heads=t["heads"]),
+        context=t["context_length"],
+        vocabulary=t["vocab_size"],
+        logit_bias=cfg.get("init_logit_bias"),
+    )

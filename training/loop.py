@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pairs.errors import PairmillError
 from pairs.recipe import PretrainSpec
 from training.data import Loader
-from training.models.clip import PackedClip
+from training.models.clip import Towers
 from training.objectives import OBJECTIVES, Share
 
 PATIENCE = 10
@@ -55,7 +55,7 @@ class Totals:
 
 
 def train_steps(
-    model: PackedClip,
+    model: Towers,
     optimizer: torch.optim.Optimizer,
     loader: Loader,
     spec: PretrainSpec,
@@ -130,7 +130,7 @@ def train_steps(
             save(step + 1)
 
 
-def make_optimizer(model: PackedClip, spec: PretrainSpec) -> torch.optim.Optimizer:
+def make_optimizer(model: Towers, spec: PretrainSpec) -> torch.optim.Optimizer:
     """AdamW with weight decay on the matrices of the layers alone."""
     bare = ("embedding", "ln_", "logit_scale", "bias")
     groups: dict[bool, list[Tensor]] = {True: [], False: []}

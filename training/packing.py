@@ -17,13 +17,25 @@ Grid = tuple[int, int]  # rows and columns of patches
 
 
 @dataclass(frozen=True)
+class Form:
+    """How a model wants its examples: a class token before an image's patches, tokens that see only earlier ones."""
+
+    class_token: bool = True
+    causal: bool = True
+
+
+CLIP, SIGLIP = Form(), Form(class_token=False, causal=False)
+
+
+@dataclass(frozen=True)
 class PackedImages:
-    """`patches` (T, 3·P·P) with a zero row where a class token goes; `place` says what each row is."""
+    """`patches` (T, 3·P·P) with a zero row where a class token goes; `place` says what each row is. `pool` points to
+    the example's class token, or to its segment where the form has none."""
 
     patches: Tensor  # uint8 pixels in [0, 255], or float already normalised; channel, row, column order
     grids: tuple[Grid, ...]  # the different grids of the batch
     place: Tensor  # int64 (T,): 0 for a class token, else 1 + position among the cells of `grids`
-    pool: Tensor  # int64 (examples,): the row of each example's class token
+    pool: Tensor  # int64 (examples,)
     layout: Layout
     useful: int  # tokens that belong to examples
 
@@ -47,29 +59,34 @@ class PackedTexts:
         return PackedTexts(tokens, positions, pool, self.layout.to(device), self.useful)
 
 
-def pack_images(patches: Sequence[Tensor], grids: Sequence[Grid]) -> PackedImages:
-    """Packs images given as (h·w, 3·P·P) patches in row-major order of their (h, w) `grids`."""
-    assert len(patches) == len(grids) and all(len(p) == h * w for p, (h, w) in zip(patches, grids, strict=True))
-    order = sorted(range(len(grids)), key=lambda i: (grids[i][0] * grids[i][1], grids[i]))
+def pack_images(
+    patches: Sequence[Tensor], grids: Sequence[Grid], form: Form = CLIP, cells: Sequence[Tensor] | None = None
+) -> PackedImages:
+    """Packs images given as patches (their number, 3·P·P) in row-major order of their (h, w) `grids`; where `cells` are
+    given (patch dropout), they name the cells of each image that are there."""
+    held = cells or [torch.arange(h * w) for h, w in grids]
+    assert len(patches) == len(grids) and all(len(p) == len(c) for p, c in zip(patches, held, strict=True))
+    order = sorted(range(len(grids)), key=lambda i: (len(held[i]), grids[i]))
     kinds = tuple(sorted(set(grids)))
-    first, cells = {}, 1
+    first, numbered = {}, 1
     for kind in kinds:
-        first[kind] = cells
-        cells += kind[0] * kind[1]
-    lengths = [1 + grids[i][0] * grids[i][1] for i in order]
+        first[kind] = numbered
+        numbered += kind[0] * kind[1]
+    extra = int(form.class_token)
+    lengths = [extra + len(held[i]) for i in order]
     rows = patches[0].new_zeros(sum(lengths), patches[0].shape[1])
     place = torch.zeros(len(rows), dtype=torch.int64)
     pool = torch.zeros(len(grids), dtype=torch.int64)
     start = 0
-    for i, length in zip(order, lengths, strict=True):
-        rows[start + 1 : start + length] = patches[i]
-        place[start + 1 : start + length] = torch.arange(first[grids[i]], first[grids[i]] + length - 1)
-        pool[i] = start
+    for segment, (i, length) in enumerate(zip(order, lengths, strict=True)):
+        rows[start + extra : start + length] = patches[i]
+        place[start + extra : start + length] = first[grids[i]] + held[i]
+        pool[i] = start if form.class_token else segment
         start += length
     return PackedImages(rows, kinds, place, pool, Layout.of(lengths), start)
 
 
-def pack_texts(texts: Sequence[Tensor]) -> PackedTexts:
+def pack_texts(texts: Sequence[Tensor], form: Form = CLIP) -> PackedTexts:
     """Packs texts given as (length,) token ids, pooled at the last token (EOT)."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     lengths = [len(texts[i]) for i in order]
@@ -77,4 +94,4 @@ def pack_texts(texts: Sequence[Tensor]) -> PackedTexts:
     positions = torch.cat([torch.arange(n) for n in lengths])
     pool = torch.zeros(len(texts), dtype=torch.int64)
     pool[torch.tensor(order)] = torch.tensor(lengths).cumsum(0) - 1
-    return PackedTexts(tokens, positions, pool, Layout.of(lengths, causal=True), sum(lengths))
+    return PackedTexts(tokens, positions, pool, Layout.of(lengths, causal=form.causal), sum(lengths))

@@ -89,7 +89,7 @@ def train_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device)
 
     m = spec.model
     cost = Cost((m.vision.layers, m.vision.width), (m.text.layers, m.text.width))
-    loader = Loader(plan, store, rank, ranks, cost, m.patch_px, spec.jitter)
+    loader = Loader(plan, store, rank, ranks, cost, m.patch_px, spec.jitter, model.form, spec.patch_dropout)
     emit = metrics.add if metrics else lambda line: None  # the other ranks stay silent
     train_steps(model, optimizer, loader, spec, start, totals, device, dtype, emit, save)
     facts: dict[str, Any] = {

@@ -26,7 +26,7 @@ def make_plan(
 ) -> tuple[Plan, dict[str, int]]:
     """The plan over the pinned shards without the uids `apart`, and the counts of rows left out: forgotten, canary,
     no_text, no_size. `dead` are the tombstones that hold; the workspace's where it is left out."""
-    tokeniser, left_out = Tokeniser(spec.model.context), Counter[str]()
+    tokeniser, left_out = Tokeniser(spec.model.context, spec.model.tokenizer), Counter[str]()
     columns: dict[str, list[int]] = {name: [] for name in ("image_offset", "image_size", "width", "height")}
     uids: list[str] = []
     texts: list[list[int]] = []
@@ -50,7 +50,7 @@ def make_plan(
     tokens = tokeniser.tokens()
     if tokens.used[-1] >= spec.model.vocabulary:
         raise PairmillError(
-            expected="pretrain.model.vocabulary of at least 49408, the size of open_clip's tokenizer",
+            expected=f"pretrain.model.vocabulary above {tokens.used[-1]}, a token that texts hold (CLIP's has 49408)",
             found=str(spec.model.vocabulary),
             remedy="leave the setting out",
         )
@@ -61,6 +61,7 @@ def make_plan(
         "shards": [pin.model_dump() for pin in pins],
         "uids": fingerprint({"uids": uids}),
         "settings": [spec.batch_pairs, spec.max_patches, m.patch_px, m.context, spec.jitter, spec.seed],
+        "extra": [m.kind, m.tokenizer, spec.patch_dropout],
     }
     plan = Plan(
         uids=uids,

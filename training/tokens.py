@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pairs.errors import PairmillError
+
 Ids = npt.NDArray[np.int64]
 
 
@@ -30,8 +32,8 @@ class Tokens:
 class Tokeniser:
     """Numbers texts: two texts of the same tokens have the same number, as nothing downstream can tell them apart."""
 
-    def __init__(self, context: int) -> None:
-        self.context, self.truncated = context, 0
+    def __init__(self, context: int, tokenizer: str = "clip") -> None:
+        self.context, self.tokenizer, self.truncated = context, tokenizer, 0
         self._by_text: dict[str, int] = {}
         self._by_tokens: dict[bytes, int] = {}
         self._ids: list[Ids] = []
@@ -39,7 +41,7 @@ class Tokeniser:
     def number(self, text: str) -> int:
         found = self._by_text.get(text)
         if found is None:
-            ids, cut = encode(text, self.context)
+            ids, cut = encode(text, self.context, self.tokenizer)
             self.truncated += cut
             found = self._by_tokens.setdefault(ids.tobytes(), len(self._ids))
             if found == len(self._ids):
@@ -52,12 +54,29 @@ class Tokeniser:
         return Tokens([np.searchsorted(used, ids) for ids in self._ids], used, self.truncated)
 
 
-def encode(text: str, context: int) -> tuple[Ids, bool]:
-    """The text's tokens between start and end mark, at most `context`; whether it was cut."""
-    tokenizer = _tokenizer()
-    ids = [tokenizer.sot_token_id, *tokenizer.encode(text), tokenizer.eot_token_id]
+def encode(text: str, context: int, tokenizer: str = "clip") -> tuple[Ids, bool]:
+    """The text's tokens, at most `context`, and whether it was cut. CLIP's stand between a start and an end mark;
+    another tokenizer's (a Hugging Face name or folder) are always `context`, its padding included."""
+    if tokenizer != "clip":
+        padded = _hugging_face(tokenizer, context)(text)[0].numpy().astype(np.int64)
+        longer = _hugging_face(tokenizer, context + 1)(text)[0].numpy()
+        return padded, bool(longer[-1] != padded[-1])
+    clip = _tokenizer()
+    ids = [clip.sot_token_id, *clip.encode(text), clip.eot_token_id]
     cut = len(ids) > context
     return np.array([*ids[: context - 1], ids[-1]] if cut else ids, dtype=np.int64), cut
+
+
+@functools.cache
+def _hugging_face(name: str, context: int) -> Any:
+    try:
+        return _open_clip_tokenizer().HFTokenizer(name, context_length=context, clean="canonicalize")
+    except (OSError, ValueError) as error:
+        raise PairmillError(
+            expected=f"a tokenizer at {name}",
+            found=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            remedy="name a folder that holds one, or `tokenizer: clip`",
+        ) from error
 
 
 @functools.cache

@@ -10,13 +10,14 @@ Legend: T tokens of all segments, D width, E embedding width, P patch side in pi
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.models.transformer import Transformer
-from training.packing import Grid, PackedImages, PackedTexts
+from training.packing import CLIP, Grid, PackedImages, PackedTexts
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels in [0, 1]; open_clip's defaults, written into the export
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -26,20 +27,22 @@ class Vision(nn.Module):
     """Packed images to features (images, E)."""
 
     def __init__(
-        self, grid: int, patch_px: int, width: int, layers: int, heads: int, embed_dim: int, backend: str
-    ) -> None:
+        self, grid: int, patch_px: int, width: int, layers: int, heads: int, embed_dim: int, backend: str,
+        factorised: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.grid, scale = grid, width**-0.5
         self.conv1 = nn.Conv2d(3, width, patch_px, patch_px, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
-        self.positional_embedding = nn.Parameter(scale * torch.randn(grid * grid + 1, width))
+        self.positions = Positions(grid, width, scale) if factorised else None
+        self.positional_embedding = nn.Parameter(scale * torch.randn(1 if factorised else grid * grid + 1, width))
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, layers, heads, backend)
         self.ln_post = nn.LayerNorm(width)
         self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
 
     def forward(self, images: PackedImages) -> Tensor:
-        x_TD = F.linear(_pixels(images).to(self.conv1.weight), self.conv1.weight.flatten(1))
+        x_TD = F.linear(pixels(images, MEAN, STD).to(self.conv1.weight), self.conv1.weight.flatten(1))
         x_TD = x_TD + self._places(images.grids)[images.place]
         x_TD = self.transformer(self.ln_pre(x_TD), images.layout)
         features: Tensor = self.ln_post(x_TD)[images.pool] @ self.proj
@@ -48,9 +51,35 @@ class Vision(nn.Module):
     def _places(self, grids: tuple[Grid, ...]) -> Tensor:
         """(1 + cells of all grids, D): what is added to a class token, then to each cell of each grid."""
         own = self.positional_embedding
-        resize = torch.cat([_resizing(self.grid, grid) for grid in grids]).to(own)
         with torch.autocast(own.device.type, enabled=False):
-            return torch.cat([(own[0] + self.class_embedding)[None], resize @ own[1:]])
+            first = (own[0] + self.class_embedding)[None]
+            cells = resized(own[1:], self.grid, grids) if self.positions is None else self.positions(grids)
+            return torch.cat([first, cells])
+
+
+class Positions(nn.Module):
+    """Factorised positions (NaViT, arXiv 2307.06304): a vector for the row plus one for the column, each resized
+    linearly to the grid's side."""
+
+    def __init__(self, side: int, width: int, scale: float) -> None:
+        super().__init__()
+        self.rows, self.columns = (nn.Parameter(scale * torch.randn(side, width)) for _ in range(2))
+
+    def forward(self, grids: tuple[Grid, ...]) -> Tensor:
+        return torch.cat([self._cells(grid) for grid in grids])
+
+    def _cells(self, grid: Grid) -> Tensor:
+        sides = (self.rows, self.columns)
+        row_HD, column_WD = (
+            F.interpolate(x.T[None], size=n, mode="linear", align_corners=False)[0].T
+            for x, n in zip(sides, grid, strict=True)
+        )
+        return (row_HD[:, None] + column_WD).flatten(0, 1)
+
+
+def resized(own: Tensor, side: int, grids: tuple[Grid, ...]) -> Tensor:
+    """Learned positions (side², D) resized to each of the `grids`, one below the other."""
+    return torch.cat([_resizing(side, grid) for grid in grids]).to(own) @ own
 
 
 @functools.lru_cache(maxsize=4096)
@@ -64,47 +93,25 @@ def _resizing(side: int, grid: Grid) -> Tensor:
     return resized.flatten(1).T.contiguous()
 
 
-def _pixels(images: PackedImages) -> Tensor:
-    """Float patches; uint8 pixels are shifted and scaled by MEAN and STD, and rows of class tokens stay zero."""
+def pixels(images: PackedImages, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Float patches; uint8 pixels are shifted and scaled (`mean`, `std` of RGB), and rows of class tokens stay zero."""
     if images.patches.is_floating_point():
         return images.patches
     each = images.patches.shape[1] // 3
-    mean, std = (torch.tensor(x, device=images.patches.device).repeat_interleave(each) for x in (MEAN, STD))
-    return ((images.patches - mean * 255) / (std * 255)).masked_fill_((images.place == 0)[:, None], 0)
+    shift, scale = (torch.tensor(x, device=images.patches.device).repeat_interleave(each) for x in (mean, std))
+    return ((images.patches - shift * 255) / (scale * 255)).masked_fill_((images.place == 0)[:, None], 0)
 
 
-class PackedClip(nn.Module):
-    """Both towers. `forward` gives L2-normalised features (images, E), (texts, E), the logit scale (> 0), and the logit
-    bias, None where the model has none. `kind` says how examples are packed for it."""
+class Towers(nn.Module):
+    """What the models share. `forward` gives L2-normalised features (images, E), (texts, E), the logit scale (> 0), and
+    the logit bias, None where the model has none. `form` says how their examples are packed."""
 
-    kind = "clip"
-
-    def __init__(
-        self,
-        embed_dim: int,
-        image_px: int,
-        patch_px: int,
-        vision: tuple[int, int, int],  # layers, width, heads
-        text: tuple[int, int, int],
-        context: int,
-        vocabulary: int,
-        backend: str = "auto",
-        logit_scale: float = math.log(1 / 0.07),
-        logit_bias: float | None = None,
-    ) -> None:
-        super().__init__()
-        assert image_px % patch_px == 0, (image_px, patch_px)
-        layers, width, heads = vision
-        self.visual = Vision(image_px // patch_px, patch_px, width, layers, heads, embed_dim, backend)
-        layers, width, heads = text
-        self.token_embedding = nn.Embedding(vocabulary, width)
-        self.positional_embedding = nn.Parameter(0.01 * torch.randn(context, width))
-        self.transformer = Transformer(width, layers, heads, backend)
-        self.ln_final = nn.LayerNorm(width)
-        self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
-        self.logit_scale = nn.Parameter(torch.tensor(logit_scale))
-        self.logit_bias = None if logit_bias is None else nn.Parameter(torch.tensor(logit_bias))
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
+    form = CLIP
+    tokenizer = "clip"
+    visual: nn.Module
+    token_embedding: nn.Embedding
+    logit_scale: nn.Parameter
+    logit_bias: nn.Parameter | None
 
     def forward(self, images: PackedImages, texts: PackedTexts) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         image_features = F.normalize(self.encode_image(images).float(), dim=-1)
@@ -116,11 +123,46 @@ class PackedClip(nn.Module):
         return features
 
     def encode_text(self, texts: PackedTexts) -> Tensor:
-        x_TD = self.token_embedding(texts.tokens) + self.positional_embedding[texts.positions]
-        x_TD = self.transformer(x_TD, texts.layout)
-        features: Tensor = self.ln_final(x_TD[texts.pool]) @ self.text_projection
-        return features
+        raise NotImplementedError
 
     def with_vocabulary(self, rows: Tensor) -> None:
         """Replaces the token table by `rows` (tokens, D); token ids then index them."""
         self.token_embedding = nn.Embedding.from_pretrained(rows.detach().clone(), freeze=False)
+
+
+class PackedClip(Towers):
+    """CLIP's towers. `vision` and `text` are (layers, width, heads)."""
+
+    def __init__(
+        self,
+        embed_dim: int,
+        image_px: int,
+        patch_px: int,
+        vision: tuple[int, int, int],
+        text: tuple[int, int, int],
+        context: int,
+        vocabulary: int,
+        backend: str = "auto",
+        logit_scale: float = math.log(1 / 0.07),
+        logit_bias: float | None = None,
+        factorised: bool = False,
+    ) -> None:
+        super().__init__()
+        assert image_px % patch_px == 0, (image_px, patch_px)
+        layers, width, heads = vision
+        self.visual = Vision(image_px // patch_px, patch_px, width, layers, heads, embed_dim, backend, factorised)
+        layers, width, heads = text
+        self.token_embedding = nn.Embedding(vocabulary, width)
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(context, width))
+        self.transformer = Transformer(width, layers, heads, backend)
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(logit_scale))
+        self.logit_bias = None if logit_bias is None else nn.Parameter(torch.tensor(logit_bias))
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+
+    def encode_text(self, texts: PackedTexts) -> Tensor:
+        x_TD = self.token_embedding(texts.tokens) + self.positional_embedding[texts.positions]
+        x_TD = self.transformer(x_TD, texts.layout)
+        features: Tensor = self.ln_final(x_TD[texts.pool]) @ self.text_projection
+        return features

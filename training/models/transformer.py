@@ -40,11 +40,11 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, heads: int, backend: str) -> None:
+    def __init__(self, width: int, heads: int, backend: str, eps: float) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(width)
+        self.ln_1 = nn.LayerNorm(width, eps)
         self.attn = Attention(width, heads, backend)
-        self.ln_2 = nn.LayerNorm(width)
+        self.ln_2 = nn.LayerNorm(width, eps)
         self.mlp = Mlp(width)
 
     def forward(self, x_TD: Tensor, layout: Layout) -> Tensor:
@@ -56,9 +56,9 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """`layers` blocks; initialised as CLIP's text tower is (residual branches scaled by depth)."""
 
-    def __init__(self, width: int, layers: int, heads: int, backend: str) -> None:
+    def __init__(self, width: int, layers: int, heads: int, backend: str, eps: float = 1e-5) -> None:
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, heads, backend) for _ in range(layers))
+        self.resblocks = nn.ModuleList(Block(width, heads, backend, eps) for _ in range(layers))
         for block in self.resblocks:
             nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
