@@ -10,6 +10,7 @@ from pairs.recipe import BlipSpec, PretrainSpec
 from pairs.shard import ShardRef
 
 VERSION, BLIP_VERSION = 1, 1  # of what a training makes of the same job: raise with any change that reaches the weights
+UNSEEN = {"workers", "checkpoint_every", "activations"}  # settings that change no number
 RESULT = "result.json"  # in the run's folder, beside its model: what varies from run to run
 
 
@@ -53,7 +54,7 @@ class TrainConfig(Job):
 
     @property
     def fingerprint(self) -> str:
-        spec = self.spec.model_dump(exclude={"workers", "checkpoint_every"})
+        spec = self.spec.model_dump(exclude=UNSEEN)
         return fingerprint(self._content() | {"version": VERSION, "spec": spec})
 
 

@@ -33,18 +33,27 @@ Pixels = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's part of a step. `same` holds row and text of all ranks' pairs, in order of rank."""
+    """One rank's share of a step, in one or more `parts` that follow one another. `same` holds row and text of all
+    ranks' pairs, in order of rank."""
 
-    images: PackedImages
-    texts: PackedTexts
+    parts: tuple[tuple[PackedImages, PackedTexts], ...]
     valid: torch.Tensor  # bool (own pairs,)
     same: torch.Tensor  # int64 (all pairs, 2): pairs that share either are not negatives
     counts: tuple[int, ...]  # pairs by rank
     damaged: dict[str, int]  # own pairs that couldn't be decoded, by reason
 
     def to(self, device: torch.device) -> "Batch":
-        images, texts = self.images.to(device), self.texts.to(device)
-        return Batch(images, texts, self.valid.to(device), self.same.to(device), self.counts, self.damaged)
+        parts = tuple((images.to(device), texts.to(device)) for images, texts in self.parts)
+        return Batch(parts, self.valid.to(device), self.same.to(device), self.counts, self.damaged)
+
+    @property
+    def useful(self) -> int:
+        """Tokens that belong to examples."""
+        return sum(images.useful + texts.useful for images, texts in self.parts)
+
+    @property
+    def computed(self) -> int:
+        return sum(len(images.place) + len(texts.tokens) for images, texts in self.parts)
 
 
 class Loader:
@@ -61,9 +70,16 @@ class Loader:
         jitter: float,
         form: Form = CLIP,
         dropout: float = 0.0,
+        accumulate: int = 1,
     ) -> None:
         self.plan, self.store, self.rank, self.ranks, self.cost = plan, store, rank, ranks, cost
-        self.patch_px, self.jitter, self.form, self.dropout = patch_px, jitter, form, dropout
+        self.patch_px, self.jitter, self.form, self.dropout, self.accumulate = (
+            patch_px,
+            jitter,
+            form,
+            dropout,
+            accumulate,
+        )
         self.wait_s = 0.0
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
         self._lock = threading.Lock()
@@ -81,11 +97,29 @@ class Loader:
                 yield batch
 
     def load(self, step: int) -> Batch:
-        """This rank's batch of `step`, packed."""
-        parts = self.plan.split(step, self.ranks, self.cost)
+        """This rank's batch of `step`, packed; heavy and light pairs are spread over its parts."""
+        split = self.plan.split(step, self.ranks, self.cost)
+        portions = [
+            [own[i :: self.accumulate] for i in range(self.accumulate) if own[i :: self.accumulate]] for own in split
+        ]
+        own = portions[self.rank]
         reasons: Counter[str] = Counter()
-        patches, cells, valid = [], [], []
-        for epoch, row in parts[self.rank]:
+        valid: list[bool] = []
+        parts = tuple(self._part(pairs, reasons, valid) for pairs in own)
+        return Batch(
+            parts=parts,
+            valid=torch.tensor(valid),
+            same=torch.tensor([[r, self.plan.text(e, r)] for rank in portions for part in rank for e, r in part]),
+            counts=tuple(map(len, split)),
+            damaged=dict(reasons),
+        )
+
+    def _part(
+        self, pairs: list[tuple[int, int]], reasons: Counter[str], valid: list[bool]
+    ) -> tuple[PackedImages, PackedTexts]:
+        """The pairs (epoch, row), packed; adds to `valid` whether each has an image, and to `reasons` why not."""
+        patches, cells = [], []
+        for epoch, row in pairs:
             grid = self.plan.grid(row)
             pixels, reason = self._pixels(epoch, row, grid)
             valid.append(reason is None)
@@ -93,15 +127,9 @@ class Loader:
                 reasons[reason] += 1
             cells.append(torch.from_numpy(self._cells(epoch, row, grid)))
             patches.append(torch.from_numpy(patchify(pixels, grid, self.patch_px))[cells[-1]])
-        texts = [torch.from_numpy(self.plan.tokens.ids[self.plan.text(e, r)]) for e, r in parts[self.rank]]
-        return Batch(
-            images=pack_images(patches, [self.plan.grid(r) for _, r in parts[self.rank]], self.form, cells),
-            texts=pack_texts(texts, self.form),
-            valid=torch.tensor(valid),
-            same=torch.tensor([[r, self.plan.text(e, r)] for part in parts for e, r in part]),
-            counts=tuple(len(part) for part in parts),
-            damaged=dict(reasons),
-        )
+        texts = [torch.from_numpy(self.plan.tokens.ids[self.plan.text(e, r)]) for e, r in pairs]
+        grids = [self.plan.grid(r) for _, r in pairs]
+        return pack_images(patches, grids, self.form, cells), pack_texts(texts, self.form)
 
     def _cells(self, epoch: int, row: int, grid: Grid) -> npt.NDArray[np.int64]:
         """The cells of an image that this epoch looks at: all, or without those that patch dropout takes (FLIP, arXiv

@@ -7,6 +7,7 @@ counted, on all ranks alike; `PATIENCE` in a row stop the run, and so do damaged
 are most. AdamW: arXiv 1711.05101.
 """
 
+import functools
 import math
 import time
 from collections import deque
@@ -21,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pairs.errors import PairmillError
 from pairs.recipe import PretrainSpec
+from training.accumulate import features
 from training.data import Loader
 from training.models.clip import Towers
 from training.objectives import OBJECTIVES, Share
@@ -65,38 +67,40 @@ def train_steps(
     dtype: torch.dtype,
     emit: Callable[[Line], None],
     save: Callable[[int], None],
+    average: nn.Module | None = None,
 ) -> None:
-    """Steps [start, spec.steps), added to `totals`. `emit` gets a line for each, `save` how many are done, when due."""
+    """Steps [start, spec.steps), added to `totals`. `emit` gets a line for each, `save` how many are done, when due.
+    `average` is a copy of the model that follows it (spec.ema)."""
     ranks, rank, in_a_row, objective = loader.ranks, loader.rank, 0, OBJECTIVES[spec.objective]
     lately: deque[tuple[int, int]] = deque(maxlen=PATIENCE)
     parameters = [p for p in model.parameters() if p.requires_grad]
     run: nn.Module = DistributedDataParallel(model, gradient_as_bucket_view=True) if ranks > 1 else model
+    mixed = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     began = time.perf_counter()
     for step, batch in enumerate(_on_device(loader.batches(start, spec.steps), device), start):
         rate = learning_rate(step, spec)
         for group in optimizer.param_groups:
             group["lr"] = rate
 
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            image_BE, text_BE, scale, bias = run(batch.images, batch.texts)
+        (image_BE, text_BE, scale, bias), back = features(run, batch.parts, mixed)
         total, count = objective(image_BE, text_BE, scale, bias, Share(batch.valid, batch.same, batch.counts, rank))
 
-        tokens = batch.images.useful + batch.texts.useful
-        computed = len(batch.images.place) + len(batch.texts.tokens)
         damaged = sum(batch.damaged.values())
-        own = [float(total.detach()), float(count), damaged, tokens, computed, loader.wait_s]
+        own = [float(total.detach()), float(count), damaged, batch.useful, batch.computed, loader.wait_s]
         loss_sum, pairs, damaged_sum, useful, all_tokens, wait_s = _sum(own, ranks, device)
         loss = loss_sum / max(pairs, 1)
         lately.append((int(damaged_sum), sum(batch.counts)))
         _check_damage(step, int(pairs), lately)
 
         optimizer.zero_grad()
-        (total * (ranks / max(pairs, 1))).backward()
+        back(total * (ranks / max(pairs, 1)))
         norm = float(nn.utils.clip_grad_norm_(parameters, spec.clip_norm))
         if math.isfinite(loss) and math.isfinite(norm):
             optimizer.step()
             with torch.no_grad():
                 model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+                if average:
+                    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - spec.ema)
             in_a_row = 0
         else:
             in_a_row += 1

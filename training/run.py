@@ -5,6 +5,7 @@ variables (RANK, WORLD_SIZE, LOCAL_RANK); they meet at PAIRMILL_RENDEZVOUS, or w
 metrics, checkpoints and the model, and a JSON line for each step to standard output.
 """
 
+import copy
 import dataclasses
 import json
 import logging
@@ -26,7 +27,7 @@ from pairs.recipe import PretrainSpec
 from pairs.store import Store
 from training import checkpoint, export
 from training.attention import chosen
-from training.config import RESULT, BlipJob, BlipResult, TrainConfig, TrainResult
+from training.config import RESULT, UNSEEN, BlipJob, BlipResult, TrainConfig, TrainResult
 from training.data import Loader
 from training.loop import Totals, make_optimizer, train_steps
 from training.plan import Cost
@@ -76,24 +77,30 @@ def train_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device)
     model = export.build(spec.model, spec.seed, spec.attention)
     model.with_vocabulary(model.token_embedding.weight[torch.from_numpy(plan.tokens.used)])
     model.to(device)
+    average = copy.deepcopy(model).requires_grad_(False) if spec.ema else None
+    held = torch.nn.ModuleDict({"model": model, "average": average} if average else {"model": model})
     optimizer = make_optimizer(model, spec)
     identity = {"plan": plan.fingerprint, "config": config.fingerprint}
-    start, totals = _resume(out / "checkpoints", model, optimizer, identity, rank, ranks)
+    for tower in (model.visual.transformer, model.transformer):
+        tower.remember = spec.activations
+    start, totals = _resume(out / "checkpoints", held, optimizer, identity, rank, ranks)
     dtype = precision(spec, device)
     metrics = Metrics(out / "metrics.jsonl", start) if rank == 0 else None
 
     def save(step: int) -> None:
         if rank == 0:
             facts = plan.state(step) | identity | {"totals": dataclasses.asdict(totals)}
-            checkpoint.save(out / "checkpoints", model, optimizer, facts)
+            checkpoint.save(out / "checkpoints", held, optimizer, facts)
 
     m = spec.model
     cost = Cost((m.vision.layers, m.vision.width), (m.text.layers, m.text.width))
-    loader = Loader(plan, store, rank, ranks, cost, m.patch_px, spec.jitter, model.form, spec.patch_dropout)
+    loader = Loader(
+        plan, store, rank, ranks, cost, m.patch_px, spec.jitter, model.form, spec.patch_dropout, spec.accumulate
+    )
     emit = metrics.add if metrics else lambda line: None  # the other ranks stay silent
-    train_steps(model, optimizer, loader, spec, start, totals, device, dtype, emit, save)
+    train_steps(model, optimizer, loader, spec, start, totals, device, dtype, emit, save, average)
     facts: dict[str, Any] = {
-        "spec": spec.model_dump(exclude={"workers", "checkpoint_every"}),
+        "spec": spec.model_dump(exclude=UNSEEN),
         "plan": plan.fingerprint,
         "config": config.fingerprint,
         "steps": spec.steps,
@@ -116,7 +123,7 @@ def train_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device)
     )
     if rank == 0:
         Store(out).write(RESULT, result.model_dump_json(indent=2))  # before the model, which tells that all is done
-        weights = model.state_dict()
+        weights = (average or model).state_dict()
         rows = weights["token_embedding.weight"]
         weights["token_embedding.weight"] = export.whole_table(m, spec.seed, plan.tokens.used, rows)
         export.save(out / "model", m, weights, facts)

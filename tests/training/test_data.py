@@ -39,12 +39,12 @@ def test_a_batch_holds_the_planned_pixels_and_tokens(memory_store: Store) -> Non
     for place, (epoch, row) in enumerate(plan.rows(2)):
         number = next(i for i in range(60) if np.array_equal(_uid(i), plan.uids[row]))
         grid = plan.grid(row)
-        start = int(batch.images.pool[place])
+        start = int(batch.parts[0][0].pool[place])
         expected = patchify(resize(picture(number), grid, 8), grid, 8)
-        assert np.array_equal(batch.images.patches[start + 1 : start + 1 + grid[0] * grid[1]].numpy(), expected)
+        assert np.array_equal(batch.parts[0][0].patches[start + 1 : start + 1 + grid[0] * grid[1]].numpy(), expected)
         ids = plan.tokens.ids[plan.text(epoch, row)]
-        end = int(batch.texts.pool[place]) + 1
-        assert np.array_equal(batch.texts.tokens[end - len(ids) : end].numpy(), ids)
+        end = int(batch.parts[0][1].pool[place]) + 1
+        assert np.array_equal(batch.parts[0][1].tokens[end - len(ids) : end].numpy(), ids)
     assert batch.valid.all() and batch.counts == (16,) and not batch.damaged
 
 
@@ -73,7 +73,7 @@ def test_one_range_request_for_each_block(tmp_path: Path) -> None:
 
 def test_jitter_hangs_on_the_epoch_and_keeps_the_shape(memory_store: Store) -> None:
     plain, jittered = _loader(memory_store), _loader(memory_store, jitter=0.1)
-    a, b, again = plain.load(0).images, jittered.load(0).images, jittered.load(0).images
+    a, b, again = plain.load(0).parts[0][0], jittered.load(0).parts[0][0], jittered.load(0).parts[0][0]
     assert a.layout.runs == b.layout.runs and not torch.equal(a.patches, b.patches)
     assert torch.equal(b.patches, again.patches)
 
@@ -90,7 +90,7 @@ def test_damaged_pairs_are_masked_counted_and_change_no_shape(memory_store: Stor
         memory_store.write(block.shard.tar, bytes(tar))
     batch = _again(loader).load(0)
     assert batch.valid.tolist() == [i not in (3, 5) for i in range(16)]
-    assert batch.damaged == {"undecodable": 2} and batch.images.layout.runs == whole.images.layout.runs
+    assert batch.damaged == {"undecodable": 2} and batch.parts[0][0].layout.runs == whole.parts[0][0].layout.runs
 
 
 class Shaky(Counted):

@@ -108,15 +108,16 @@ class Towers(nn.Module):
 
     form = CLIP
     tokenizer = "clip"
-    visual: nn.Module
+    visual: "Vision | nn.Module"
+    transformer: Transformer
     token_embedding: nn.Embedding
     logit_scale: nn.Parameter
     logit_bias: nn.Parameter | None
 
     def forward(self, images: PackedImages, texts: PackedTexts) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        image_features = F.normalize(self.encode_image(images).float(), dim=-1)
-        text_features = F.normalize(self.encode_text(texts).float(), dim=-1)
-        return image_features, text_features, self.logit_scale.exp(), self.logit_bias
+        features = self.encode_image(images), self.encode_text(texts)
+        image_BE, text_BE = (F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1) for x in features)
+        return image_BE, text_BE, self.logit_scale.exp(), self.logit_bias
 
     def encode_image(self, images: PackedImages) -> Tensor:
         features: Tensor = self.visual(images)

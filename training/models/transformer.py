@@ -3,9 +3,12 @@
 Legend: T tokens of all segments, D width, N heads, H width of a head.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from training.attention import Layout, attend
 
@@ -54,7 +57,12 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`layers` blocks; initialised as CLIP's text tower is (residual branches scaled by depth)."""
+    """`layers` blocks; initialised as CLIP's text tower is (residual branches scaled by depth).
+
+    `remember` says what the backward finds: all activations; "products" of matrices alone; or "inputs" of the blocks.
+    """
+
+    remember = "all"
 
     def __init__(self, width: int, layers: int, heads: int, backend: str, eps: float = 1e-5) -> None:
         super().__init__()
@@ -69,5 +77,15 @@ class Transformer(nn.Module):
 
     def forward(self, x_TD: Tensor, layout: Layout) -> Tensor:
         for block in self.resblocks:
-            x_TD = block(x_TD, layout)
+            if self.remember == "all" or not torch.is_grad_enabled():
+                x_TD = block(x_TD, layout)
+            else:
+                keep = _keep_products if self.remember == "products" else noop_context_fn
+                x_TD = checkpoint(block, x_TD, layout, use_reentrant=False, context_fn=keep)
         return x_TD
+
+
+def _keep_products() -> Any:
+    """Selective checkpointing: results of matrix products stay, all else is computed again."""
+    aten = torch.ops.aten
+    return create_selective_checkpoint_contexts([aten.mm.default, aten.addmm.default])
