@@ -41,10 +41,11 @@ class Batch:
     same: torch.Tensor  # int64 (all pairs, 2): pairs that share either are not negatives
     counts: tuple[int, ...]  # pairs by rank
     damaged: dict[str, int]  # own pairs that couldn't be decoded, by reason
+    flops: float = 0.0  # useful ones of forward and backward
 
     def to(self, device: torch.device) -> "Batch":
         parts = tuple((images.to(device), texts.to(device)) for images, texts in self.parts)
-        return Batch(parts, self.valid.to(device), self.same.to(device), self.counts, self.damaged)
+        return Batch(parts, self.valid.to(device), self.same.to(device), self.counts, self.damaged, self.flops)
 
     @property
     def useful(self) -> int:
@@ -71,15 +72,11 @@ class Loader:
         form: Form = CLIP,
         dropout: float = 0.0,
         accumulate: int = 1,
+        multiple: int = 1,
     ) -> None:
         self.plan, self.store, self.rank, self.ranks, self.cost = plan, store, rank, ranks, cost
-        self.patch_px, self.jitter, self.form, self.dropout, self.accumulate = (
-            patch_px,
-            jitter,
-            form,
-            dropout,
-            accumulate,
-        )
+        self.patch_px, self.jitter, self.form, self.dropout = patch_px, jitter, form, dropout
+        self.accumulate, self.multiple = accumulate, multiple
         self.wait_s = 0.0
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
         self._lock = threading.Lock()
@@ -112,7 +109,14 @@ class Loader:
             same=torch.tensor([[r, self.plan.text(e, r)] for rank in portions for part in rank for e, r in part]),
             counts=tuple(map(len, split)),
             damaged=dict(reasons),
+            flops=3 * sum(self._cost(epoch, row) for pairs in own for epoch, row in pairs),
         )
+
+    def _cost(self, epoch: int, row: int) -> float:
+        """FLOPs of a pair's forward pass."""
+        h, w = self.plan.grid(row)
+        patches = max(1, round(h * w * (1 - self.dropout)))
+        return self.cost(int(self.form.class_token) + patches, len(self.plan.tokens.ids[self.plan.text(epoch, row)]))
 
     def _part(
         self, pairs: list[tuple[int, int]], reasons: Counter[str], valid: list[bool]
@@ -129,7 +133,8 @@ class Loader:
             patches.append(torch.from_numpy(patchify(pixels, grid, self.patch_px))[cells[-1]])
         texts = [torch.from_numpy(self.plan.tokens.ids[self.plan.text(e, r)]) for e, r in pairs]
         grids = [self.plan.grid(r) for _, r in pairs]
-        return pack_images(patches, grids, self.form, cells), pack_texts(texts, self.form)
+        images = pack_images(patches, grids, self.form, cells, self.multiple)
+        return images, pack_texts(texts, self.form, self.multiple)
 
     def _cells(self, epoch: int, row: int, grid: Grid) -> npt.NDArray[np.int64]:
         """The cells of an image that this epoch looks at: all, or without those that patch dropout takes (FLIP, arXiv

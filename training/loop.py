@@ -24,6 +24,7 @@ from pairs.errors import PairmillError
 from pairs.recipe import PretrainSpec
 from training.accumulate import features
 from training.data import Loader
+from training.hardware import memory_bytes, peak_flops
 from training.models.clip import Towers
 from training.objectives import OBJECTIVES, Share
 
@@ -76,7 +77,7 @@ def train_steps(
     parameters = [p for p in model.parameters() if p.requires_grad]
     run: nn.Module = DistributedDataParallel(model, gradient_as_bucket_view=True) if ranks > 1 else model
     mixed = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
-    began = time.perf_counter()
+    began, save_s, peak = time.perf_counter(), 0.0, peak_flops(device, dtype)
     for step, batch in enumerate(_on_device(loader.batches(start, spec.steps), device), start):
         rate = learning_rate(step, spec)
         for group in optimizer.param_groups:
@@ -86,8 +87,8 @@ def train_steps(
         total, count = objective(image_BE, text_BE, scale, bias, Share(batch.valid, batch.same, batch.counts, rank))
 
         damaged = sum(batch.damaged.values())
-        own = [float(total.detach()), float(count), damaged, batch.useful, batch.computed, loader.wait_s]
-        loss_sum, pairs, damaged_sum, useful, all_tokens, wait_s = _sum(own, ranks, device)
+        own = [float(total.detach()), float(count), damaged, batch.useful, batch.computed, loader.wait_s, batch.flops]
+        loss_sum, pairs, damaged_sum, useful, all_tokens, wait_s, flops = _sum(own, ranks, device)
         loss = loss_sum / max(pairs, 1)
         lately.append((int(damaged_sum), sum(batch.counts)))
         _check_damage(step, int(pairs), lately)
@@ -126,12 +127,18 @@ def train_steps(
                 "pairs_per_s": pairs / seconds,
                 "tokens_per_s": useful / seconds,
                 "fill": useful / all_tokens,
+                "flops_per_s": flops / seconds,
+                "mfu": flops / seconds / (ranks * peak) if peak else None,
                 "wait_fraction": wait_s / ranks / seconds,
+                "save_fraction": save_s / seconds,
+                "memory_mb": memory_bytes(device) / 1e6,
                 "uids_sha256": loader.plan.digest(step),
             }
         )
+        save_s = 0.0
         if (step + 1) % spec.checkpoint_every == 0 or step + 1 == spec.steps:
             save(step + 1)
+            save_s = time.perf_counter() - now
 
 
 def make_optimizer(model: Towers, spec: PretrainSpec) -> torch.optim.Optimizer:

@@ -1,8 +1,9 @@
 """Packed batches: images as patches at their own aspect and texts as tokens, one stream each, no padding.
 
 Segments are sorted by length inside a stream, so that equal lengths are neighbours (see `attention`); `pool`
-finds each example's pooled token again, in the examples' own order. Fill = useful / computed tokens. Cost: index
-arithmetic on the host. NaViT: arXiv 2307.06304.
+finds each example's pooled token again, in the examples' own order. Where shapes shall repeat, so that a compiler sees
+few, a stream is filled up to a multiple of tokens by a tail: a segment of its own that nothing looks at. Fill is useful
+over computed tokens, tails included. Cost: index arithmetic on the host. NaViT: arXiv 2307.06304.
 """
 
 from collections.abc import Sequence
@@ -60,7 +61,11 @@ class PackedTexts:
 
 
 def pack_images(
-    patches: Sequence[Tensor], grids: Sequence[Grid], form: Form = CLIP, cells: Sequence[Tensor] | None = None
+    patches: Sequence[Tensor],
+    grids: Sequence[Grid],
+    form: Form = CLIP,
+    cells: Sequence[Tensor] | None = None,
+    multiple: int = 1,
 ) -> PackedImages:
     """Packs images given as patches (their number, 3·P·P) in row-major order of their (h, w) `grids`; where `cells` are
     given (patch dropout), they name the cells of each image that are there."""
@@ -74,7 +79,8 @@ def pack_images(
         numbered += kind[0] * kind[1]
     extra = int(form.class_token)
     lengths = [extra + len(held[i]) for i in order]
-    rows = patches[0].new_zeros(sum(lengths), patches[0].shape[1])
+    tail = _tail(sum(lengths), multiple)
+    rows = patches[0].new_zeros(sum(lengths) + sum(tail), patches[0].shape[1])
     place = torch.zeros(len(rows), dtype=torch.int64)
     pool = torch.zeros(len(grids), dtype=torch.int64)
     start = 0
@@ -83,15 +89,21 @@ def pack_images(
         place[start + extra : start + length] = first[grids[i]] + held[i]
         pool[i] = start if form.class_token else segment
         start += length
-    return PackedImages(rows, kinds, place, pool, Layout.of(lengths), start)
+    return PackedImages(rows, kinds, place, pool, Layout.of([*lengths, *tail]), start)
 
 
-def pack_texts(texts: Sequence[Tensor], form: Form = CLIP) -> PackedTexts:
+def pack_texts(texts: Sequence[Tensor], form: Form = CLIP, multiple: int = 1) -> PackedTexts:
     """Packs texts given as (length,) token ids, pooled at the last token (EOT)."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     lengths = [len(texts[i]) for i in order]
-    tokens = torch.cat([texts[i] for i in order]).long()
-    positions = torch.cat([torch.arange(n) for n in lengths])
+    tail = _tail(sum(lengths), multiple)
+    tokens = torch.cat([*(texts[i] for i in order), texts[0].new_zeros(sum(tail))]).long()
+    positions = torch.cat([*map(torch.arange, lengths), torch.zeros(sum(tail), dtype=torch.int64)])
     pool = torch.zeros(len(texts), dtype=torch.int64)
     pool[torch.tensor(order)] = torch.tensor(lengths).cumsum(0) - 1
-    return PackedTexts(tokens, positions, pool, Layout.of(lengths, causal=form.causal), sum(lengths))
+    return PackedTexts(tokens, positions, pool, Layout.of([*lengths, *tail], causal=form.causal), sum(lengths))
+
+
+def _tail(tokens: int, multiple: int) -> list[int]:
+    """The length of the segment that fills a stream up, if there is any."""
+    return [-tokens % multiple] if tokens % multiple else []

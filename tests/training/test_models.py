@@ -79,3 +79,25 @@ def test_tokens_are_pooled_at_the_last_and_later_ones_do_not_reach_earlier() -> 
     assert not torch.allclose(features[0], features[1], atol=1e-4)
     packed = pack_texts([b, a])
     assert packed.tokens[packed.pool].tolist() == [8, 7]
+
+
+def test_a_tail_fills_the_stream_and_changes_no_feature() -> None:
+    model = build(MODEL, 1).double()
+    images, texts = pack_images(_patches(), GRIDS, multiple=64), pack_texts(TEXTS, multiple=32)
+    assert len(images.place) % 64 == 0 and images.useful == sum(1 + h * w for h, w in GRIDS) < len(images.place)
+    assert len(texts.tokens) == 32 and texts.useful == sum(map(len, TEXTS)) and texts.layout.cu_seqlens[-1] == 32
+    torch.testing.assert_close(model.encode_image(images), model.encode_image(pack_images(_patches(), GRIDS)))
+    torch.testing.assert_close(model.encode_text(texts), model.encode_text(pack_texts(TEXTS)))
+
+
+def test_dropped_patches_leave_the_others_at_their_places() -> None:
+    model = build(MODEL, 1).double()
+    cells = [torch.arange(h * w) for h, w in GRIDS]
+    cells[1], cells[4] = torch.tensor([0, 5, 11]), torch.tensor([14])
+    packed = pack_images([p[c] for p, c in zip(_patches(), cells, strict=True)], GRIDS, cells=cells)
+    features, whole = model.encode_image(packed), model.encode_image(pack_images(_patches(), GRIDS))
+    for i in range(len(GRIDS)):
+        assert torch.allclose(features[i], whole[i], atol=1e-9) == (i not in (1, 4))
+    other = [torch.tensor([0, 5, 10]) if i == 1 else c for i, c in enumerate(cells)]
+    moved = pack_images([p[c] for p, c in zip(_patches(), cells, strict=True)], GRIDS, cells=other)
+    assert not torch.allclose(model.encode_image(moved)[1], features[1], atol=1e-6)

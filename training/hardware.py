@@ -1,0 +1,27 @@
+"""What the hardware could do: the peak that MFU is a fraction of, and the memory in use.
+
+Peaks are the vendors' dense figures for tensor cores in 16 bit (half of them in TF32). On anything else MFU is null: a
+CPU has no figure that means anything.
+"""
+
+import psutil
+import torch
+
+PEAK_16_BIT = {"H200": 989e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}  # FLOP/s
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s of one device, None where they aren't known."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next(
+        (peak for part, peak in PEAK_16_BIT.items() if part in name.split()[-1] or f" {part} " in f" {name} "), None
+    )
+
+
+def memory_bytes(device: torch.device) -> int:
+    """The most that was allocated on a GPU so far, or what this process holds now."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return int(psutil.Process().memory_info().rss)
