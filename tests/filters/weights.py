@@ -75,8 +75,18 @@ def blip_folder(folder: Path, architecture: str) -> dict[str, Any]:
     return {"weights": str(folder)}
 
 
+def probe_head(folder: Path) -> dict[str, Any]:
+    """A head of two layers on the tiny CLIP's embedding."""
+    from safetensors.torch import save_file
+
+    head = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+    save_file(filled(head), folder / "head.safetensors")
+    return {"weights": str(folder / "head.safetensors"), "activation": "relu", "output": "sigmoid"}
+
+
 WEIGHTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "clip": clip_folder,
+    "probe": probe_head,
     "blip_caption": functools.partial(blip_folder, architecture="BlipForConditionalGeneration"),
     "blip_match": functools.partial(blip_folder, architecture="BlipForImageTextRetrieval"),
 }
