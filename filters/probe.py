@@ -106,7 +106,7 @@ def _load(path: Path, _stamp: Stamp) -> Layers:
         if found is None:
             raise _wrong(path, f"a tensor {key!r}")
         parts.setdefault(int(found[1] or 0), {})[found[2]] = value.astype(np.float32)
-    layers = []
+    layers: list[tuple[np.ndarray, np.ndarray]] = []
     for place, part in sorted(parts.items()):
         weight = part.get("weight")
         if weight is None or weight.ndim != 2 or part.get("bias", weight[:, 0]).shape != weight.shape[:1]:
