@@ -153,4 +153,13 @@ def test_no_text_is_slow() -> None:
         started = time.perf_counter()
         measure(text)
         assert time.perf_counter() - started < 0.1, part
-    assert measure("boat " * MAX_CHARS)["chars"] == 5 * MAX_CHARS
+
+
+def test_the_words_of_a_long_text_are_all_counted() -> None:
+    for text in (
+        "boat " * MAX_CHARS,
+        "x" * MAX_CHARS + " y",
+        "x" * (MAX_CHARS + 1),
+        "x" * (MAX_CHARS - 1) + " \n yy" * 9,
+    ):
+        assert (measure(text)["chars"], measure(text)["words"]) == (len(text), len(text.split()))
