@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from filters.image_classifier import OPEN_NSFW, TIMM, ImageClassifier
+from filters.probe import OUTPUTS
 from filters.weights import SEED, Stamp, stamp
 from pairs.errors import PairmillError
 
@@ -20,11 +21,8 @@ Infer: TypeAlias = Callable[[Sequence[np.ndarray]], np.ndarray]
 def probabilities(model: ImageClassifier, images: Sequence[np.ndarray]) -> np.ndarray:
     """float32 [N, K] of HxWx3 uint8 RGB images; [0, K] where there are none."""
     infer = {"timm": _timm, "onnx": _onnx, OPEN_NSFW: _open_nsfw}[model.kind](model)
-    found_NK = infer(images).astype(np.float64)
-    if model.kind == OPEN_NSFW or model.output == "probabilities":
-        return found_NK.astype(np.float32)
-    raised_NK = np.exp(found_NK - found_NK.max(axis=1, keepdims=True, initial=-np.inf))
-    return np.asarray(raised_NK / raised_NK.sum(axis=1, keepdims=True), np.float32)
+    output = OUTPUTS["raw" if model.kind == OPEN_NSFW else model.output]
+    return np.asarray(output(infer(images).astype(float)), np.float32)
 
 
 def _open_nsfw(model: ImageClassifier) -> Infer:

@@ -23,8 +23,12 @@ from pairs.strict import nearest
 
 OPEN_NSFW, TIMM = "open_nsfw", "timm:"
 NSFW_LABELS = ("sfw", "nsfw")
-OF_ONNX = ("output", "size_px", "resize_px", "mean", "std", "channels", "layout")
-FOREIGN = {"open_nsfw": ("weights", "labels", *OF_ONNX), "timm": OF_ONNX, "onnx": ("weights",)}  # settings by kind
+OF_ONNX = ("size_px", "resize_px", "mean", "std", "channels", "layout")
+FOREIGN = {
+    "open_nsfw": ("weights", "labels", "output", *OF_ONNX),
+    "timm": OF_ONNX,
+    "onnx": ("weights",),
+}  # settings by kind
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,9 @@ class ImageClassifier(Filter):
     that `positive` names, where it does (open_nsfw's is "nsfw").
 
     `labels` is a list, or a file with one a line, in the order of the model's outputs; without it they are numbers.
+    `output` makes probabilities of these: softmax, sigmoid (many labels at once), or raw where they are that already.
     An ONNX model gets an image squashed to `resize_px` (`size_px` where null) and cut to its centre of `size_px`, less
-    `mean`, over `std`, which count in levels of 0 to 255; its `output` is logits or probabilities.
+    `mean`, over `std`, which count in levels of 0 to 255.
     """
 
     model: str
@@ -42,7 +47,7 @@ class ImageClassifier(Filter):
     labels: tuple[str, ...] | str | None = None
     positive: str | None = None
     top_k: PositiveInt = 1
-    output: Literal["logits", "probabilities"] = "logits"
+    output: Literal["softmax", "sigmoid", "raw"] = "softmax"
     size_px: PositiveInt = 224
     resize_px: PositiveInt | None = None
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
@@ -107,6 +112,8 @@ _DEFAULTS = {field.name: field.default for field in fields(ImageClassifier)}
 
 
 def _answer(model: ImageClassifier, names: tuple[str, ...], p_K: np.ndarray) -> dict[str, Any]:
+    if not np.isfinite(p_K).all():
+        return {}
     best = np.argsort(-p_K, kind="stable")[: model.top_k]
     answer: dict[str, Any] = {"labels": [names[k] for k in best], "probabilities": p_K[best]}
     return answer | ({"probability": float(p_K[names.index(model.named)])} if model.named else {})

@@ -69,13 +69,18 @@ class Probe(Filter):
             x_D = x_D / length
         for number, (weight_OI, bias_O) in enumerate(layers):
             x_D = weight_OI @ (np.maximum(x_D, 0) if number and self.activation == "relu" else x_D) + bias_O
-        return float(_OUTPUTS[self.output](x_D.astype(float))[self.index])
+        return float(OUTPUTS[self.output](x_D.astype(float))[self.index])
 
 
-_OUTPUTS = {
-    "raw": lambda x_O: x_O,
-    "sigmoid": lambda x_O: 1 / (1 + np.exp(-np.clip(x_O, -700, 700))),
-    "softmax": lambda x_O: np.exp(x_O - x_O.max()) / np.exp(x_O - x_O.max()).sum(),
+def _softmax(x_K: np.ndarray) -> np.ndarray:
+    raised_K = np.exp(x_K - x_K.max(axis=-1, keepdims=True))
+    return np.asarray(raised_K / raised_K.sum(axis=-1, keepdims=True))
+
+
+OUTPUTS = {  # what a model's numbers [..., K] become
+    "raw": lambda x_K: x_K,
+    "sigmoid": lambda x_K: 1 / (1 + np.exp(-np.clip(x_K, -700, 700))),
+    "softmax": _softmax,
 }
 
 

@@ -51,8 +51,15 @@ def test_preprocessing_is_what_the_settings_say(colours: dict[str, Any]) -> None
     framed[10:30, 10:30] = (0, 250, 0)
     assert scored(colours | {"resize_px": 16}, framed)["labels"] == [["green"]], "the centre is cut out"
     assert scored(colours, framed)["labels"] == [["red"]]
-    raw = scored(colours | {"output": "probabilities", "positive": "green"}, plain((0, 25, 0)))
-    assert raw["probability"] == [pytest.approx(0.5)]
+    for output, expected in (("raw", 0.5), ("sigmoid", 1 / (1 + np.exp(-0.5)))):
+        found = scored(colours | {"output": output, "positive": "green"}, plain((0, 25, 0)))
+        assert found["probability"] == [pytest.approx(expected)]
+
+
+def test_a_model_that_answers_nonsense_gives_null(colours: dict[str, Any]) -> None:
+    write_colour_classifier(Path(colours["model"]), np.eye(3) * np.nan, 8)
+    found = scored(colours | {"positive": "red"}, plain((9, 9, 9)))
+    assert found == {"labels": [None], "probabilities": [None], "probability": [None]}
 
 
 def test_labels_come_from_a_file_too(colours: dict[str, Any], tmp_path: Path) -> None:
@@ -71,6 +78,7 @@ def test_open_nsfw_says_what_its_own_package_says() -> None:
         assert labels == (["nsfw"] if theirs.nsfw > theirs.sfw else ["sfw"])
 
 
+@pytest.mark.timeout(180)
 def test_a_timm_model_says_what_timm_says(tmp_path: Path) -> None:
     import timm
     from PIL import Image
