@@ -110,7 +110,10 @@ def _load(path: Path, _stamp: Stamp) -> Layers:
         found = KEY.fullmatch(key)
         if found is None:
             raise _wrong(path, f"a tensor {key!r}")
-        parts.setdefault(int(found[1] or 0), {})[found[2]] = value.astype(np.float32)
+        part = parts.setdefault(int(found[1] or 0), {})
+        if found[2] in part:
+            raise _wrong(path, f"{key!r}, the second {found[2]} of layer {found[1]}")
+        part[found[2]] = value.astype(np.float32)
     layers: list[tuple[np.ndarray, np.ndarray]] = []
     for place, part in sorted(parts.items()):
         weight = part.get("weight")
@@ -137,5 +140,5 @@ def _wrong(path: Path, found: str) -> PairmillError:
     return PairmillError(
         expected=f"the weights and biases of linear layers, such as layers.0.weight and layers.0.bias, in {path}",
         found=found,
-        remedy="save the state dict of a plain nn.Sequential of nn.Linear layers, or of one nn.Linear",
+        remedy="save the state dict, fp32 or fp16, of a plain nn.Sequential of nn.Linear layers, or of one nn.Linear",
     )

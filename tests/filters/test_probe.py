@@ -82,6 +82,10 @@ def test_what_does_not_fit_is_told(tmp_path: Path) -> None:
 def test_weights_of_no_linear_head_are_refused(head: torch.nn.Module, tmp_path: Path) -> None:
     with pytest.raises(PairmillError, match="linear layers"):
         value({"weights": saved(head, tmp_path)}, list(embeddings(1)))
+    twice = {f"{prefix}.0.weight": torch.zeros(1, DIM) for prefix in ("a", "b")}
+    save_file(twice, tmp_path / "head.safetensors")
+    with pytest.raises(PairmillError, match="the second weight of layer 0"):
+        value({"weights": str(tmp_path / "head.safetensors")}, list(embeddings(1)))
     (tmp_path / "head.safetensors").write_bytes(b"not a safetensors file")
     with pytest.raises(PairmillError, match="linear layers"):
         value({"weights": str(tmp_path / "head.safetensors")}, list(embeddings(1)))
