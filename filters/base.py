@@ -106,6 +106,11 @@ class Reducer(Measurement):
         raise NotImplementedError
 
 
+def class_name(name: str) -> str:
+    """`text_stats` → `TextStats`."""
+    return "".join(part.capitalize() for part in name.split("_"))
+
+
 def settings_of(measurement: Measurement) -> dict[str, Any]:
     """The fields of a filter or reducer, by name."""
     if not dataclasses.is_dataclass(measurement):
@@ -127,6 +132,8 @@ def fingerprint_of(name: str, measurement: Measurement, needed: Mapping[str, str
         "contents": contents,
         "needed": dict(needed),
     }
+    if type(measurement).__name__ != class_name(name):  # a recipe's own name for it
+        parts["kind"] = type(measurement).__name__
     if isinstance(measurement, Filter):
         parts |= {"batch_size": measurement.batch_size, "dtype": measurement.dtype}
     return fingerprint(parts)

@@ -23,6 +23,7 @@ class Language(Filter):
     """`code` is ISO 639 as fastText writes it ("en", "pt", "zh"), `probability` in [0, 1]; both null where the text has
     no letter."""
 
+    version = 2
     needs = ("text",)
     columns = {"code": pa.string(), "probability": pa.float32()}
 
@@ -36,7 +37,8 @@ class Language(Filter):
 
 def detect(text: str) -> tuple[str, float]:
     """The likeliest language of `text` and its probability."""
-    best = _detector().detect(" ".join(text.split()), model="lite", k=1)[0]
+    start = text.lstrip()[: 10 * MAX_CHARS]
+    best = _detector().detect(" ".join(start.split()), model="lite", k=1)[0]
     return str(best["lang"]), float(best["score"])
 
 

@@ -77,6 +77,13 @@ class Rule(Spec):
     over: Literal["any", "all", "first"] = "first"
     one_per: str | None = None
     best: str | None = None
+    quarantine: Literal[True] | None = None  # what the rule drops is never shown; null keeps older fingerprints
+
+    @model_validator(mode="after")
+    def _quarantine_has_a_column(self) -> "Rule":
+        if self.quarantine and self.column is None:
+            raise ValueError("`quarantine` belongs to a rule with a `column`")
+        return self
 
     @model_validator(mode="after")
     def _one_shape(self) -> "Rule":
@@ -99,7 +106,7 @@ class Rule(Spec):
         if self.one_per is not None:
             return f"one_per {self.one_per}" + (f" best {self.best}" if self.best else "")
         over = "" if self.over == "first" else f"{self.over} "
-        tests = self.model_dump(exclude_none=True, exclude={"column", "over"})
+        tests = self.model_dump(exclude_none=True, exclude={"column", "over", "quarantine"})
         return f"{over}{self.column} " + " ".join(f"{k} {v}" for k, v in tests.items())
 
 

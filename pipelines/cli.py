@@ -162,6 +162,20 @@ def demo_web(
         serve_web(directory, port)
 
 
+@app.command("new-filter")
+def new_filter(
+    name: Annotated[str, typer.Argument(help="What it measures: small letters, digits and '_', such as text_stats.")],
+) -> None:
+    """Write a filter and its test, to be changed into your own.
+
+    A filter measures pairs and writes columns; it drops nothing, rules in a recipe do. It is found by its file's name,
+    and tests/filters/test_contract.py checks its mechanics without being told. docs/add-a-filter.md says more.
+    """
+    from pipelines.new_filter import hint, write_filter
+
+    _err.print(hint(name, write_filter(name)), markup=False, soft_wrap=True)
+
+
 @app.command()
 def deploy(
     recipe: RecipeArg,

@@ -62,7 +62,15 @@ def check(recipe: Recipe) -> None:
             remedy="give both the same columns in the same order",
         )
     for name, settings in recipe.filters.items():
-        if PREVIOUS in settings.values() and name in ROLES and not _trains(recipe, ROLES[name]):
+        if PREVIOUS in settings.values() and name not in ROLES:
+            raise PairmillError(
+                expected=f"{PREVIOUS!r} as a setting of {', '.join(ROLES)} alone, under these names",
+                found=f"it at filters.{name}",
+                remedy="name a folder or a file there",
+            )
+        if name not in ROLES:
+            loaded[name].content_hashes()  # a file that isn't there, or isn't what it should be, is told now
+        if PREVIOUS in settings.values() and not _trains(recipe, ROLES[name]):
             raise PairmillError(
                 expected=f"a model for filters.{name} in round 1",
                 found=f"{PREVIOUS!r}, and no first_filter that trains a {ROLES[name]}",

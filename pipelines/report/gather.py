@@ -136,7 +136,7 @@ def _measured(run: Run, curated: Facts, manifest: Facts) -> Facts:
     wanted += ["blip_caption.texts"] if "blip_caption" in recipe.filters else []
     frame = load_frame(store, shards, wanted, curated["scores"], recipe.trusted)
     tables = [store.read_table(ref.beside(curated["selection"])).cast(SELECTION) for _, ref in frame.shards]
-    sampler = Sampler(store, frame, tables)
+    sampler = Sampler(store, frame, tables, recipe.keep)
     judged = [name for name in steps(recipe.keep) if name not in BEFORE_RULES]
     return {
         "histograms": [h for name in _shown(recipe) if (h := _histogram(recipe, frame, manifest, name))],

@@ -1,6 +1,8 @@
 """Samples for a report: which pairs are shown for a rule, and their thumbnails as data in the page.
 
-Chosen by hash of the uid; forgotten pairs are never shown. A thumbnail costs one range request.
+Chosen by hash of the uid; forgotten pairs are never shown. A thumbnail costs one range request. What a rule with
+`quarantine: true` would drop has none, whichever rule it is shown for; neither has a trusted pair then, which rules
+don't judge.
 """
 
 import base64
@@ -14,7 +16,7 @@ import pyarrow as pa
 
 from filters.columns import Frame
 from pairs.identity import unit_hash
-from pairs.recipe import TextsSpec
+from pairs.recipe import Rule, TextsSpec
 from pairs.store import Store
 
 Facts = dict[str, Any]
@@ -25,15 +27,18 @@ TEXT_CHARS = 120
 
 
 class Sampler:
-    """Looks up pairs of a frame; `tables` are the selection's, shard by shard."""
+    """Looks up pairs of a frame; `tables` are the selection's by the rules `keep`, shard by shard."""
 
-    def __init__(self, store: Store, frame: Frame, tables: Sequence[pa.Table]) -> None:
+    def __init__(self, store: Store, frame: Frame, tables: Sequence[pa.Table], keep: Sequence[Rule]) -> None:
         self.store, self.frame = store, frame
         selection = pa.concat_tables(tables)
         self.uids = frame.table["uid"].to_pylist()
         self.kept = np.array(selection["kept"].to_pylist(), bool)
         self.first = selection["dropped_by"].to_pylist()
         self.texts = selection["texts"].to_pylist()
+        self.withheld = _withheld(selection["would_drop"].to_pylist(), keep) | (
+            frame.trusted & any(rule.quarantine for rule in keep)
+        )
         self._places: dict[int, Facts] = {}
 
     def of_rule(self, name: str, values: np.ndarray | None, limit: float | None) -> Facts:
@@ -57,7 +62,9 @@ class Sampler:
         return {"uid": self.uids[row], "image": self.thumbnail(row), "text": text, "value": value}
 
     def thumbnail(self, row: int) -> str | None:
-        """The pair's image as a data URI, or None where it doesn't decode."""
+        """The pair's image as a data URI, or None where it is quarantined or doesn't decode."""
+        if self.withheld[row]:
+            return None
         place = int(np.searchsorted(self.frame.starts, row, "right")) - 1
         ref = self.frame.shards[place][1]
         if place not in self._places:
@@ -104,6 +111,12 @@ class Sampler:
             "captions": [card for card in cards if card["image"]],
             "caption_counts": {key: counts[key] for key in ("web", "web_kept", "synthetic", "synthetic_kept")},
         }
+
+
+def _withheld(would_drop: Sequence[Sequence[str] | None], keep: Sequence[Rule]) -> np.ndarray:
+    """Where one of the rules with `quarantine` would drop the pair."""
+    names = {rule.name for rule in keep if rule.quarantine}
+    return np.array([not names.isdisjoint(rules or ()) for rules in would_drop], bool)
 
 
 def _text(entry: Any) -> tuple[str, str]:

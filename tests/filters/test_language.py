@@ -30,3 +30,7 @@ def test_lines_and_capitals_do_not_matter() -> None:
 def test_a_text_without_letters_has_no_language() -> None:
     found = Language().score(Batch(["a", "b", "c"], {"text": [None, "", "2041 - 17!"]}))
     assert found == {"code": [None] * 3, "probability": [None] * 3}
+
+
+def test_a_caption_of_megabytes_is_read_from_its_start() -> None:
+    assert detect(" " * 100_000 + SENTENCES["fr"] + " x" * 1_000_000)[0] == "fr"

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from tests.filters.onnx_file import write_colour_classifier
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # a forgotten line below shows at once, instead of after minutes of retries
 
 TINY_CLIP = {
@@ -75,8 +77,26 @@ def blip_folder(folder: Path, architecture: str) -> dict[str, Any]:
     return {"weights": str(folder)}
 
 
+def probe_head(folder: Path) -> dict[str, Any]:
+    """A head of two layers on the tiny CLIP's embedding."""
+    from safetensors.torch import save_file
+
+    head = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+    save_file(filled(head), folder / "head.safetensors")
+    return {"weights": str(folder / "head.safetensors"), "activation": "relu", "output": "sigmoid"}
+
+
+def colour_classifier(folder: Path) -> dict[str, Any]:
+    """An ONNX model that names an image's strongest colour."""
+    write_colour_classifier(folder / "model.onnx", np.eye(3), 8)
+    labels = {"labels": ["red", "green", "blue"], "positive": "red", "top_k": 2}
+    return {"model": str(folder / "model.onnx"), "size_px": 8} | labels
+
+
 WEIGHTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "clip": clip_folder,
+    "probe": probe_head,
+    "image_classifier": colour_classifier,
     "blip_caption": functools.partial(blip_folder, architecture="BlipForConditionalGeneration"),
     "blip_match": functools.partial(blip_folder, architecture="BlipForImageTextRetrieval"),
 }

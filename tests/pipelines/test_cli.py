@@ -79,6 +79,22 @@ MISTAKES: dict[str, tuple[Callable[[Path], str], tuple[str, ...]]] = {
         edited(lambda v: v["sources"]["trusted"].update(trusted=False)),
         ("trusted: true", "web, trusted"),
     ),
+    "a filter whose weights aren't there": (
+        edited(lambda v: v["filters"].update(aesthetic={"kind": "probe", "weights": "no/head.safetensors"})),
+        ("no/head.safetensors", "no such file"),
+    ),
+    "a filter whose kind is none": (
+        edited(lambda v: v["filters"].update(aesthetic={"kind": "probes", "weights": "x"})),
+        ("'probes'", "did you mean 'probe'?"),
+    ),
+    "the round's model where none is made": (
+        edited(lambda v: v["filters"].update(aesthetic={"kind": "probe", "weights": "previous"})),
+        ("filters.aesthetic", "clip, blip_caption, blip_match"),
+    ),
+    "a quarantine of duplicates": (
+        edited(lambda v: v["keep"].append({"one_per": "exact_duplicates.group", "quarantine": True})),
+        ("quarantine", "a `column`"),
+    ),
     "no model for the first round": (
         edited(lambda v: v.pop("first_filter")),
         ("filters.clip", "'previous'", "first_filter"),

@@ -191,6 +191,28 @@ def test_captions_that_nothing_matched_are_no_hindrance(finished: Finished, tmp_
     assert told["caption_counts"]["web"] == flow.WEB + 6 and told["caption_counts"]["synthetic"] == 0
 
 
+def test_what_is_quarantined_is_never_shown(finished: Finished, tmp_path: Path) -> None:
+    """Not even for another rule that was the first to drop it; the others' pictures stay."""
+    space = flow.copied(finished.workspace, tmp_path / "workspace")
+    values = flow.recipe(finished.root)
+    words = next(rule for rule in values["keep"] if rule.get("column") == "text_stats.words")
+    words["quarantine"] = True
+    values["keep"].insert(0, {"column": "text_stats.chars", "min": 5})
+    run = open_run(flow.write_recipe(tmp_path / "recipe.yaml", values), workspace=str(space), console=Console(True))
+    with run.workspace.lock():
+        stages.crawl(run)
+        stages.fetch(run)
+        stages.curate(run, 1, stages.first_filter(run))
+        stages.report(run)
+    (told,) = run.read("report.json")["rounds"]
+    rules = {entry["rule"]: entry for entry in told["samples"]}
+    assert [(card["text"], card["image"]) for card in rules["text_stats.chars min 5.0"]["dropped"]] == [("box", None)]
+    cards = [card for entry in told["samples"] for key in ("dropped", "kept", "nearest") for card in entry[key]]
+    assert len(cards) > 20 and {bool(card["image"]) for card in cards if card["text"] != "box"} == {True}
+    assert {card["image"] for card in cards if card["text"] == "box"} == {None}
+    assert "box" not in [text["text"] for card in told["captions"] for text in card["texts"] if text["kind"] == "alt"]
+
+
 def test_the_loss_curve_has_every_step(finished: Finished) -> None:
     training = finished.report["rounds"][0]["training"]
     assert [step for step, _ in training["loss"]] == list(range(6)) == list(range(training["steps"]))
