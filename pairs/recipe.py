@@ -201,6 +201,8 @@ class PretrainSpec(Spec):
     attention: Literal["auto", "reference", "sdpa", "varlen"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     checkpoint_every: int = Field(100, ge=1)
+    tensorboard: bool = False  # TensorBoard's files beside metrics.jsonl
+    profile_steps: int = Field(0, ge=0)  # so many steps are traced into trace.json
     seed: int = 0
 
     @model_validator(mode="before")

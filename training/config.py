@@ -10,7 +10,13 @@ from pairs.recipe import BlipSpec, PretrainSpec
 from pairs.shard import ShardRef
 
 VERSION, BLIP_VERSION = 1, 1  # of what a training makes of the same job: raise with any change that reaches the weights
-UNSEEN = {"workers", "checkpoint_every", "activations"}  # settings that change no number
+UNSEEN = {
+    "workers",
+    "checkpoint_every",
+    "activations",
+    "tensorboard",
+    "profile_steps",
+}  # settings that change no number
 RESULT = "result.json"  # in the run's folder, beside its model: what varies from run to run
 
 

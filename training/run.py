@@ -5,6 +5,7 @@ variables (RANK, WORLD_SIZE, LOCAL_RANK); they meet at PAIRMILL_RENDEZVOUS, or w
 metrics, checkpoints and the model, and a JSON line for each step to standard output.
 """
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -15,6 +16,7 @@ import shutil
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from training.plan import Cost
 from training.tables import make_plan
 
 log = logging.getLogger("pairmill.training")
+WARM = 5  # steps before a profile begins
 JOBS: TypeAdapter[TrainConfig | BlipJob] = TypeAdapter(TrainConfig | BlipJob)
 
 
@@ -85,7 +88,9 @@ def train_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device)
         tower.remember = spec.activations
     start, totals = _resume(out / "checkpoints", held, optimizer, identity, rank, ranks)
     dtype = precision(spec, device)
-    metrics = Metrics(out / "metrics.jsonl", start) if rank == 0 else None
+    metrics = Metrics(out / "metrics.jsonl", start, spec.tensorboard) if rank == 0 else None
+    if rank == 0:
+        _room(out, held)
 
     def save(step: int) -> None:
         if rank == 0:
@@ -98,7 +103,13 @@ def train_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device)
         plan, store, rank, ranks, cost, m.patch_px, spec.jitter, model.form, spec.patch_dropout, spec.accumulate
     )
     emit = metrics.add if metrics else lambda line: None  # the other ranks stay silent
-    train_steps(model, optimizer, loader, spec, start, totals, device, dtype, emit, save, average)
+    with profiled(out / "trace.json", spec.profile_steps if rank == 0 else 0) as tick:
+
+        def told(line: dict[str, Any]) -> None:
+            emit(line)
+            tick()
+
+        train_steps(model, optimizer, loader, spec, start, totals, device, dtype, told, save, average)
     facts: dict[str, Any] = {
         "spec": spec.model_dump(exclude=UNSEEN),
         "plan": plan.fingerprint,
@@ -149,10 +160,10 @@ def precision(spec: PretrainSpec, device: torch.device) -> torch.dtype:
 
 
 class Metrics:
-    """`metrics.jsonl` and standard output, a JSON object per step. A resumed run cuts off what it will do again.
-    A number that isn't finite becomes null."""
+    """`metrics.jsonl` and standard output, a JSON object per step, and TensorBoard's files beside it if wanted. A
+    resumed run cuts off what it will do again. A number that isn't finite becomes null."""
 
-    def __init__(self, path: Path, start: int) -> None:
+    def __init__(self, path: Path, start: int, tensorboard: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if path.exists():
@@ -165,11 +176,45 @@ class Metrics:
                     kept.append(text)
         Store(path.parent).write(path.name, "".join(text + "\n" for text in kept))
         self._file = path.open("a", buffering=1)
+        self._board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # a second
+
+            self._board = SummaryWriter(str(path.parent / "tensorboard"), purge_step=start)
 
     def add(self, line: dict[str, Any]) -> None:
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         self._file.write(json.dumps(plain) + "\n")
+        for name, value in plain.items():
+            if self._board and isinstance(value, int | float):
+                self._board.add_scalar(name, value, line["step"])
         _say(plain)
+
+
+@contextlib.contextmanager
+def profiled(path: Path, steps: int) -> Iterator[Callable[[], None]]:
+    """Traces `steps` steps after `WARM` others, as Chrome and Perfetto read it; yields what to call after each step."""
+    if not steps:
+        yield lambda: None
+        return
+    from torch.profiler import profile, schedule
+
+    plan = schedule(wait=WARM, warmup=1, active=steps, repeat=1)
+    with profile(schedule=plan, on_trace_ready=lambda p: p.export_chrome_trace(str(path))) as profiler:
+        yield profiler.step
+
+
+def _room(out: Path, held: torch.nn.Module) -> None:
+    """Refuses to begin where the disk can't take the checkpoints: the weights, two moments of each, kept twice,
+    one more while it is written."""
+    needed = sum(p.numel() * 4 * (3 if p.requires_grad else 1) for p in held.parameters()) * (checkpoint.KEEP + 1)
+    free = shutil.disk_usage(out).free
+    if free < needed:
+        raise PairmillError(
+            expected=f"{needed / 1e6:.0f} MB free for checkpoints in {out}",
+            found=f"{free / 1e6:.0f} MB",
+            remedy="free some space, or take another workspace",
+        )
 
 
 def _agree(mark: str) -> None:

@@ -2,9 +2,11 @@
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -162,3 +164,24 @@ def test_a_checkpoint_of_a_later_step_of_another_run_is_removed(tmp_path: Path) 
     for step in (300, 400, 100, 200):
         checkpoint.save(tmp_path, model, optimizer, {"step": step})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000100", "step-00000200"]
+
+
+def test_tensorboard_and_a_trace_where_they_are_wanted(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    cfg = config(tmp_path, "told", tensorboard=True, profile_steps=1, steps=8)
+    assert cfg.fingerprint == config(tmp_path, "told").fingerprint
+    _train(cfg)
+    board = EventAccumulator(str(Path(cfg.out_dir) / "tensorboard")).Reload()
+    lines = _metrics(cfg)
+    losses = [event.value for event in board.Scalars("loss")]
+    assert losses == pytest.approx([line["loss"] for line in lines]) and len(losses) == 8
+    assert all(line["flops_per_s"] > 1e6 and line["mfu"] is None and line["memory_mb"] > 50 for line in lines)
+    trace = json.loads((Path(cfg.out_dir) / "trace.json").read_text())
+    assert any("addmm" in event.get("name", "") for event in trace["traceEvents"])
+
+
+def test_a_full_disk_is_told_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(PairmillError, match="free for checkpoints"):
+        _train(config(tmp_path, "full"))
