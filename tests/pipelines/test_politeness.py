@@ -64,6 +64,8 @@ def test_a_reservation_in_the_header() -> None:
         *(("/a/b.png", "/a/", True), ("/a/b.png", "/b/", False), ("/a/b.png", "*.png", True)),
         *(("/a/b.png?x", "*.png$", False), ("/a/b.png", "/*.png$", True), ("/a", "/a$", True), ("/ab", "/a$", False)),
         *(("/", "/", True), ("/aa", "/a*a$", True), ("/a", "/a*a$", False), ("/x", "*", True)),
+        *(("/foo-$", "/foo-%24", True), ("/foo-$/x", "/foo-%24$", False), ("/~me/%C3%A4", "/%7eme/ä", True)),
+        *(("/a%2fb", "/a%2F", True), ("/a/b", "/a%2Fb", False), ("/A", "/a", False), ("/*", "/%2A$", True)),
         ("/" + "a" * 5000, "*a" * 500 + "b", False),
     ],
 )
@@ -73,12 +75,23 @@ def test_paths_of_tdmrep(path: str, pattern: str, holds: bool) -> None:
     assert time.monotonic() - began < 0.5
 
 
+def rules(*told: tuple[str, object]) -> str:
+    """A tdmrep.json of locations and their reservations."""
+    return json.dumps([{"location": at, "tdm-reservation": value, "tdm-policy": "http://p/"} for at, value in told])
+
+
 @pytest.mark.parametrize(
     ("reserved", "path", "verdict"),
     [
         ('[{"location": "/art/", "tdm-reservation": 1}]', "/art/a.png", Failure("refused", "tdm")),
         ('[{"location": "/art/", "tdm-reservation": 1}]', "/free/a.png", None),
         ('[{"location": "/", "tdm-reservation": 0}]', "/a.png", None),
+        (rules(("/art/free/*.png", 0), ("/art/", 1)), "/art/free/a.png", None),
+        (rules(("/art/free/*.png", 0), ("/art/", 1)), "/art/free/a.jpg", Failure("refused", "tdm")),
+        (rules(("/art/", 1), ("/art/free/", 0)), "/art/free/a.png", Failure("refused", "tdm")),
+        (rules(("/art/", 2), ("/art/", 1)), "/art/a.png", Failure("refused", "tdm")),
+        (rules(("/art/", [1]), ("/\ud800", 1)), "/art/a.png", None),
+        ('{"location": "/", "tdm-reservation": 1}', "/a.png", None),
         ("<html>not found", "/a.png", None),
         ("[" * 90_000, "/a.png", None),
         (with_headers(b"", {}, 503), "/a.png", None),
