@@ -6,9 +6,9 @@ allows everything, an unreachable or failing one (5xx, and 429) allows nothing, 
 Crawl-delay slows the host down.
 
 TDMRep is read as in the Community Group's final report of 10 May 2024. In tdmrep.json (section "TDM File on the Origin
-Server") the first rule whose `location` matches is the one that holds; patterns are those of robots.txt, "Use of regular
-expressions". By "Processing priority" a header would overrule the file, and a meta tag both; we take the strictest,
-for we don't ask for what the file reserves. A file that can't be had or read reserves nothing.
+Server") the first rule whose `location` matches holds; patterns are those of robots.txt ("Use of regular expressions").
+By "Processing priority" a header would overrule the file, and a meta tag both; we take the strictest, for we don't ask
+for what the file reserves. A file that can't be had or read reserves nothing.
 """
 
 import json
@@ -26,7 +26,7 @@ from urllib.parse import quote
 from protego import Protego
 from yarl import URL
 
-from pipelines.fetch.client import Client, Failure
+from pipelines.fetch.client import Client, Failure, Permit, any_url
 from pipelines.fetch.policies import Policies
 
 OPT_OUT = frozenset({"noai", "noimageai", "noml", "noindex", "noimageindex", "none", "unavailable_after"})
@@ -90,15 +90,19 @@ def opted_out(headers: Mapping[str, str], robots: Iterable[str], agent: str) -> 
 
 @dataclass
 class Robots:
-    """What the policy files of each origin say. `permit` fits `Client.fetch`."""
+    """What the policy files of each origin say. `permit` fits `Client.fetch`. What `bar` refuses isn't asked for
+    anything, policy files included, nor do their redirects lead there."""
 
     client: Client
     policies: Policies = field(default_factory=Policies)
+    bar: Permit = any_url
 
     async def permit(self, url: URL) -> Failure | None:
         """Why `url` may not be asked for, or None."""
+        if barred := await self.bar(url):
+            return barred
         origin = str(url.origin())
-        text = await self.policies.get(self.client, f"{origin}/robots.txt")
+        text = await self.policies.get(self.client, f"{origin}/robots.txt", self.bar)
         if isinstance(text, Failure):
             reason = f"robots_{text.reason}" if text.status == "transient" else text.reason
             return text if text.status == "refused" else Failure(text.status, reason, text.http_status)
@@ -109,14 +113,15 @@ class Robots:
         if delay > MAX_CRAWL_DELAY_S:
             return Failure("refused", "crawl_delay")
         host.delay_s = max(host.delay_s, delay)
-        reserved = await self.policies.get(self.client, f"{origin}/.well-known/tdmrep.json")
+        reserved = await self.policies.get(self.client, f"{origin}/.well-known/tdmrep.json", self.bar)
         path, rules_ = url.raw_path_qs, _reservations(reserved) if isinstance(reserved, str) else ()
         holds = next((reserves for location, reserves in rules_ if _matches(path, location)), False)
         return Failure("refused", RESERVED) if holds else None
 
     async def sitemaps(self, url: URL) -> list[str]:
         """The sitemaps that robots.txt of `url`'s origin names."""
-        text = await self.policies.get(self.client, f"{url.origin()}/robots.txt")
+        barred = await self.bar(url)
+        text = barred or await self.policies.get(self.client, f"{url.origin()}/robots.txt", self.bar)
         return list(_rules(text).sitemaps) if isinstance(text, str) else []
 
 
@@ -141,7 +146,7 @@ def _reservations(text: str) -> tuple[tuple[str, bool], ...]:
 
 @lru_cache(maxsize=1 << 14)
 def _as_octets(path: str) -> str:
-    """A path in the form in which paths are compared: only reserved octets and those beyond ASCII are percent-encoded."""
+    """A path in the form in which paths are compared: reserved octets and those beyond ASCII are percent-encoded."""
 
     def plain(found: re.Match[str]) -> str:
         return octet if (octet := chr(int(found[1], 16))) in PLAIN else found[0].upper()

@@ -104,7 +104,7 @@ async def _fetch_all(job: Job, blocks: list[tuple[int, list[Row]]]) -> int:
     policies = load_policies(store)
     async with client.session, pool.decoders(pixels, cores) as decode_one:
         dead = job.workspace.tombstones()
-        permit = job.blocked.guarding(Robots(client, policies).permit, dead)
+        permit = Robots(client, policies, job.blocked.bar(dead)).permit
         earlier = dict.fromkeys(ledger.taken(store, job.group, job.increment), "earlier")
         said_no = ledger.said_no(store, job.name, job.increment) | earlier
         facts = (client, permit, decode_one, job.blocked, read, dead, said_no)

@@ -24,6 +24,7 @@ from yarl import URL
 from pairs.identity import canonical_url
 from pairs.store import FULL
 from pairs.workspace import Workspace
+from pipelines.fetch.blocklists import Blocklists
 from pipelines.fetch.client import REDIRECTS, Client, Failure, Headers, Limits, any_headers, open_client
 from pipelines.fetch.guard import networks
 from pipelines.fetch.policies import load_policies, save_policies
@@ -84,7 +85,9 @@ class GuardedHandler:
         if self._client is None or self._robots is None:  # the loop runs only now
             allow = networks(config["allow"], "source")
             self._client = open_client(config["agent"], config["per_host"], CONNECTIONS, allow)
-            self._robots = Robots(self._client, load_policies(place(config)[0]))
+            store = place(config)[0]
+            bar = Blocklists(frozenset(config["blocked"])).bar(Workspace(store).tombstones())
+            self._robots = Robots(self._client, load_policies(store), bar)
         limits = Limits(config["deadline_s"], config["max_page_bytes"], redirects=None, attempts=config["attempts"])
         url, judge, accept = request.meta["as_found"], only_pages, ", ".join(PAGES)
         if request.meta.get("map") == "robots":

@@ -13,17 +13,19 @@ from yarl import URL
 from pairs.errors import PairmillError
 from pairs.recipe import FetchSpec, SourceSpec
 from pairs.store import Store
-from pairs.workspace import Workspace
+from pairs.workspace import KINDS, Dead, Workspace
 from pipelines.candidates import cut_increment
 from pipelines.fetch import policies
+from pipelines.fetch.blocklists import Blocklists
 from pipelines.fetch.client import Answer, Client, Failure, Limits, any_headers, any_url, open_client, require_contact
 from pipelines.fetch.guard import networks
 from pipelines.fetch.policies import Policies, load_policies, save_policies
 from pipelines.fetch.robots import Robots, _matches, opt_out, opted_out
 from pipelines.sources.site_cache import load_unchanging, save_unchanging, unchanged
-from tests.pipelines.small_web import ALLOW, small_web, with_headers
+from tests.pipelines.small_web import ALLOW, redirect, small_web, with_headers
 
 AGENT = "pairmill/1 (+mailto:test@localhost)"
+NONE: Dead = dict.fromkeys(KINDS, frozenset())
 LIMITS = Limits(deadline_s=5.0, attempts=1)
 
 
@@ -103,6 +105,21 @@ async def test_a_reservation_by_origin(client: Client, reserved: object, path: s
         answers = [await robots.permit(URL(site.url(path))) for _ in range(2)]
         assert site.asked.count("/robots.txt") == 1
     assert answers == [verdict, verdict]
+
+
+@pytest.mark.parametrize("way", ["/robots.txt", "/.well-known/tdmrep.json"])
+async def test_policy_files_lead_to_no_host_that_is_blocked_or_forgotten(client: Client, way: str) -> None:
+    with small_web({}, "127.0.0.2") as barred, small_web({way: redirect(barred.url("/"))}) as site:
+        for bar, reason in (
+            (Blocklists(frozenset({"127.0.0.2"})).bar(NONE), "block_host"),
+            (Blocklists(frozenset()).bar({**NONE, "host": {"127.0.0.2"}}), "forgotten"),
+        ):
+            robots = Robots(client, bar=bar)
+            expected = None if "tdm" in way else Failure("refused", reason)  # who can't tell reserves nothing
+            assert await robots.permit(URL(site.url("/a"))) == expected and site.asked.pop() == way
+            assert await robots.permit(URL(barred.url("/a"))) == Failure("refused", reason)
+            assert await robots.sitemaps(URL(barred.url("/a"))) == []
+        assert barred.asked == []
 
 
 async def test_policy_files_are_kept_a_day_across_runs(

@@ -25,7 +25,7 @@ from pairs import process
 from pairs.errors import PairmillError
 from pairs.identity import local_key, url_key
 from pairs.process import ROOT
-from pairs.recipe import FetchSpec, SourceSpec
+from pairs.recipe import BlockSpec, FetchSpec, SourceSpec
 from pairs.tar import TarWriter
 from pairs.workspace import Workspace
 from pipelines.candidates import CutCounts, cut_increment, part
@@ -350,6 +350,18 @@ def test_a_site_is_crawled_politely(workspace: Workspace) -> None:
     assert rows["opted.png"]["opt_out"] == "noai" and rows["1.png"]["opt_out"] is None
     assert [t["text"] for t in rows["0.png"]["texts"]] == ["zero", "again", "t"]
     assert not workspace.store.files("crawl")
+
+
+def test_pages_of_a_blocked_host_are_not_crawled(workspace: Workspace, tmp_path: Path) -> None:
+    """Neither those that links and redirects lead to, nor its robots.txt."""
+    (tmp_path / "hosts").write_text("127.0.0.2\n")
+    with small_web({"/x.html": '<img src="x.png" alt="x">'}, "127.0.0.2") as bad:
+        routes = {"/": f'<img src="a.png" alt="a">{link(bad.url("/x.html"))}{link("/on")}'}
+        with small_web(routes | {"/on": redirect(bad.url("/y.html"))}) as site:
+            settings = {"kind": "site", "seeds": [site.url("/")], "hosts": ["127.0.0.2"], "allow": ALLOW, "delay_s": 0}
+            fetch = FetchSpec(attempts=1, block=BlockSpec(hosts=str(tmp_path / "hosts")))
+            counts = cut_increment(workspace, "src", spec(**settings), fetch, quiet)
+    assert counts.new == 1 and counts.pages == {"ok": 1, "redirected": 1, "block_host": 2} and bad.asked == []
 
 
 def raw(head: bytes) -> Any:
