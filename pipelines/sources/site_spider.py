@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import AsyncIterator, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from pipelines.sources.site_cache import (
     unchanged,
     validators,
 )
-from pipelines.sources.site_sitemap import read_sitemap
+from pipelines.sources.site_sitemap import MAX_BYTES, read_sitemap
 
 CONNECTIONS = 16
 REDIRECT_ROUNDS = 5
@@ -75,6 +76,7 @@ class GuardedHandler:
         self._config = config
         self._client: Client | None = None
         self._robots: Robots | None = None
+        self._slots, self._one_map = asyncio.Semaphore(CONNECTIONS), asyncio.Semaphore(1)  # sitemaps may be large
 
     @classmethod
     def from_crawler(cls, crawler: Crawler) -> "GuardedHandler":
@@ -89,14 +91,16 @@ class GuardedHandler:
             bar = Blocklists(frozenset(config["blocked"])).bar(Workspace(store).tombstones())
             self._robots = Robots(self._client, load_policies(store), bar)
         limits = Limits(config["deadline_s"], config["max_page_bytes"], redirects=None, attempts=config["attempts"])
-        url, judge, accept = request.meta["as_found"], only_pages, ", ".join(PAGES)
+        url, judge, accept, turn = request.meta["as_found"], only_pages, ", ".join(PAGES), self._slots
         if request.meta.get("map") == "robots":
             named = await self._robots.sitemaps(URL(url))
             return HtmlResponse(url, body="\n".join(named).encode(), request=request)
         if request.meta.get("map"):
-            judge, accept = any_headers, "application/xml, text/xml, */*;q=0.1"
+            judge, accept, turn = any_headers, "application/xml, text/xml, */*;q=0.1", self._one_map
+            limits = replace(limits, max_bytes=MAX_BYTES + 1, cut=True)  # that it is cut shows by its size
         ask = {"Accept": accept, **request.meta["conditions"]}
-        answer = await self._client.fetch(url, limits, self._robots.permit, judge, ask)
+        async with turn:
+            answer = await self._client.fetch(url, limits, self._robots.permit, judge, ask)
         if isinstance(answer.result, Failure):
             raise PageFailed(answer.result)
         url, status, headers, body = answer.result

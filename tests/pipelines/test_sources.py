@@ -517,9 +517,35 @@ def test_a_sitemap_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.sources.site_sitemap.MAX_ENTRIES", 2)
     found = read_sitemap(sitemap("http://a.test/1", "http://a.test/2", "http://a.test/3"))
     assert (len(found["links"]), found["cut"], found["failure"]) == (2, 1, None)
-    monkeypatch.setattr("pipelines.sources.site_sitemap.MAX_BYTES", 1000)
+    monkeypatch.setattr("pipelines.sources.site_sitemap.MAX_BYTES", 300_000)
     assert read_sitemap(gzip.compress(b" " * 1_000_000))["failure"] == "too_large"
+    long = read_sitemap(gzip.compress(sitemap("http://a.test/1")[:-4] + b" " * 1_000_000 + b"</x>"))
+    assert (long["links"], long["failure"]) == (["http://a.test/1"], "too_large"), "what came before is kept"
     assert read_sitemap(b"<x><url>")["failure"] == "damaged" and read_sitemap(b"")["failure"] == "damaged"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<x>" + b"".join(b"<a%d/>" % n for n in range(2000)),
+        b"<x " + b" ".join(b'a%d=""' % n for n in range(2000)) + b"/>",
+        b"<a>" * 1000,
+        b"<x><!--" + b"a" * 2_000_000 + b"--></x>",
+        b"<x>" + b"<a/>" * 1_000_001 + b"</x>",
+    ],
+    ids=["names", "attributes", "depth", "one token", "elements"],
+)
+def test_a_sitemap_made_to_cost_much_is_left(body: bytes) -> None:
+    assert read_sitemap(body) == {"links": [], "more": [], "cut": 0, "failure": "too_large"}
+
+
+def test_a_sitemap_has_limits_of_its_own(workspace: Workspace) -> None:
+    with small_web({"/": '<img src="0.png" alt="zero">'}) as site:
+        site.routes["/1.html"] = '<img src="1.png" alt="one">'
+        whole = sitemap(*[site.url(f"/1.html?{'x' * 300}")] * 20, site.url("/1.html"))
+        site.routes["/s.xml"] = with_headers(whole, {})
+        counts = crawl(workspace, site, sitemaps=[site.url("/s.xml")], max_page_bytes=3000)
+    assert len(whole) > 3000 and counts.new == 2 and counts.pages == {"ok": 3, "sitemap_ok": 1}
 
 
 def image_of(markup: str) -> dict[str, Any]:
