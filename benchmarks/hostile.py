@@ -1,7 +1,7 @@
 """What hostile servers cost: `python -m benchmarks.hostile > benchmarks/results/DATE-hostile.md`.
 
-The cases and the way they are measured are those of tests/pipelines/hostile.py: each image is fetched and decoded in fresh
-processes, by the client and the decoder of the real fetch.
+The cases and the way they are measured are those of tests/pipelines/hostile.py: each image is fetched and decoded in
+fresh processes, by the client and the decoder of the real fetch.
 """
 
 import os
@@ -16,7 +16,8 @@ HEAD = """# Hostile URLs and servers
 `python -m benchmarks.hostile` at commit {commit}, Python {python}, {cores} cores of {machine}, load {load:.1f}.
 
 {urls} URLs are refused before a socket exists (they stand with their reasons in tests/pipelines/hostile.py). These
-{servers} servers on loopback are reached. A URL may cost {deadline} s and {megabytes:.0f} MB here, an image 4 million pixels.
+{servers} servers on loopback are reached. A URL may cost {deadline} s and {megabytes:.0f} MB here, an image
+4 million pixels.
 Memory is what the process grows by, up to its peak: of the fetch, and of the decoder where it comes to that.
 
 | server | outcome | seconds | fetch, MB | decoder, MB | requests |
