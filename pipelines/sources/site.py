@@ -30,7 +30,7 @@ from pipelines.fetch.client import require_contact
 from pipelines.fetch.guard import networks, refuse_url
 from pipelines.sources import Context, Row, forgotten
 
-VERSION = 4  # raise it when an equal page gives another record
+VERSION = 5  # raise it when an equal page gives another record
 POLL_S = 0.2
 LOG_CHARS = 2000
 ORPHAN_S = 10.0  # how long the crawler of a killed run may take to end

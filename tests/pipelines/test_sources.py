@@ -613,6 +613,15 @@ def test_words_of_a_caption_are_joined_as_they_are_seen() -> None:
     assert " ".join(found["texts"][0]["text"].split()) == "one two three"
 
 
+def test_texts_are_cut_where_they_are_long_and_not_where_they_are_wide(workspace: Workspace) -> None:
+    wide, long = "a" + " \n" * 30_000 + "b", "x " * 6_000
+    found = f'<img src=1.png alt="{wide}"><figure><img src=2.png alt="z{long}"><figcaption>{long}</figcaption></figure>'
+    with small_web({"/": found}) as site:
+        assert crawl(workspace, site).texts_cut == 2
+    rows = {row["url"][-5:]: row["texts"] for row in workspace.store.read_table(part("src", "0000")).to_pylist()}
+    assert [t["text"] for t in rows["1.png"]] == ["a b"] and [len(t["text"]) for t in rows["2.png"]] == [10_000]
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -424,6 +424,29 @@ def test_a_server_that_writes_meanwhile_is_waited_for(space: Workspace) -> None:
         assert base.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_run_forgets_while_its_own_server_holds_the_database(tmp_path: Path) -> None:
+    """The takedown at the end of a stage takes an address out of the database of the server that the run reports to."""
+    root, code = tmp_path / "w", "from pipelines.cli import main; main()"
+    recipe = tmp_path / "recipe.yaml"
+    with small_web({"/0.png": picture("red"), "/1.png": picture("blue")}) as site:
+        (tmp_path / "web.csv").write_text("url,text\n" + "".join(f"{site.url(p)},a square\n" for p in site.routes))
+        web = {"kind": "urls", "path": str(tmp_path / "web.csv"), "allow": ALLOW}
+        recipe.write_text(json.dumps({"name": "held", "sources": {"web": web}}))
+        fetch = [sys.executable, "-c", code, "fetch", str(recipe), "--workspace", str(root)]
+        subprocess.run(fetch, cwd=ROOT, check=True)
+        space, gone = Workspace.open(root), site.url("/1.png")
+        with contextlib.closing(sqlite3.connect(root / "prefect/prefect.db", isolation_level=None)) as base:
+            base.execute("CREATE TABLE told (message TEXT)")
+            base.execute("INSERT INTO told VALUES (?)", (f"could not read {gone}",))
+        assert forget(space, {"urls": [gone]}, "asked for", None)["state"] == "buried"
+        subprocess.run(fetch, cwd=ROOT, check=True)
+    databases = (root / "prefect").glob("prefect.db*")
+    assert not [path for path in databases if gone.encode() in path.read_bytes()] and verify(space).ok
+    assert finish(space) == {}, "the run did it"
+
+
 def test_a_reader_that_stays_is_told_and_the_rest_waits(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     """The database is clean then, but its write-ahead log still has the old pages."""
     monkeypatch.setattr("pipelines.scrub.BUSY_S", 0.1)
