@@ -5,4 +5,5 @@ imports from above, from Ray or from Prefect.
 """
 
 __version__ = "0.1.0"
-FORMAT_VERSION = 1  # of a workspace on disk; a workspace of another version is refused, never guessed at
+# Of a workspace on disk; one of another version is refused, never guessed at. 2: pairs have the column `colour`.
+FORMAT_VERSION = 2

@@ -68,7 +68,8 @@ class Workspace:
             raise PairmillError(
                 expected=f"a workspace of format {FORMAT_VERSION}",
                 found=f"format {version} at {root}" if version else f"{MARK} with {mark[:80]!r} at {root}",
-                remedy="use the pairmill release that made it, or choose another --workspace",
+                remedy="use the pairmill release that made it, or choose another --workspace: the recipe then fetches "
+                "anew, and what was forgotten must be forgotten there first (tombstones.parquet names it)",
             )
         if create and store.local and not os.access(store.local, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, "no permission to write here", str(store.local))

@@ -62,6 +62,8 @@ def cut_increment(
     source is empty, can't be reached or is another than that of its increments, with nothing written."""
     check_settings(workspace, name, spec)
     earlier = workspace.increments(name)
+    for interrupted in earlier:
+        _bury_late(workspace, name, interrupted)
     increment = next_increment(workspace, name)
     source = load_source(name, spec)
     context = Context(workspace, name, increment, tuple(spec.allow), fetch_spec, progress, engine, workers)
@@ -78,14 +80,30 @@ def cut_increment(
             expected=f"images in the source {name!r}", found="none", remedy="check its settings and what it holds"
         )
     context.dropped.update(merged.outcome.dropped)
-    if merged.outcome.late:
-        workspace.bury("url_key", merged.outcome.late, OPTED_OUT)
     counts = _counts(increment if merged.outcome.kept else None, found, merged, context)
+    workspace.store.write(_late(name, increment), json.dumps(merged.outcome.late))
     if merged.outcome.kept:
         facts = {"counts": json.dumps(asdict(counts)), "settings": _settings(name, spec)}
         write_groups(workspace.store, part(name, increment), merged.tables(), facts)
-    workspace.store.delete(f"crawl/{name}", recursive=True)  # its pages have done their work
+    _end(workspace, name, increment)
     return counts
+
+
+def _late(name: str, increment: str) -> str:
+    """Where a cut notes what has opted out of earlier increments: tombstones that are written before the table would
+    change what is counted when it is made again after a kill."""
+    return f"crawl/{name}/{increment}/late.json"
+
+
+def _bury_late(workspace: Workspace, name: str, increment: str) -> None:
+    if workspace.store.has(note := _late(name, increment)):
+        workspace.bury("url_key", json.loads(workspace.store.read(note)), OPTED_OUT)
+
+
+def _end(workspace: Workspace, name: str, increment: str) -> None:
+    """What follows a cut: opt-outs act, and the crawl's pages have done their work."""
+    _bury_late(workspace, name, increment)
+    workspace.store.delete(f"crawl/{name}", recursive=True)
 
 
 def next_increment(workspace: Workspace, name: str) -> str:
@@ -97,7 +115,7 @@ def finished_cut(workspace: Workspace, name: str, increment: str) -> CutCounts |
     """What was counted when `increment` was cut, None where it isn't. Ends what a kill after the cut left to do."""
     if increment not in workspace.increments(name):
         return None
-    workspace.store.delete(f"crawl/{name}", recursive=True)
+    _end(workspace, name, increment)
     return CutCounts(**json.loads(_metadata(workspace, name, increment)["counts"]))
 
 

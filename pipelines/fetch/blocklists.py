@@ -7,7 +7,7 @@ whose hash differs in at most `radius` bits is blocked. Comparing one with a lis
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +27,9 @@ class Blocklists:
     """`hashes` is a vector of N uint64."""
 
     hosts: frozenset[str]
-    sha256: frozenset[bytes]
-    hashes: np.ndarray
-    radius: int
+    sha256: frozenset[bytes] = frozenset()
+    hashes: np.ndarray = field(default_factory=lambda: np.array([], np.uint64))
+    radius: int = 0
 
     def host(self, host: str) -> Failure | None:
         """Whether `host` or a domain above it is listed."""
@@ -47,16 +47,13 @@ class Blocklists:
         distance = np.bitwise_count(self.hashes ^ np.uint64(int(phash, 16)))
         return Failure("refused", "block_hash") if distance.min() <= self.radius else None
 
-    def guarding(self, permit: Permit, dead: Dead) -> Permit:
-        """`permit`, asked only for hosts that aren't listed and addresses that aren't forgotten: also at each
-        redirect."""
+    def bar(self, dead: Dead) -> Permit:
+        """Refuses hosts that are listed and addresses that are forgotten; for `Robots`."""
 
-        async def both(url: URL) -> Failure | None:
-            if forgotten(dead, str(url)):
-                return Failure("refused", "forgotten")
-            return self.host(url.host or "") or await permit(url)
+        async def barred(url: URL) -> Failure | None:
+            return Failure("refused", "forgotten") if forgotten(dead, str(url)) else self.host(url.host or "")
 
-        return both
+        return barred
 
 
 def load_blocklists(spec: BlockSpec) -> Blocklists:

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from pairs.errors import PairmillError
 from pairs.store import Store
-from pipelines.fetch.client import Client, Failure, Limits, Response, any_headers, any_url
+from pipelines.fetch.client import Client, Failure, Limits, Permit, Response, any_headers, any_url
 
 PATH = "cache/policies.parquet"
 KEPT_S = 24 * 3600.0
@@ -30,19 +30,20 @@ class Policies:
     known: dict[str, tuple[float, str]] = field(default_factory=dict)
     _asked: "dict[str, tuple[float, asyncio.Task[str | Failure]]]" = field(default_factory=dict)
 
-    async def get(self, client: Client, url: str) -> str | Failure:
-        """The file's text; "" where there is none; a Failure where that can't be told now."""
+    async def get(self, client: Client, url: str, permit: Permit = any_url) -> str | Failure:
+        """The file's text; "" where there is none; a Failure where that can't be told now. `permit` is asked at each
+        redirect."""
         now = time.time()
         if url in self.known and now - self.known[url][0] < KEPT_S:
             return self.known[url][1]
         at, task = self._asked.get(url, (0.0, None))
         if task is None or (task.done() and now - at >= RETRY_S):
-            task = asyncio.create_task(self._load(client, url, now))
+            task = asyncio.create_task(self._load(client, url, now, permit))
             self._asked[url] = now, task
         return await asyncio.shield(task)
 
-    async def _load(self, client: Client, url: str, now: float) -> str | Failure:
-        answer = await client.fetch(url, LIMITS, any_url, any_headers, {"Accept": "text/plain, */*;q=0.1"})
+    async def _load(self, client: Client, url: str, now: float, permit: Permit) -> str | Failure:
+        answer = await client.fetch(url, LIMITS, permit, any_headers, {"Accept": "text/plain, */*;q=0.1"})
         result = answer.result
         if isinstance(result, Failure) and not _is_none(result):
             return result if result.status == "refused" else result._replace(status="transient")

@@ -3,8 +3,12 @@ and `<meta name=robots>`.
 
 Both files are had once per origin through the same guarded client. As the RFC says: an answer of 4xx to robots.txt
 allows everything, an unreachable or failing one (5xx, and 429) allows nothing, and only the first 500 KiB count. Its
-Crawl-delay slows the host down. Of the reservation's three places (file, header, meta) any one that says 1 refuses:
-the protocol ranks them, we take the strictest. A tdmrep.json that can't be had or read reserves nothing.
+Crawl-delay slows the host down.
+
+TDMRep is read as in the Community Group's final report of 10 May 2024. In tdmrep.json (section "TDM File on the Origin
+Server") the first rule whose `location` matches holds; patterns are those of robots.txt ("Use of regular expressions").
+By "Processing priority" a header would overrule the file, and a meta tag both; we take the strictest, for we don't ask
+for what the file reserves. A file that can't be had or read reserves nothing.
 """
 
 import json
@@ -15,18 +19,23 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
+from string import ascii_letters, digits, printable
 from typing import Any
+from urllib.parse import quote
 
 from protego import Protego
 from yarl import URL
 
-from pipelines.fetch.client import Client, Failure
+from pipelines.fetch.client import Client, Failure, Permit, any_url
 from pipelines.fetch.policies import Policies
 
 OPT_OUT = frozenset({"noai", "noimageai", "noml", "noindex", "noimageindex", "none", "unavailable_after"})
 WITH_VALUE = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})
 DATED = re.compile(r"unavailable_after\s*:\s*((?:[a-z]+day|mon|tue|wed|thu|fri|sat|sun)\s*,)?([^,]*)", re.IGNORECASE)
 RESERVED = "tdm"
+VALUES = {1: True, "1": True, 0: False, "0": False}  # any other is an error of protocol, and no rule
+ESCAPED = re.compile("%([0-9A-Fa-f]{2})")
+PLAIN = frozenset(ascii_letters + digits + "-._~$*")  # equal whether it is percent-encoded or not
 MAX_CRAWL_DELAY_S = 30.0  # a host that wants to be asked less often isn't asked
 
 
@@ -81,15 +90,19 @@ def opted_out(headers: Mapping[str, str], robots: Iterable[str], agent: str) -> 
 
 @dataclass
 class Robots:
-    """What the policy files of each origin say. `permit` fits `Client.fetch`."""
+    """What the policy files of each origin say. `permit` fits `Client.fetch`. What `bar` refuses isn't asked for
+    anything, policy files included, nor do their redirects lead there."""
 
     client: Client
     policies: Policies = field(default_factory=Policies)
+    bar: Permit = any_url
 
     async def permit(self, url: URL) -> Failure | None:
         """Why `url` may not be asked for, or None."""
+        if barred := await self.bar(url):
+            return barred
         origin = str(url.origin())
-        text = await self.policies.get(self.client, f"{origin}/robots.txt")
+        text = await self.policies.get(self.client, f"{origin}/robots.txt", self.bar)
         if isinstance(text, Failure):
             reason = f"robots_{text.reason}" if text.status == "transient" else text.reason
             return text if text.status == "refused" else Failure(text.status, reason, text.http_status)
@@ -100,14 +113,15 @@ class Robots:
         if delay > MAX_CRAWL_DELAY_S:
             return Failure("refused", "crawl_delay")
         host.delay_s = max(host.delay_s, delay)
-        reserved = await self.policies.get(self.client, f"{origin}/.well-known/tdmrep.json")
-        if isinstance(reserved, str) and any(_matches(url.raw_path_qs, path) for path in _reservations(reserved)):
-            return Failure("refused", RESERVED)
-        return None
+        reserved = await self.policies.get(self.client, f"{origin}/.well-known/tdmrep.json", self.bar)
+        path, rules_ = url.raw_path_qs, _reservations(reserved) if isinstance(reserved, str) else ()
+        holds = next((reserves for location, reserves in rules_ if _matches(path, location)), False)
+        return Failure("refused", RESERVED) if holds else None
 
     async def sitemaps(self, url: URL) -> list[str]:
         """The sitemaps that robots.txt of `url`'s origin names."""
-        text = await self.policies.get(self.client, f"{url.origin()}/robots.txt")
+        barred = await self.bar(url)
+        text = barred or await self.policies.get(self.client, f"{url.origin()}/robots.txt", self.bar)
         return list(_rules(text).sitemaps) if isinstance(text, str) else []
 
 
@@ -117,21 +131,34 @@ def _rules(text: str) -> Protego:
 
 
 @lru_cache(maxsize=1024)
-def _reservations(text: str) -> tuple[str, ...]:
-    """The path patterns that tdmrep.json reserves."""
+def _reservations(text: str) -> tuple[tuple[str, bool], ...]:
+    """The rules of a tdmrep.json in order: the pattern of their paths, and whether it is reserved."""
     try:
         rules: Any = json.loads(text or "[]")
     except (ValueError, RecursionError):
         return ()
     rules = [rule for rule in rules if isinstance(rule, dict)] if isinstance(rules, list) else []
-    paths = [str(rule.get("location", "")) for rule in rules if rule.get("tdm-reservation") in (1, "1")]
-    return tuple(path for path in paths if path)
+    told = [(rule.get("location"), rule.get("tdm-reservation")) for rule in rules]
+    return tuple(
+        (str(at), VALUES[value]) for at, value in told if at and isinstance(value, int | str) and value in VALUES
+    )
+
+
+@lru_cache(maxsize=1 << 14)
+def _as_octets(path: str) -> str:
+    """A path in the form in which paths are compared: reserved octets and those beyond ASCII are percent-encoded."""
+
+    def plain(found: re.Match[str]) -> str:
+        return octet if (octet := chr(int(found[1], 16))) in PLAIN else found[0].upper()
+
+    return ESCAPED.sub(plain, quote(path, safe=printable, errors="replace"))
 
 
 def _matches(path: str, pattern: str) -> bool:
     """Whether `path` begins as `pattern` says: `*` stands for anything, a last `$` for the end. Linear: no regular
     expression is made of what a stranger wrote."""
-    first, *pieces = pattern.removesuffix("$").split("*")
+    path = _as_octets(path)
+    first, *pieces = map(_as_octets, pattern.removesuffix("$").split("*"))
     if not path.startswith(first):
         return False
     at = len(first)

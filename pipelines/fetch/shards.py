@@ -104,7 +104,7 @@ async def _fetch_all(job: Job, blocks: list[tuple[int, list[Row]]]) -> int:
     policies = load_policies(store)
     async with client.session, pool.decoders(pixels, cores) as decode_one:
         dead = job.workspace.tombstones()
-        permit = job.blocked.guarding(Robots(client, policies).permit, dead)
+        permit = Robots(client, policies, job.blocked.bar(dead)).permit
         earlier = dict.fromkeys(ledger.taken(store, job.group, job.increment), "earlier")
         said_no = ledger.said_no(store, job.name, job.increment) | earlier
         facts = (client, permit, decode_one, job.blocked, read, dead, said_no)
@@ -187,6 +187,8 @@ async def _fetch_rows(job: Job, tools: Tools, rows: list[Row], spool: IO[bytes],
 def _publish(job: Job, index: int, outcomes: list[Outcome], spool: IO[bytes]) -> None:
     """Ledger part, then tar, then table."""
     store = job.workspace.store
+    if met := [row["url_key"] for row, *_ in outcomes if row["reason"] == "forgotten" and row["sha256"]]:
+        job.workspace.bury("url_key", met, "with its bytes")  # the takedown that follows empties these rows
     table = pa.Table.from_pylist([outcome.ledger for outcome in outcomes], schema=LEDGER)
     store.write_table(ledger.ledger_part(job.group, job.increment, index), table)
     ref = ShardRef(f"pairs/{job.group}/{job.increment}", index)

@@ -57,8 +57,7 @@ class _Feed:
     """The archive's plain bytes; at a gap what follows doesn't continue what stood before."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        start = file.read(CHUNK)
-        self._chunks = _inflated(file, start) if start.startswith(GZIP[:2]) else _plain(file, start)
+        self._chunks = chunks(file)
         self._data = bytearray()
         self._gap = False
 
@@ -117,6 +116,12 @@ class _Feed:
                 return at_end
         del self._data[: place + 1]
         return "broken_record"
+
+
+def chunks(file: IO[bytes]) -> Iterator[bytes | None]:
+    """A file's content in pieces of at most `CHUNK` bytes, inflated where it is gzip; None for a gap."""
+    start = file.read(CHUNK)
+    return _inflated(file, start) if start.startswith(GZIP[:2]) else _plain(file, start)
 
 
 def _plain(file: IO[bytes], start: bytes) -> Iterator[bytes | None]:

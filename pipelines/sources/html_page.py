@@ -18,7 +18,7 @@ from pipelines.fetch.robots import OPT_OUT, RESERVED, agent_token, directives
 from pipelines.sources import text
 from pipelines.sources.html_image import ADDRESS_CHARS, best_address, best_of
 
-RAW_CHARS = 20_000
+RAW_CHARS = 10_002
 MAX_IMAGES = 2_000
 MAX_LINKS = 20_000
 LANG = ("lang", "{http://www.w3.org/XML/1998/namespace}lang")
@@ -300,4 +300,6 @@ def join(base: str, href: str) -> str | None:
 
 
 def _clip(value: str | None) -> str:
-    return (value or "").strip()[:RAW_CHARS]
+    """Trimmed. What is longer than a kept text may be stays longer, also without a blank at its end, so that the cut is
+    counted."""
+    return " ".join((value or "").split())[:RAW_CHARS]

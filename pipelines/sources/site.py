@@ -25,11 +25,12 @@ from pairs.fingerprint import fingerprint
 from pairs.process import ROOT, child
 from pairs.store import advice, no_space
 from pairs.workspace import Dead
+from pipelines.fetch.blocklists import load_blocklists
 from pipelines.fetch.client import require_contact
 from pipelines.fetch.guard import networks, refuse_url
 from pipelines.sources import Context, Row, forgotten
 
-VERSION = 4  # raise it when an equal page gives another record
+VERSION = 5  # raise it when an equal page gives another record
 POLL_S = 0.2
 LOG_CHARS = 2000
 ORPHAN_S = 10.0  # how long the crawler of a killed run may take to end
@@ -96,7 +97,8 @@ class Source:
     def _prepare(self, folder: Path, context: Context) -> Path:
         """The file of finished pages, begun anew where it was recorded with other settings."""
         fetch = {name: getattr(context.fetch, name) for name in ("agent", "deadline_s", "attempts")}
-        config: dict[str, Any] = {**asdict(self), **fetch, "allow": list(context.allow)}
+        blocked = sorted(load_blocklists(context.fetch.block).hosts)
+        config: dict[str, Any] = {**asdict(self), **fetch, "allow": list(context.allow), "blocked": blocked}
         pages, mark = folder / "pages.jsonl", fingerprint({"site": VERSION, **config})
         recorded = next(iter(_lines(pages)), {})
         if recorded.get("settings") != mark:

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import AsyncIterator, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from yarl import URL
 from pairs.identity import canonical_url
 from pairs.store import FULL
 from pairs.workspace import Workspace
+from pipelines.fetch.blocklists import Blocklists
 from pipelines.fetch.client import REDIRECTS, Client, Failure, Headers, Limits, any_headers, open_client
 from pipelines.fetch.guard import networks
 from pipelines.fetch.policies import load_policies, save_policies
@@ -40,7 +42,7 @@ from pipelines.sources.site_cache import (
     unchanged,
     validators,
 )
-from pipelines.sources.site_sitemap import read_sitemap
+from pipelines.sources.site_sitemap import MAX_BYTES, read_sitemap
 
 CONNECTIONS = 16
 REDIRECT_ROUNDS = 5
@@ -74,6 +76,7 @@ class GuardedHandler:
         self._config = config
         self._client: Client | None = None
         self._robots: Robots | None = None
+        self._slots, self._one_map = asyncio.Semaphore(CONNECTIONS), asyncio.Semaphore(1)  # sitemaps may be large
 
     @classmethod
     def from_crawler(cls, crawler: Crawler) -> "GuardedHandler":
@@ -84,16 +87,20 @@ class GuardedHandler:
         if self._client is None or self._robots is None:  # the loop runs only now
             allow = networks(config["allow"], "source")
             self._client = open_client(config["agent"], config["per_host"], CONNECTIONS, allow)
-            self._robots = Robots(self._client, load_policies(place(config)[0]))
+            store = place(config)[0]
+            bar = Blocklists(frozenset(config["blocked"])).bar(Workspace(store).tombstones())
+            self._robots = Robots(self._client, load_policies(store), bar)
         limits = Limits(config["deadline_s"], config["max_page_bytes"], redirects=None, attempts=config["attempts"])
-        url, judge, accept = request.meta["as_found"], only_pages, ", ".join(PAGES)
+        url, judge, accept, turn = request.meta["as_found"], only_pages, ", ".join(PAGES), self._slots
         if request.meta.get("map") == "robots":
             named = await self._robots.sitemaps(URL(url))
             return HtmlResponse(url, body="\n".join(named).encode(), request=request)
         if request.meta.get("map"):
-            judge, accept = any_headers, "application/xml, text/xml, */*;q=0.1"
+            judge, accept, turn = any_headers, "application/xml, text/xml, */*;q=0.1", self._one_map
+            limits = replace(limits, max_bytes=MAX_BYTES + 1, cut=True)  # that it is cut shows by its size
         ask = {"Accept": accept, **request.meta["conditions"]}
-        answer = await self._client.fetch(url, limits, self._robots.permit, judge, ask)
+        async with turn:
+            answer = await self._client.fetch(url, limits, self._robots.permit, judge, ask)
         if isinstance(answer.result, Failure):
             raise PageFailed(answer.result)
         url, status, headers, body = answer.result

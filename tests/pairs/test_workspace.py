@@ -77,11 +77,15 @@ def test_what_a_killed_open_left_is_no_foreign_file(tmp_path: Path) -> None:
         assert not (tmp_path / f"{TEMPORARY}abc").exists()
 
 
-@pytest.mark.parametrize("mark", ['{"format": 2}', '{"format": "1"}', "{}", "[1]", "not json", "", "\xff"])
+@pytest.mark.parametrize(
+    "mark", ['{"format": 1}', '{"format": 3}', '{"format": "1"}', "{}", "[1]", "not json", "", "\xff"]
+)
 def test_another_version_is_refused(mark: str, tmp_path: Path) -> None:
     (tmp_path / MARK).write_bytes(mark.encode("latin-1"))
     for create in (True, False):
-        with pytest.raises(PairmillError, match=f"a workspace of format {FORMAT_VERSION}"):
+        with pytest.raises(
+            PairmillError, match=f"a workspace of format {FORMAT_VERSION}(?s:.*)choose another --workspace"
+        ):
             Workspace.open(tmp_path, create=create)
     assert (tmp_path / MARK).read_bytes() == mark.encode("latin-1")
 

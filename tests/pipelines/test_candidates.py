@@ -1,6 +1,8 @@
 """Increments: merged, sorted, cut once; nothing comes twice but what failed for a passing cause."""
 
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from pipelines import candidates, stages
 from pipelines.candidates import MAX_TRIES, CutCounts, _settings, check_settings, cut_increment, part
 from pipelines.console import Console
 from pipelines.run import Run, open_run
+from pipelines.sources import Context, text
+from tests.pipelines import flow
 
 
 @pytest.fixture
@@ -180,6 +184,72 @@ def test_a_killed_search_for_news_cuts_one_increment(
     assert (told["increment"], told["new"]) == ("0001", 2 if name == "delete" else 4)
     assert run.read("cut.json") == {"table": "0001"}
     assert crawl(6, True).workspace.increments("table") == ["0000", "0001"], "the run that goes on has cut already"
+
+
+@dataclass(frozen=True)
+class Opting:
+    """Images of which some are seen twice and some opt out."""
+
+    names: str
+    opted: str = ""
+
+    def candidates(self, context: Context) -> Iterator[dict[str, Any]]:
+        for page in ("http://p.test/1", "http://p.test/2"):
+            for name in self.names:
+                out = "noai" if name in self.opted else None
+                texts = [text(f"image {name}", "alt")]
+                yield {"url": f"http://a.test/{name}", "texts": texts, "page": page, "found": "img", "opt_out": out}
+
+
+def crawled(run: Run) -> dict[str, Any]:
+    """What a crawl stage leaves."""
+    store = run.workspace.store
+    return {"cut": run.read("cut.json")} | {
+        path: store.read(path) for path in (*store.files("candidates"), "tombstones.parquet")
+    }
+
+
+@pytest.mark.parametrize("later", [Opting("abcxy", "bcx"), Opting("abc", "bc")], ids=["new ones", "nothing new"])
+def test_killed_at_any_write_a_cut_with_late_opt_outs_counts_the_same(
+    later: Opting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, sources, steps = tmp_path / "recipe.yaml", [Opting("abcd")], [0, 10**9]
+    recipe.write_text(RECIPE.replace("PATH", "none"))
+    monkeypatch.setattr(candidates, "load_source", lambda *_: sources[0])
+    monkeypatch.setattr(candidates, "_settings", lambda *_: "{}")
+
+    def crawl(workspace: Path, new: bool) -> Run:
+        run = open_run(recipe, workspace=str(workspace), console=Console(quiet=True), new=new)
+        with run.workspace.lock():
+            stages.crawl(run)
+        return run
+
+    def counting(step: Any) -> Any:
+        def counted(*args: Any, **settings: Any) -> None:
+            steps[0] += 1
+            if steps[0] > steps[1]:
+                raise KeyboardInterrupt
+            step(*args, **settings)
+
+        return counted
+
+    first = crawl(tmp_path / "first", False)
+    first.workspace.store.write(f"{first.folder}/report.html", "done")
+    sources[0] = later
+    for name in ("_publish", "delete"):
+        monkeypatch.setattr(Store, name, counting(getattr(Store, name)))
+    steps[:] = [0, 10**9]
+    whole = crawl(Path(flow.copied(tmp_path / "first", tmp_path / "whole")), True)
+    expected, count = crawled(whole), steps[0]
+    assert whole.read("stages.json")["crawl"]["sources"]["table"]["buried"] == 2
+    assert whole.workspace.tombstones()["url_key"] == {url_key(f"http://a.test/{name}") for name in "bc"}
+    for step in range(1, count):
+        space = Path(flow.copied(tmp_path / "first", tmp_path / f"killed-{step}"))
+        steps[:] = [0, step]
+        with pytest.raises(KeyboardInterrupt):
+            crawl(space, True)
+        steps[:] = [0, 10**9]
+        assert crawled(crawl(space, True)) == expected, step
 
 
 def killed(*args: Any, **settings: Any) -> None:

@@ -13,17 +13,19 @@ from yarl import URL
 from pairs.errors import PairmillError
 from pairs.recipe import FetchSpec, SourceSpec
 from pairs.store import Store
-from pairs.workspace import Workspace
+from pairs.workspace import KINDS, Dead, Workspace
 from pipelines.candidates import cut_increment
 from pipelines.fetch import policies
+from pipelines.fetch.blocklists import Blocklists
 from pipelines.fetch.client import Answer, Client, Failure, Limits, any_headers, any_url, open_client, require_contact
 from pipelines.fetch.guard import networks
 from pipelines.fetch.policies import Policies, load_policies, save_policies
 from pipelines.fetch.robots import Robots, _matches, opt_out, opted_out
 from pipelines.sources.site_cache import load_unchanging, save_unchanging, unchanged
-from tests.pipelines.small_web import ALLOW, small_web, with_headers
+from tests.pipelines.small_web import ALLOW, redirect, small_web, with_headers
 
 AGENT = "pairmill/1 (+mailto:test@localhost)"
+NONE: Dead = dict.fromkeys(KINDS, frozenset())
 LIMITS = Limits(deadline_s=5.0, attempts=1)
 
 
@@ -64,6 +66,8 @@ def test_a_reservation_in_the_header() -> None:
         *(("/a/b.png", "/a/", True), ("/a/b.png", "/b/", False), ("/a/b.png", "*.png", True)),
         *(("/a/b.png?x", "*.png$", False), ("/a/b.png", "/*.png$", True), ("/a", "/a$", True), ("/ab", "/a$", False)),
         *(("/", "/", True), ("/aa", "/a*a$", True), ("/a", "/a*a$", False), ("/x", "*", True)),
+        *(("/foo-$", "/foo-%24", True), ("/foo-$/x", "/foo-%24$", False), ("/~me/%C3%A4", "/%7eme/ä", True)),
+        *(("/a%2fb", "/a%2F", True), ("/a/b", "/a%2Fb", False), ("/A", "/a", False), ("/*", "/%2A$", True)),
         ("/" + "a" * 5000, "*a" * 500 + "b", False),
     ],
 )
@@ -73,12 +77,23 @@ def test_paths_of_tdmrep(path: str, pattern: str, holds: bool) -> None:
     assert time.monotonic() - began < 0.5
 
 
+def rules(*told: tuple[str, object]) -> str:
+    """A tdmrep.json of locations and their reservations."""
+    return json.dumps([{"location": at, "tdm-reservation": value, "tdm-policy": "http://p/"} for at, value in told])
+
+
 @pytest.mark.parametrize(
     ("reserved", "path", "verdict"),
     [
         ('[{"location": "/art/", "tdm-reservation": 1}]', "/art/a.png", Failure("refused", "tdm")),
         ('[{"location": "/art/", "tdm-reservation": 1}]', "/free/a.png", None),
         ('[{"location": "/", "tdm-reservation": 0}]', "/a.png", None),
+        (rules(("/art/free/*.png", 0), ("/art/", 1)), "/art/free/a.png", None),
+        (rules(("/art/free/*.png", 0), ("/art/", 1)), "/art/free/a.jpg", Failure("refused", "tdm")),
+        (rules(("/art/", 1), ("/art/free/", 0)), "/art/free/a.png", Failure("refused", "tdm")),
+        (rules(("/art/", 2), ("/art/", 1)), "/art/a.png", Failure("refused", "tdm")),
+        (rules(("/art/", [1]), ("/\ud800", 1)), "/art/a.png", None),
+        ('{"location": "/", "tdm-reservation": 1}', "/a.png", None),
         ("<html>not found", "/a.png", None),
         ("[" * 90_000, "/a.png", None),
         (with_headers(b"", {}, 503), "/a.png", None),
@@ -90,6 +105,21 @@ async def test_a_reservation_by_origin(client: Client, reserved: object, path: s
         answers = [await robots.permit(URL(site.url(path))) for _ in range(2)]
         assert site.asked.count("/robots.txt") == 1
     assert answers == [verdict, verdict]
+
+
+@pytest.mark.parametrize("way", ["/robots.txt", "/.well-known/tdmrep.json"])
+async def test_policy_files_lead_to_no_host_that_is_blocked_or_forgotten(client: Client, way: str) -> None:
+    with small_web({}, "127.0.0.2") as barred, small_web({way: redirect(barred.url("/"))}) as site:
+        for bar, reason in (
+            (Blocklists(frozenset({"127.0.0.2"})).bar(NONE), "block_host"),
+            (Blocklists(frozenset()).bar({**NONE, "host": {"127.0.0.2"}}), "forgotten"),
+        ):
+            robots = Robots(client, bar=bar)
+            expected = None if "tdm" in way else Failure("refused", reason)  # who can't tell reserves nothing
+            assert await robots.permit(URL(site.url("/a"))) == expected and site.asked.pop() == way
+            assert await robots.permit(URL(barred.url("/a"))) == Failure("refused", reason)
+            assert await robots.sitemaps(URL(barred.url("/a"))) == []
+        assert barred.asked == []
 
 
 async def test_policy_files_are_kept_a_day_across_runs(

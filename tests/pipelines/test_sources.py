@@ -25,7 +25,7 @@ from pairs import process
 from pairs.errors import PairmillError
 from pairs.identity import local_key, url_key
 from pairs.process import ROOT
-from pairs.recipe import FetchSpec, SourceSpec
+from pairs.recipe import BlockSpec, FetchSpec, SourceSpec
 from pairs.tar import TarWriter
 from pairs.workspace import Workspace
 from pipelines.candidates import CutCounts, cut_increment, part
@@ -352,6 +352,18 @@ def test_a_site_is_crawled_politely(workspace: Workspace) -> None:
     assert not workspace.store.files("crawl")
 
 
+def test_pages_of_a_blocked_host_are_not_crawled(workspace: Workspace, tmp_path: Path) -> None:
+    """Neither those that links and redirects lead to, nor its robots.txt."""
+    (tmp_path / "hosts").write_text("127.0.0.2\n")
+    with small_web({"/x.html": '<img src="x.png" alt="x">'}, "127.0.0.2") as bad:
+        routes = {"/": f'<img src="a.png" alt="a">{link(bad.url("/x.html"))}{link("/on")}'}
+        with small_web(routes | {"/on": redirect(bad.url("/y.html"))}) as site:
+            settings = {"kind": "site", "seeds": [site.url("/")], "hosts": ["127.0.0.2"], "allow": ALLOW, "delay_s": 0}
+            fetch = FetchSpec(attempts=1, block=BlockSpec(hosts=str(tmp_path / "hosts")))
+            counts = cut_increment(workspace, "src", spec(**settings), fetch, quiet)
+    assert counts.new == 1 and counts.pages == {"ok": 1, "redirected": 1, "block_host": 2} and bad.asked == []
+
+
 def raw(head: bytes) -> Any:
     """Answers with header bytes that no library would write."""
 
@@ -505,9 +517,35 @@ def test_a_sitemap_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipelines.sources.site_sitemap.MAX_ENTRIES", 2)
     found = read_sitemap(sitemap("http://a.test/1", "http://a.test/2", "http://a.test/3"))
     assert (len(found["links"]), found["cut"], found["failure"]) == (2, 1, None)
-    monkeypatch.setattr("pipelines.sources.site_sitemap.MAX_BYTES", 1000)
+    monkeypatch.setattr("pipelines.sources.site_sitemap.MAX_BYTES", 300_000)
     assert read_sitemap(gzip.compress(b" " * 1_000_000))["failure"] == "too_large"
+    long = read_sitemap(gzip.compress(sitemap("http://a.test/1")[:-4] + b" " * 1_000_000 + b"</x>"))
+    assert (long["links"], long["failure"]) == (["http://a.test/1"], "too_large"), "what came before is kept"
     assert read_sitemap(b"<x><url>")["failure"] == "damaged" and read_sitemap(b"")["failure"] == "damaged"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<x>" + b"".join(b"<a%d/>" % n for n in range(2000)),
+        b"<x " + b" ".join(b'a%d=""' % n for n in range(2000)) + b"/>",
+        b"<a>" * 1000,
+        b"<x><!--" + b"a" * 2_000_000 + b"--></x>",
+        b"<x>" + b"<a/>" * 1_000_001 + b"</x>",
+    ],
+    ids=["names", "attributes", "depth", "one token", "elements"],
+)
+def test_a_sitemap_made_to_cost_much_is_left(body: bytes) -> None:
+    assert read_sitemap(body) == {"links": [], "more": [], "cut": 0, "failure": "too_large"}
+
+
+def test_a_sitemap_has_limits_of_its_own(workspace: Workspace) -> None:
+    with small_web({"/": '<img src="0.png" alt="zero">'}) as site:
+        site.routes["/1.html"] = '<img src="1.png" alt="one">'
+        whole = sitemap(*[site.url(f"/1.html?{'x' * 300}")] * 20, site.url("/1.html"))
+        site.routes["/s.xml"] = with_headers(whole, {})
+        counts = crawl(workspace, site, sitemaps=[site.url("/s.xml")], max_page_bytes=3000)
+    assert len(whole) > 3000 and counts.new == 2 and counts.pages == {"ok": 3, "sitemap_ok": 1}
 
 
 def image_of(markup: str) -> dict[str, Any]:
@@ -573,6 +611,15 @@ def test_words_of_a_caption_are_joined_as_they_are_seen() -> None:
         "<figure><img src=a.png><figcaption>o<b>n</b>e<br>two<p>three</p><script>x()</script><!-- no --></figcaption>"
     )
     assert " ".join(found["texts"][0]["text"].split()) == "one two three"
+
+
+def test_texts_are_cut_where_they_are_long_and_not_where_they_are_wide(workspace: Workspace) -> None:
+    wide, long = "a" + " \n" * 30_000 + "b", "x " * 6_000
+    found = f'<img src=1.png alt="{wide}"><figure><img src=2.png alt="z{long}"><figcaption>{long}</figcaption></figure>'
+    with small_web({"/": found}) as site:
+        assert crawl(workspace, site).texts_cut == 2
+    rows = {row["url"][-5:]: row["texts"] for row in workspace.store.read_table(part("src", "0000")).to_pylist()}
+    assert [t["text"] for t in rows["1.png"]] == ["a b"] and [len(t["text"]) for t in rows["2.png"]] == [10_000] * 2
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """Takedown: what is meant is found, nothing of it is left, nothing else moves, and a kill at any write is mended."""
 
+import contextlib
 import json
 import shutil
 import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +245,26 @@ def test_hosts_and_bytes_do_not_come_back(tmp_path: Path) -> None:
     assert not refused({"url_key": set(), "host": {"a.test"}}, "k", "http://ba.test/1.jpg")
 
 
+def test_forgotten_bytes_at_a_new_address_leave_its_key_alone(tmp_path: Path) -> None:
+    space, blue = Workspace.open(tmp_path / "w", create=True), picture("blue")
+    with small_web({"/0.png": picture("red"), "/copy.png": blue}) as site:
+        (tmp_path / "web.csv").write_text("url,text\n" + "".join(f"{site.url(p)},a square\n" for p in site.routes))
+        spec = SourceSpec(kind="urls", allow=ALLOW, path=str(tmp_path / "web.csv"))
+        forget(space, {"sha256": [sha256_hex(blue)]}, "asked for", alone)
+        cut_increment(space, "web", spec, FetchSpec(), lambda *_: None)
+        fetch_increment(space, "web", spec, FetchSpec(), "0000", lambda *_: None)
+        copy, key = site.url("/copy.png"), url_key(site.url("/copy.png"))
+    rewritten = finish(space)["rewritten"]
+    assert (rewritten["ledger"], rewritten["candidates"], rewritten["pairs"]) == (1, 1, 0)
+    for kind in ("candidates", "ledger"):
+        [path] = space.store.files(kind, ".parquet")
+        [row] = [row for row in space.store.read_table(path).to_pylist() if row["url_key"] == key]
+        told = {name: value for name, value in row.items() if value is not None}
+        assert told == {"url_key": key} | ({"status": "refused", "reason": "forgotten"} if kind == "ledger" else {})
+    assert not [p for p in space.store.files("") if copy.encode() in space.store.read(p)] and verify(space).ok
+    assert finish(space) == {}
+
+
 def test_a_fetch_goes_on_after_a_rewriting_takedown(tmp_path: Path) -> None:
     space = Workspace.open(tmp_path / "w", create=True)
     with small_web({"/0.png": picture("red"), "/1.png": picture("blue")}) as site:
@@ -368,6 +390,88 @@ def test_a_database_in_use_is_told_and_the_rest_waits(space: Workspace, monkeypa
     base.execute("COMMIT")
     base.close()
     assert finish(space)["state"] == "done" and left(space) == {} and verify(space).ok
+
+
+@contextmanager
+def a_server(path: Path) -> Iterator[None]:
+    """Writes to a database in short transactions, over a connection that stays open, as Prefect's server does."""
+    stop, written = threading.Event(), threading.Event()
+
+    def write() -> None:
+        base = sqlite3.connect(path, timeout=30, isolation_level=None)
+        while not stop.wait(0.01):
+            base.execute("INSERT INTO log VALUES ('a heartbeat', NULL)")
+            written.set()
+        base.close()
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        assert written.wait(10)
+        yield
+    finally:
+        stop.set()
+        thread.join(10)
+
+
+def test_a_server_that_writes_meanwhile_is_waited_for(space: Workspace) -> None:
+    database = Path(space.store.root) / "prefect/prefect.db"
+    with a_server(database):
+        assert forget(space, ASKED, "asked for", alone)["state"] == "done"
+        assert left(space) == {} and verify(space).ok
+    with contextlib.closing(sqlite3.connect(database)) as base:
+        assert base.execute("SELECT count(*) FROM log WHERE message = 'a heartbeat'").fetchone()[0] > 0
+        assert base.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_run_forgets_while_its_own_server_holds_the_database(tmp_path: Path) -> None:
+    """The takedown at the end of a stage takes an address out of the database of the server that the run reports to."""
+    root, code = tmp_path / "w", "from pipelines.cli import main; main()"
+    recipe = tmp_path / "recipe.yaml"
+    with small_web({"/0.png": picture("red"), "/1.png": picture("blue")}) as site:
+        (tmp_path / "web.csv").write_text("url,text\n" + "".join(f"{site.url(p)},a square\n" for p in site.routes))
+        web = {"kind": "urls", "path": str(tmp_path / "web.csv"), "allow": ALLOW}
+        recipe.write_text(json.dumps({"name": "held", "sources": {"web": web}}))
+        fetch = [sys.executable, "-c", code, "fetch", str(recipe), "--workspace", str(root)]
+        subprocess.run(fetch, cwd=ROOT, check=True)
+        space, gone = Workspace.open(root), site.url("/1.png")
+        with contextlib.closing(sqlite3.connect(root / "prefect/prefect.db", isolation_level=None)) as base:
+            base.execute("CREATE TABLE told (message TEXT)")
+            base.execute("INSERT INTO told VALUES (?)", (f"could not read {gone}",))
+        assert forget(space, {"urls": [gone]}, "asked for", None)["state"] == "buried"
+        subprocess.run(fetch, cwd=ROOT, check=True)
+    databases = (root / "prefect").glob("prefect.db*")
+    assert not [path for path in databases if gone.encode() in path.read_bytes()] and verify(space).ok
+    assert finish(space) == {}, "the run did it"
+
+
+def test_a_reader_that_stays_is_told_and_the_rest_waits(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The database is clean then, but its write-ahead log still has the old pages."""
+    monkeypatch.setattr("pipelines.scrub.BUSY_S", 0.1)
+    with contextlib.closing(
+        sqlite3.connect(Path(space.store.root) / "prefect/prefect.db", isolation_level=None)
+    ) as base:
+        base.execute("BEGIN")
+        base.execute("SELECT * FROM log").fetchall()
+        with pytest.raises(PairmillError, match="end the schedule"):
+            forget(space, ASKED, "asked for", alone)
+        base.execute("COMMIT")
+    assert finish(space)["state"] == "done" and left(space) == {} and verify(space).ok
+
+
+def test_a_workspace_on_an_object_store(space: Workspace, memory_store: Store) -> None:
+    """All but databases, which lie on local disk."""
+    for path in (p for p in space.store.files("") if not p.startswith(("prefect/", "."))):
+        memory_store.write(path, space.store.read(path))
+    remote = Workspace.open(memory_store.root)
+    before = len(left(remote))
+    forget(space, ASKED, "asked for", alone)
+    facts = forget(remote, ASKED, "asked for", alone)
+    assert before >= 12 and left(remote) == {} and facts["state"] == "done"
+    assert verify(remote).problems == [] and finish(remote) == {}
+    assert contents(remote) == contents(space), "the same bytes as on local disk"
 
 
 @pytest.mark.slow
