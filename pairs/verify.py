@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from pairs.errors import PairmillError
 from pairs.fingerprint import content_hash
 from pairs.identity import make_uid, sha256_hex, url_key
+from pairs.increments import MARK, holding
 from pairs.schemas import CANDIDATES, LEDGER, PAIRS, SELECTION, TRAINING
 from pairs.shard import MEMBERS, ShardRef, list_shards, shard_at
 from pairs.store import Store, table_metadata
@@ -46,6 +47,7 @@ class Verdict:
 def verify(workspace: Workspace, progress: Callable[[str], None] = lambda _: None) -> Verdict:
     """Checks everything below `workspace` that has a promise to keep."""
     verdict, store = Verdict(), workspace.store
+    verdict.unfinished += [MARK] if store.has(MARK) else []
     dead = _guarded_tombstones(verdict, workspace)
     for kind, schema in SHARDED.items():
         for path in store.files(kind, ".parquet"):
@@ -237,7 +239,8 @@ def _check_increments(verdict: Verdict, store: Store) -> Iterator[str]:
     """What runs are pinned to is whole: a ledger row for every candidate, a pair for every ok, no shard left out. An
     increment that no run is pinned to may be under way."""
     told = [json.loads(store.read(p)) for p in store.files("runs", "lineage.json")]
-    pinned = {(source, i, run["fetch"]) for run in told for source, all_ in run["increments"].items() for i in all_}
+    pinned = {(source, i, run["fetch"]) for run in told for source, all_ in run["increments"].items()
+              for i in holding(store.folders(f"candidates/{source}"), all_)}  # fmt: skip
     for source, increment, mark in sorted(pinned):
         folder = f"{source}-{mark}/{increment}"
         for kind, problem in _check_fetched(store, folder, f"candidates/{source}/{increment}"):
