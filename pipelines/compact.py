@@ -69,11 +69,8 @@ def tell(facts: Facts, as_json: bool) -> None:
         return
     for one in facts["merged"]:
         verb = "would merge" if facts["dry_run"] else "merged"
-        print(
-            f"{verb} {one['source']} {', '.join(one['members'])} into {one['increment']}: {one['pairs']} pairs, ",
-            end="",
-        )
-        print(f"{one['shards_before']} shards become {one['shards']}")
+        held = f"{one['pairs']} pairs in {one['shards']} shards"
+        print(f"{verb} {one['source']} {', '.join(one['members'])} ({held}) into {one['increment']}")
     for one in facts["left"]:
         print(f"left {one['source']} {one['increment']} ({one['pairs']} pairs): {one['why']}")
     if not facts["merged"]:
