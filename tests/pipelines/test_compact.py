@@ -30,6 +30,7 @@ from pipelines.joining import Merge, join
 from pipelines.run import Run, open_run
 from pipelines.takedown import forget
 from tests.pipelines import flow
+from tests.pipelines.conftest import Finished
 from tests.pipelines.small_web import ALLOW, SmallWeb, small_web
 
 LATE = 2  # how often /late.png fails before it comes
@@ -366,7 +367,7 @@ def killed_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> Iterator[list[s
 
 @pytest.fixture
 def two_nights(scheduled: Scheduled) -> Scheduled:
-    """The last two increments alone are small enough, and only one filter has seen them, so that there are few steps."""
+    """Two increments alone may be merged, and only one reducer has seen them, so that there are few steps."""
     for folder in ("image_stats", "text_stats", "near_duplicates", "image_hash"):
         for path in scheduled.space.glob(f"scores/{folder}-*"):
             shutil.rmtree(path)
@@ -438,3 +439,45 @@ def test_names() -> None:
     assert exactly(names, ["0000", "0001-0002", "0003"]) == ["0000-0002", "0003"]
     with pytest.raises(PairmillError, match="0001 and no others"):
         exactly(names, ["0000", "0001"])
+
+
+@pytest.fixture
+def drawn_later(finished: Finished) -> Iterator[Callable[[int], None]]:
+    """Draws six more pictures into the trusted folder; they go after the test."""
+    yield lambda first: flow.draw_folder(finished.root / "trusted", 6, first)
+    for path in (finished.root / "trusted").glob("0[56]??.*"):
+        path.unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_trainings_stay_what_they_were(
+    finished: Finished, drawn_later: Callable[[int], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space = flow.copied(finished.workspace, tmp_path / "workspace")
+    nights = []
+    for first in (500, 600):
+        drawn_later(first)
+        nights.append(flow.run_stages(finished.recipe, space, new=True)[0])
+    workspace, store = Workspace.open(space), Store(space)
+    new = [
+        row["uid"] for rows in rows_of(store, "shards").values() for row in rows.values() if row["increment"] > "0000"
+    ]
+    before = {uid: trace(workspace, uid)["training"] for uid in new}
+    assert len(new) > 6 and any(len(told) == 2 for told in before.values()), before
+    tables = set(flow.files_below(space, "scores", "models", "canaries", "evals"))
+    told = compact(workspace, None, 100, False)
+    assert [(one["source"], one["members"]) for one in told["merged"]] == [("trusted", ["0001", "0002"])]
+    assert verify(workspace).ok, verify(workspace).problems
+    assert {uid: trace(workspace, uid)["training"] for uid in new} == before, "by what was kept of the old shards"
+    again, _ = flow.run_stages(finished.recipe, space)
+    assert again.folder == nights[1].folder
+    assert {"first-filter", "round-1/curate", "round-1/pretrain", "round-1/evaluate"} <= set(again.reused)
+    made = set(flow.files_below(space, "scores", "models", "canaries", "evals")) - tables
+    assert all("/0001-0002/" in name or name.startswith("models/index/") for name in made), made
+    assert len([name for name in made if name.startswith("models/")]) == 1, "the last training is known by both names"
+    told = forget(workspace, {"uids": [new[0]]}, "asked", lambda holder: None)
+    assert told["rewritten"]["pinned"] >= 1 and len(told["trainings"]) == len(before[new[0]])
+    counts = [list(one["pairs"].values()) for one in told["trainings"]]
+    assert counts == [[len(one["steps"])] for one in before[new[0]]], "how often each took it, by the kept tables"
+    assert verify(workspace).ok, verify(workspace).problems
