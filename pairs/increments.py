@@ -52,7 +52,7 @@ def holding(names: Sequence[str], wanted: Iterable[str]) -> list[str]:
 def exactly(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
     """As `holding`, and an error where these hold other cuts than `wanted`."""
     found = holding(names, wanted)
-    if sorted(map(span, found)) != sorted(map(span, wanted)) and _cuts(found) != _cuts(wanted):
+    if found != list(wanted) and _cuts(found) != _cuts(wanted):
         raise PairmillError(
             expected=f"increments that hold {', '.join(wanted)} and no others",
             found=f"{', '.join(found)}: `pairmill compact` merged them with later ones",

@@ -65,6 +65,8 @@ def verify(workspace: Workspace, progress: Callable[[str], None] = lambda _: Non
     for path in store.files("candidates", ".parquet"):
         progress(path)
         _guarded(verdict, path, lambda p=path: _check_candidates(verdict, store, p, dead))  # type: ignore[misc]
+    for path in [*store.files("tries", ".parquet"), *store.files("pinned", ".parquet")]:
+        _guarded(verdict, path, lambda p=path: _check_kept(store, p, dead))  # type: ignore[misc]
     for path in [*store.files("crawl"), *store.files("cache")] if any(dead.values()) else []:
         _guarded(verdict, path, lambda p=path: _check_found(store, p, dead))  # type: ignore[misc]
     _guarded(verdict, "runs", lambda: _check_increments(verdict, store))
@@ -211,6 +213,15 @@ def _check_found(store: Store, path: str, dead: Dead) -> Iterator[str]:
         left += sum(refused(dead, key, url) for key, url in told)
     if left:
         yield f"{left} addresses that are forgotten are still in it: {AGAIN}"
+
+
+def _check_kept(store: Store, path: str, dead: Dead) -> Iterator[str]:
+    """What `compact` keeps of files that are gone says nothing of what is forgotten."""
+    table = store.read_table(path)
+    rows = table.select([n for n in ("url_key", "url", "uid", "text") if n in table.column_names]).to_pylist()
+    urls = sum(row.get("url") is not None and refused(dead, row["url_key"], row["url"]) for row in rows)
+    if left := urls + sum(row.get("text") is not None and row["uid"] in dead["uid"] for row in rows):
+        yield f"{left} rows that are forgotten are still in it: {AGAIN}"
 
 
 def _addresses(line: dict[str, Any]) -> Iterator[str]:

@@ -127,11 +127,10 @@ def tries(
 
 
 def _rows(store: Store, kind: str, source: str, increment: str, spec: FetchSpec) -> list[Row]:
-    """Rows of the ledger (or of the `tries`) of these settings; where there are none, of all others."""
-    mine = store.files(f"{kind}/{source}-{fetch_fingerprint(spec)}/{increment}", ".parquet")
-    paths = mine or [
-        p for group in groups(store, source) for p in store.files(f"{kind}/{group}/{increment}", ".parquet")
-    ]
+    """Rows of the ledger (or of the `tries`) of these settings; where these have no ledger, of all others."""
+    mine = f"{source}-{fetch_fingerprint(spec)}"
+    chosen = [mine] if store.files(f"ledger/{mine}/{increment}", ".parquet") else groups(store, source)
+    paths = [path for group in chosen for path in store.files(f"{kind}/{group}/{increment}", ".parquet")]
     columns = ["url_key", "status", "started_at", *(["increment"] if kind == "tries" else [])]
     return [row for path in paths for row in store.read_table(path, columns).to_pylist()]
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from aiohttp import web
 
@@ -18,20 +19,24 @@ from pairs.errors import PairmillError
 from pairs.identity import url_key
 from pairs.increments import MARK, exactly, following, holding, joined
 from pairs.process import ROOT
-from pairs.shard import list_shards, read_shard
+from pairs.recipe import BlipSpec, FetchSpec
+from pairs.shard import ShardRef, list_shards, read_shard
 from pairs.store import Store, table_metadata
 from pairs.verify import verify
 from pairs.workspace import Workspace
 from pipelines import stages
 from pipelines.compact import compact
 from pipelines.console import Console
+from pipelines.fetch.ledger import tries
 from pipelines.inspection import trace
 from pipelines.joining import Merge, join
+from pipelines.models import trained
 from pipelines.run import Run, open_run
 from pipelines.takedown import forget
 from tests.pipelines import flow
 from tests.pipelines.conftest import Finished
 from tests.pipelines.small_web import ALLOW, SmallWeb, small_web
+from training.config import BlipJob, Pin
 
 LATE = 2  # how often /late.png fails before it comes
 BATCHES = [range(0, 7), range(7, 12), range(12, 15), range(15, 20)]
@@ -338,6 +343,65 @@ def test_what_an_unfinished_run_is_at_is_left_alone(scheduled: Scheduled) -> Non
     told = merged(scheduled)
     assert [one["members"] for one in told["merged"]] == [["0002", "0003"]]
     assert all("isn't finished" in one["why"] for one in told["left"]) and len(told["left"]) == 2
+
+
+def test_each_fetch_of_a_source_is_merged_with_its_own_shards(scheduled: Scheduled, tmp_path: Path) -> None:
+    values = nightly(scheduled.root)
+    path = flow.write_recipe(tmp_path / "recipe.yaml", values | {"fetch": values["fetch"] | {"shard_pairs": 7}})
+    run = open_run(path, workspace=str(scheduled.space), console=Console(True))
+    with run.workspace.lock():
+        stages.crawl(run)
+        stages.fetch(run)
+    assert merged(scheduled)["merged"] == [], "that run isn't finished"
+    run.workspace.store.write(f"{run.folder}/report.html", "done")
+    told = merged(scheduled)
+    assert [one["members"] for one in told["merged"]] == [["0000", "0001", "0002", "0003"]]
+    store = scheduled.workspace.store
+    held = {group: len(list_shards(store, f"pairs/{group}")) for group in store.folders("pairs")}
+    assert sorted(held.values()) == [4, 6] and verify(scheduled.workspace).ok, verify(scheduled.workspace).problems
+    late = url_key(scheduled.site.url("/late.png"))
+    mine = [
+        r for p in store.files(f"ledger/{stages.shards(run)['web'][0].group}") for r in store.read_table(p).to_pylist()
+    ]
+    assert [row["status"] for row in mine if row["url_key"] == late] == ["ok"], "it was refused later, as had before"
+    counted = {name: tries(store, "web", "0000-0003", keys_of(store), spec) for name, spec in
+               {"mine": run.recipe.fetch, "nobody's": FetchSpec(side_px=99)}.items()}  # fmt: skip
+    assert {name: len(told) for name, told in counted.items()} == {"mine": 5, "nobody's": 5}
+
+
+def keys_of(store: Store) -> pa.ChunkedArray:
+    return store.read_table("candidates/web/0000-0003/part-00000.parquet")["url_key"]
+
+
+def test_a_store_in_memory_is_compacted_too(scheduled: Scheduled, memory_store: Store) -> None:
+    for name, data in files(scheduled.space).items():
+        memory_store.write(name, data)
+    assert compact(Workspace.open(memory_store.root), None, 100, False)["merged"]
+    merged(scheduled)
+    assert {name: memory_store.read(name) for name in memory_store.files("")} == files(scheduled.space)
+
+
+def test_a_training_on_all_of_it_is_known_by_the_new_shards(scheduled: Scheduled) -> None:
+    store, run = scheduled.workspace.store, scheduled.workspace.store.folders("runs")[-1]
+    refs = {name: [r for r in list_shards(store, "pairs") if r.increment <= name] for name in ("0001", "0003")}
+    jobs = {name: blip(store, some) for name, some in refs.items()}
+    for job in jobs.values():
+        store.write(f"runs/{run}/first-filter/blip/{job.fingerprint}/config.json", job.model_dump_json())
+        store.write(f"models/index/{job.fingerprint}.json", json.dumps({"fingerprint": job.fingerprint}))
+    for names in (("0000", "0001"), ("0002", "0003"), ("0000-0001", "0002-0003")):
+        merge(scheduled.workspace, *names)
+        now = blip(store, list_shards(store, "pairs"))
+        assert trained(scheduled.workspace, now.fingerprint) == {"fingerprint": jobs["0003"].fingerprint}
+    aliases = [json.loads(store.read(path)) for path in store.files("models/index")]
+    assert [told.get("same_as") for told in aliases].count(jobs["0001"].fingerprint) == 1, "not after the second merge"
+    kept = store.read_table(f"pinned/{refs['0001'][0].table}")
+    assert kept.column_names == ["uid"] and kept.num_rows
+
+
+def blip(store: Store, refs: list[ShardRef]) -> BlipJob:
+    tars = [table_metadata(store.read_table(ref.table))["tar_sha256"] for ref in refs]
+    pins = [Pin(folder=ref.folder, index=ref.index, tar_sha256=tar) for ref, tar in zip(refs, tars, strict=True)]
+    return BlipJob(store=store.root, shards=pins, out_dir="", spec=BlipSpec(**flow.BLIP))
 
 
 class Killed(BaseException):
