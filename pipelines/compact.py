@@ -124,11 +124,7 @@ def _merge(source: str, run: list[State], sizes: Mapping[str, int]) -> Merge:
 def _shard_sizes(store: Store) -> dict[str, int]:
     """How many candidates make a shard, by fetch fingerprint, as the runs tell that fetched."""
     told = (json.loads(store.read(path)) for path in store.files("runs", "/lineage.json"))
-    return {run["fetch"]: _size(run["recipe"]) for run in told if "recipe" in run}
-
-
-def _size(recipe: Facts) -> int:
-    return int(recipe["fetch"]["shard_pairs"])
+    return {run["fetch"]: int(run["recipe"]["fetch"]["shard_pairs"]) for run in told}
 
 
 def _state(store: Store, source: str, name: str, groups: list[str], sizes: Mapping[str, int]) -> State:
@@ -167,14 +163,12 @@ def _pinned(store: Store, source: str, states: list[State]) -> dict[int, str]:
     latest = {run.rpartition("-")[0]: f"runs/{run}" for run in store.folders("runs")}
     ends: dict[int, str] = {}
     for run in latest.values():
-        recipe = (
-            yaml.safe_load(store.read(f"{run}/recipe.yaml")) if store.has(f"{run}/recipe.yaml") else {"sources": {}}
-        )
+        recipe = yaml.safe_load(store.read(f"{run}/recipe.yaml"))
         path = f"{run}/lineage.json"
         names = json.loads(store.read(path))["increments"].get(source, []) if store.has(path) else []
         if names:
             ends[span(names[-1])[1]] = run
         if source in recipe["sources"] and not store.has(f"{run}/report.html"):
             for state in (s for s in states if not names or span(s.name)[1] <= span(names[-1])[1]):
-                state.why = f"{run} isn't finished: run its recipe again"
+                state.why = f"{run} isn't finished: run its recipe.yaml again, or delete that folder to give it up"
     return ends

@@ -21,7 +21,7 @@ from filters.columns import check_same_pairs
 from pairs.errors import PairmillError
 from pairs.increments import MARK, owned, settle
 from pairs.schemas import LEDGER, TRIES
-from pairs.shard import ShardRef, copy_shard, cuts, list_shards, shard_at
+from pairs.shard import ShardRef, check_tar, copy_shard, cuts, list_shards, shard_at
 from pairs.store import Store, table_metadata
 from pairs.workspace import Workspace
 from pipelines.candidates import part
@@ -156,9 +156,8 @@ def _tries(store: Store, group: str, name: str, again: set[str]) -> list[dict[st
 def _pairs(store: Store, merge: Merge, group: str, starts: Sequence[str]) -> None:
     """Joins the pair shards of a group, and after them whatever mirrors them."""
     refs = [ref for name in merge.members for ref in list_shards(store, f"pairs/{group}/{name}")]
-    tables = [store.read_table(ref.table) for ref in refs]
+    tables, origins = _read(store, refs)
     rows = _ordered(_concat(tables), starts, f"pairs/{group}")
-    origins = [ref for ref, table in zip(refs, tables, strict=True) for _ in range(table.num_rows)]
     cut = [name for ref, table in zip(refs, tables, strict=True) for name in cuts(store, ref, table.num_rows)]
     names = sorted(set(cut))
     for index, block in enumerate(rows.blocks()):
@@ -173,6 +172,14 @@ def _pairs(store: Store, merge: Merge, group: str, starts: Sequence[str]) -> Non
             _mirror(store, merge, folder, refs, rows)
 
 
+def _read(store: Store, refs: Sequence[ShardRef]) -> tuple[list[pa.Table], list[ShardRef]]:
+    """The tables of sound shards, and the shard of each row."""
+    tables = [store.read_table(ref.table) for ref in refs]
+    for ref, table in zip(refs, tables, strict=True):
+        check_tar(store, ref, table)
+    return tables, [ref for ref, table in zip(refs, tables, strict=True) for _ in range(table.num_rows)]
+
+
 def _copy(
     store: Store, ref: ShardRef, rows: Rows, block: list[int], origins: Sequence[ShardRef], facts: dict[str, str]
 ) -> None:
@@ -182,10 +189,8 @@ def _copy(
 
 def _training(store: Store, merge: Merge, folder: str, refs: Sequence[ShardRef], starts: Sequence[str]) -> None:
     """Joins training shards."""
-    old = [training_shard(folder, ref) for ref in refs]
-    tables = [store.read_table(ref.table) for ref in old]
+    tables, origins = _read(store, [training_shard(folder, ref) for ref in refs])
     rows = _ordered(_concat(tables), starts, folder)
-    origins = [ref for ref, table in zip(old, tables, strict=True) for _ in range(table.num_rows)]
     for index, block in enumerate(rows.blocks()):
         _copy(store, ShardRef(f"{folder}/{refs[0].group}/{merge.name}", index), rows, block, origins, {})
 

@@ -321,6 +321,20 @@ def test_what_filters_or_runs_have_seen_in_part_stays_apart(scheduled: Scheduled
     assert verify(scheduled.workspace).ok
 
 
+def test_a_damaged_tar_is_never_copied(scheduled: Scheduled) -> None:
+    store = scheduled.workspace.store
+    tar = scheduled.space / list_shards(store, "pairs")[2].tar
+    data = bytearray(tar.read_bytes())
+    data[600] ^= 1
+    tar.write_bytes(data)
+    rows = rows_of(store, "pairs")
+    with pytest.raises(PairmillError, match="another sha256"):
+        merged(scheduled)
+    assert rows_of(store, "pairs") == rows and [path for path, _ in verify(scheduled.workspace).problems]
+    with scheduled.workspace.lock():
+        assert not [path for path in store.every("") if "0000-0003" in path] and not store.has(MARK)
+
+
 def another(scheduled: Scheduled, run: str, pinned: list[str], done: bool) -> None:
     """The latest run of another recipe."""
     store, folder = scheduled.workspace.store, f"runs/{run}-0001"
