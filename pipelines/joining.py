@@ -70,14 +70,23 @@ def join(workspace: Workspace, merge: Merge) -> None:
     store = workspace.store
     mark = {"source": merge.source, "merged": merge.name, "members": merge.members}
     store.write(MARK, json.dumps(mark | {"committed": False}))
-    keys, again = _candidates(store, merge)
-    for group, size in merge.sizes.items():
-        starts = keys[::size]
-        _ledger(store, merge, group, starts, keys, again)
-        _pairs(store, merge, group, starts)
-    _trainings(workspace, merge)
+    try:
+        _write(workspace, merge)
+    except Exception:  # a full disk, a damaged file: taken back at once
+        settle(store)
+        raise
     store.write(MARK, json.dumps(mark | {"committed": True}))
     settle(store)
+
+
+def _write(workspace: Workspace, merge: Merge) -> None:
+    """All of the merged increment, which nobody sees yet."""
+    keys, again = _candidates(workspace.store, merge)
+    for group, size in merge.sizes.items():
+        starts = keys[::size]
+        _ledger(workspace.store, merge, group, starts, keys, again)
+        _pairs(workspace.store, merge, group, starts)
+    _trainings(workspace, merge)
 
 
 def _ordered(table: pa.Table, starts: Sequence[str], path: str) -> Rows:
