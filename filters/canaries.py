@@ -150,7 +150,7 @@ DEFECTS: dict[str, Callable[[Origin, np.ndarray, int], Planted]] = {"swapped_tex
 def _publish(
     store: Store, defect: str, plan: Plan, plant: Callable[[Origin, np.ndarray, int], Planted], seed: int
 ) -> ShardRef:
-    lineage = [[o.uid, o.shard.table, o.row["text"], p.row["text"] if p else None] for o, p in plan]
+    lineage = [[o.uid, o.shard.group, o.row["text"], p.row["text"] if p else None] for o, p in plan]
     name = f"{defect}-{fingerprint({'defect': defect, 'version': VERSION, 'seed': seed, 'plan': lineage})}"
     ref = ShardRef(f"canaries/{name}/0000", 0)
     if store.has(ref.table) and store.has(facts_path(ref)):

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from filters.base import CORPUS, Reducer, fingerprint_of, needed_filters
 from filters.columns import OWN, Frame, load_frame
-from pairs.shard import ShardRef
+from pairs.shard import ShardRef, cuts
 from pairs.store import Store
 
 Shards = Mapping[str, Sequence[ShardRef]]  # by source
@@ -96,7 +96,7 @@ def corpus(
         return load_frame(store, {}, [], scores, trusted), pa.table(empty | made)
     frame = load_frame(store, shards, full.values(), scores, trusted)
     counts = np.diff(frame.starts)
-    increments = np.repeat(np.array([ref.increment for _, ref in frame.shards], object), counts)
+    increments = [name for (_, ref), rows in zip(frame.shards, counts, strict=True) for name in cuts(store, ref, rows)]
     columns = {"uid": frame.table["uid"], "source": pa.array(frame.source, pa.string())}
     columns |= {"increment": pa.array(increments, pa.string()), "trusted": pa.array(frame.trusted)}
     dead = pa.array(np.where(frame.alive, np.arange(len(frame.alive)), 0), mask=~frame.alive)

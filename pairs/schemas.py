@@ -41,6 +41,8 @@ LEDGER = pa.schema(
     ]
 )
 
+TRIES = LEDGER.append(pa.field("increment", pa.string()))  # of keys that several merged increments tried: all rows
+
 PAIRS = pa.schema(
     [
         ("uid", pa.string()),

@@ -5,12 +5,15 @@ records the tar's size and sha256; its rows record each member's offset, so that
 """
 
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
 from pairs.errors import PairmillError
+from pairs.identity import sha256_hex
+from pairs.schemas import PAIRS, TRAINING
 from pairs.store import Store, table_metadata
 from pairs.tar import Member, TarWriter, read_members
 
@@ -64,15 +67,76 @@ def list_shards(store: Store, prefix: str) -> list[ShardRef]:
     return sorted(map(shard_at, store.files(prefix, ".parquet")))
 
 
+def cuts(store: Store, ref: ShardRef, rows: int) -> list[str]:
+    """With which increment each row of a pair shard was cut; another than the shard's own where `compact` merged it."""
+    told = table_metadata(store.read_table(ref.table, ["uid"])) if "-" in ref.increment else {}
+    names = told["cuts"].split() if told else [ref.increment]
+    return [names[int(place)] for place in told["cut_of"].split()] if told else names * rows
+
+
 def write_shard(store: Store, ref: ShardRef, rows: Iterable[tuple[dict[str, object], bytes]], schema: pa.Schema) -> int:
     """Publishes a shard of (row, encoded image); a row has `schema`'s fields but for the offsets. Returns the count."""
-    done: list[dict[str, object]] = []
+
+    def add(writer: TarWriter) -> Iterator[dict[str, object]]:
+        for row, image in rows:
+            yield row | {"key": row["uid"]} | _offsets(_add_pair(writer, row, image))
+
+    return _publish(store, ref, schema, add, {})
+
+
+def check_tar(store: Store, ref: ShardRef, table: pa.Table) -> None:
+    """Refuses a tar that isn't the one its table records: its copy would pass for sound."""
+    if sha256_hex(store.read(ref.tar)) != table_metadata(table).get("tar_sha256"):
+        raise PairmillError(
+            expected=f"the tar that {ref.table} records in {ref.tar}",
+            found="another sha256",
+            remedy="run `pairmill verify` on the workspace, and mend what it names",
+        )
+
+
+def copy_shard(
+    store: Store, ref: ShardRef, rows: Iterable[tuple[dict[str, Any], ShardRef]], facts: dict[str, str]
+) -> None:
+    """Publishes a shard of rows of other shards of its kind, each with the shard it lies in: members byte for byte,
+    forgotten rows as they are. `facts` go into the table's metadata."""
+    schema = schema_of(ref)
+
+    def add(writer: TarWriter) -> Iterator[dict[str, object]]:
+        for row, origin in rows:
+            yield row | (_offsets(_copy(writer, store, row, origin)) if row["status"] == "ok" else {})
+
+    _publish(store, ref, schema, add, facts)
+
+
+def schema_of(ref: ShardRef) -> pa.Schema:
+    """What the table of a shard holds."""
+    return TRAINING if ref.folder.startswith("shards/") else PAIRS
+
+
+def _copy(writer: TarWriter, store: Store, row: dict[str, Any], origin: ShardRef) -> list[Member]:
+    """Copies a pair's members from the tar of `origin`: neighbours, so one range request reads them."""
+    start, end = row["image_offset"], row["json_offset"] + row["json_size"]
+    data = store.read(origin.tar, start, end - start)
+    copies = []
+    for name, ext in zip(MEMBERS, (row["image_ext"], "txt", "json"), strict=True):
+        at = row[f"{name}_offset"] - start
+        copies.append(writer.add(row["uid"], ext, data[at : at + row[f"{name}_size"]]))
+    return copies
+
+
+def _publish(
+    store: Store,
+    ref: ShardRef,
+    schema: pa.Schema,
+    add: Callable[[TarWriter], Iterator[dict[str, object]]],
+    facts: dict[str, str],
+) -> int:
+    """Tar first, table last; `add` writes the members of each row that it yields."""
     with store.writing(ref.tar) as file:
         writer = TarWriter(file)
-        for row, image in rows:
-            done.append(row | {"key": row["uid"]} | _offsets(_add_pair(writer, row, image)))
+        done = list(add(writer))
         writer.close()
-    metadata = {"tar_size": str(writer.size), "tar_sha256": writer.sha256, "rows": str(len(done))}
+    metadata = {"tar_size": str(writer.size), "tar_sha256": writer.sha256, "rows": str(len(done))} | facts
     store.write_table(ref.table, pa.Table.from_pylist(done, schema=schema), metadata)
     return len(done)
 

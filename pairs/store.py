@@ -10,7 +10,7 @@ import io
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pairs.errors import PairmillError
+from pairs.increments import hides, read_mark
 
 TEMPORARY = ".tmp-"
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -92,13 +93,31 @@ class Store:
             self.fs.put_file(temporary, target)
 
     def files(self, prefix: str, suffix: str = "") -> list[str]:
-        """Sorted relative paths of the files below `prefix`, unfinished ones left out."""
+        """Sorted relative paths of the files below `prefix`; unfinished ones, and increments that a merge hides, are
+        left out."""
+        return self._shown(lambda: self.every(prefix, suffix), str)
+
+    def _shown(self, listing: Callable[[], list[str]], path: Callable[[str], str]) -> list[str]:
+        """What readers see of a listing; listed again where a merge moved on meanwhile."""
+        before = read_mark(self)
+        while True:
+            names, after = listing(), read_mark(self)
+            if before == after:
+                gone = hides(after)
+                return [name for name in names if not gone(path(name))]
+            before = after
+
+    def every(self, prefix: str, suffix: str = "") -> list[str]:
+        """As `files`, with what a merge hides."""
         found = self.fs.find(self.full(prefix)) if self.fs.exists(self.full(prefix)) else []
         names = (name.removeprefix(self._base).lstrip("/") for name in found)
         return sorted(n for n in names if n.endswith(suffix) and TEMPORARY not in n)
 
     def folders(self, prefix: str) -> list[str]:
-        """Sorted names of the folders directly below `prefix`."""
+        """Sorted names of the folders directly below `prefix`; increments that a merge hides are left out."""
+        return self._shown(lambda: self._folders(prefix), lambda name: f"{prefix}/{name}/")
+
+    def _folders(self, prefix: str) -> list[str]:
         if not self.fs.isdir(self.full(prefix)):
             return []
         entries = self.fs.ls(self.full(prefix), detail=True)

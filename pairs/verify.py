@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from pairs.errors import PairmillError
 from pairs.fingerprint import content_hash
 from pairs.identity import make_uid, sha256_hex, url_key
+from pairs.increments import MARK, holding
 from pairs.schemas import CANDIDATES, LEDGER, PAIRS, SELECTION, TRAINING
 from pairs.shard import MEMBERS, ShardRef, list_shards, shard_at
 from pairs.store import Store, table_metadata
@@ -46,6 +47,7 @@ class Verdict:
 def verify(workspace: Workspace, progress: Callable[[str], None] = lambda _: None) -> Verdict:
     """Checks everything below `workspace` that has a promise to keep."""
     verdict, store = Verdict(), workspace.store
+    verdict.unfinished += [MARK] if store.has(MARK) else []
     dead = _guarded_tombstones(verdict, workspace)
     for kind, schema in SHARDED.items():
         for path in store.files(kind, ".parquet"):
@@ -63,6 +65,8 @@ def verify(workspace: Workspace, progress: Callable[[str], None] = lambda _: Non
     for path in store.files("candidates", ".parquet"):
         progress(path)
         _guarded(verdict, path, lambda p=path: _check_candidates(verdict, store, p, dead))  # type: ignore[misc]
+    for path in [*store.files("tries", ".parquet"), *store.files("pinned", ".parquet")]:
+        _guarded(verdict, path, lambda p=path: _check_kept(store, p, dead))  # type: ignore[misc]
     for path in [*store.files("crawl"), *store.files("cache")] if any(dead.values()) else []:
         _guarded(verdict, path, lambda p=path: _check_found(store, p, dead))  # type: ignore[misc]
     _guarded(verdict, "runs", lambda: _check_increments(verdict, store))
@@ -211,6 +215,15 @@ def _check_found(store: Store, path: str, dead: Dead) -> Iterator[str]:
         yield f"{left} addresses that are forgotten are still in it: {AGAIN}"
 
 
+def _check_kept(store: Store, path: str, dead: Dead) -> Iterator[str]:
+    """What `compact` keeps of files that are gone says nothing of what is forgotten."""
+    table = store.read_table(path)
+    rows = table.select([n for n in ("url_key", "url", "uid", "text") if n in table.column_names]).to_pylist()
+    urls = sum(row.get("url") is not None and refused(dead, row["url_key"], row["url"]) for row in rows)
+    if left := urls + sum(row.get("text") is not None and row["uid"] in dead["uid"] for row in rows):
+        yield f"{left} rows that are forgotten are still in it: {AGAIN}"
+
+
 def _addresses(line: dict[str, Any]) -> Iterator[str]:
     """The addresses in a crawl's record of a page or a sitemap."""
     yield from (line[name] for name in ("url", "sitemap", "redirect") if line.get(name))
@@ -237,7 +250,8 @@ def _check_increments(verdict: Verdict, store: Store) -> Iterator[str]:
     """What runs are pinned to is whole: a ledger row for every candidate, a pair for every ok, no shard left out. An
     increment that no run is pinned to may be under way."""
     told = [json.loads(store.read(p)) for p in store.files("runs", "lineage.json")]
-    pinned = {(source, i, run["fetch"]) for run in told for source, all_ in run["increments"].items() for i in all_}
+    pinned = {(source, i, run["fetch"]) for run in told for source, all_ in run["increments"].items()
+              for i in holding(store.folders(f"candidates/{source}"), all_)}  # fmt: skip
     for source, increment, mark in sorted(pinned):
         folder = f"{source}-{mark}/{increment}"
         for kind, problem in _check_fetched(store, folder, f"candidates/{source}/{increment}"):

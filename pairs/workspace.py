@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 from pairs import FORMAT_VERSION
 from pairs.errors import PairmillError
 from pairs.identity import canonical_url
+from pairs.increments import settle
 from pairs.schemas import TOMBSTONES
 from pairs.shard import ShardRef, list_shards
 from pairs.store import TEMPORARY, Store, advice
@@ -80,6 +81,7 @@ class Workspace:
         """Holds the writers' lock. A second writer gets an error that names the first, or with `waiting`, which is told
         the name, waits for it."""
         if not self.store.local:
+            settle(self.store)
             yield
             return
         path = self.store.local / ".lock"
@@ -104,6 +106,7 @@ class Workspace:
             file.flush()
             try:
                 self.store.sweep()
+                settle(self.store)
                 yield
             finally:
                 file.truncate(0)

@@ -16,10 +16,11 @@ import pyarrow.compute as pc
 
 from cluster.compute import Engine
 from pairs.errors import PairmillError
+from pairs.increments import following, holding
 from pairs.recipe import FetchSpec, SourceSpec
 from pairs.store import table_metadata
 from pairs.workspace import Dead, Workspace, refused
-from pipelines.fetch.ledger import due, passing_failures
+from pipelines.fetch.ledger import due, tries
 from pipelines.merge import Merge, Merged, Sets, clean, living, merge, write_groups
 from pipelines.sources import Context, Progress, Row, load_source
 
@@ -108,15 +109,17 @@ def _end(workspace: Workspace, name: str, increment: str) -> None:
 
 def next_increment(workspace: Workspace, name: str) -> str:
     """What the next increment of a source is called."""
-    return f"{len(workspace.increments(name)):04d}"
+    return following(workspace.increments(name))
 
 
 def finished_cut(workspace: Workspace, name: str, increment: str) -> CutCounts | None:
     """What was counted when `increment` was cut, None where it isn't. Ends what a kill after the cut left to do."""
-    if increment not in workspace.increments(name):
+    (holder,) = holding(there := workspace.increments(name), [increment])
+    if holder not in there:
         return None
     _end(workspace, name, increment)
-    return CutCounts(**json.loads(_metadata(workspace, name, increment)["counts"]))
+    told = _metadata(workspace, name, holder)
+    return CutCounts(**json.loads(told["counts"] if holder == increment else json.loads(told["members"])[increment]))
 
 
 def check_settings(workspace: Workspace, name: str, spec: SourceSpec) -> None:
@@ -180,28 +183,31 @@ def _due(workspace: Workspace, name: str, earlier: list[str], spec: FetchSpec) -
     """The keys that failed for a passing cause wherever they were tried, not too often and long enough ago."""
     times: dict[str, list[float]] = {}
     for increment in earlier:
-        failed = passing_failures(workspace.store, name, increment, spec)
-        keys = workspace.store.read_table(part(name, increment), ["url_key"])["url_key"]
-        again = keys.filter(pc.is_in(keys, pa.array(sorted(times), pa.string()))).to_pylist()
-        for key in set(again) - failed.keys():
-            del times[key]
-        for key, at in failed.items():
-            times.setdefault(key, []).append(at)
+        all_ = workspace.store.read_table(part(name, increment), ["url_key"])["url_key"]
+        for keys, failed in tries(workspace.store, name, increment, all_, spec):
+            again = keys.filter(pc.is_in(keys, pa.array(sorted(times), pa.string()))).to_pylist()
+            for key in set(again) - failed.keys():
+                del times[key]
+            for key, at in failed.items():
+                times.setdefault(key, []).append(at)
     return {key for key, at in times.items() if len(at) < MAX_TRIES and due(at, spec)}
 
 
 def _earlier_keys(workspace: Workspace, name: str, earlier: list[str], spec: FetchSpec) -> Iterator[Sets]:
-    """Of each earlier increment: its keys, those of them that failed for a passing cause, those that hadn't opted out,
+    """Of each earlier cut: its keys, those of them that failed for a passing cause, those that hadn't opted out,
     and (with the last one) those that failed and haven't waited long enough."""
     times: dict[str, list[float]] = {}
     for increment in earlier:
         table = workspace.store.read_table(part(name, increment), ["url_key", "opt_out"])
         open_ = set(table.filter(pc.is_null(table["opt_out"]))["url_key"].to_pylist())
-        failed = passing_failures(workspace.store, name, increment, spec)
-        for key, at in failed.items():
-            times.setdefault(key, []).append(at)
-        rest = {key for key, at in times.items() if not due(at, spec)} if increment == earlier[-1] else set[str]()
-        yield set(table["url_key"].to_pylist()), set(failed), open_, rest
+        told = tries(workspace.store, name, increment, table["url_key"], spec)
+        for left, (tried, failed) in zip(reversed(range(len(told))), told, strict=True):
+            for key, at in failed.items():
+                times.setdefault(key, []).append(at)
+            last = increment == earlier[-1] and not left
+            rest = {key for key, at in times.items() if not due(at, spec)} if last else set[str]()
+            keys = set(tried.to_pylist())
+            yield keys, set(failed), open_ & keys, rest
 
 
 def _judge(merged: list[Row], earlier: list[Sets], dead: frozenset[str]) -> tuple[list[Row], Counter[str], list[str]]:

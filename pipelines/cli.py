@@ -230,6 +230,22 @@ def forget(
     tell(take_down(space, asked, reason, waiting if wait else None), json)
 
 
+@app.command()
+def compact(
+    workspace: SpaceArg,
+    source: Annotated[str | None, typer.Option(help="This source alone. Default: all.")] = None,
+    below: Annotated[int | None, typer.Option(min=1, help="Pairs. Default: as many as fill a shard.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what would be merged; change nothing.")] = False,
+    json: JsonOpt = False,
+) -> None:
+    """Merge small adjacent increments of a source into one, so that later stages read few large shards. Nothing is
+    fetched, scored or trained again."""
+    from pipelines.compact import compact as merge
+    from pipelines.compact import tell
+
+    tell(merge(Workspace.open(workspace), source, below, dry_run), json)
+
+
 def _lines(path: Path) -> list[str]:
     """The lines of a file that aren't blank; `-` is stdin."""
     try:

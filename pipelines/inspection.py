@@ -20,7 +20,7 @@ from pairs.workspace import Workspace
 from pipelines.console import printable
 from training.config import TrainConfig
 from training.plan import steps_of
-from training.tables import make_plan
+from training.tables import make_plan, pinned_path
 
 _out = Rich(highlight=False)
 SAME_START_S = 1.0  # a start time is told in ticks of the clock
@@ -156,6 +156,8 @@ def trace(workspace: Workspace, uid: str) -> dict[str, Any]:
     source = ref.group.rsplit("-", 1)[0]
     facts["candidate"] = _by_key(workspace, f"candidates/{source}", key)
     facts["fetch"] = _by_key(workspace, f"ledger/{ref.group}", key)
+    if again := _by_key(workspace, f"tries/{ref.group}", key):  # in each of the increments that were merged
+        facts["tries"] = again
     for kind in ("scores", "selections"):
         tables = {name: ref.beside(f"{kind}/{name}") for name in store.folders(kind)}
         facts[kind] = {name: _row(workspace, path, row) for name, path in tables.items() if store.has(path)}
@@ -201,7 +203,7 @@ def _training(workspace: Workspace, uid: str) -> list[dict[str, Any]]:
             continue
         config = TrainConfig(store=workspace.store.root, out_dir="", **record["train_config"])
         told = {"training": record["folder"], "model": record["models"]["clip"]}
-        tables = (workspace.store.read_table(pin.ref.table, ["uid"]) for pin in config.shards)
+        tables = (workspace.store.read_table(pinned_path(workspace.store, p), ["uid"]) for p in config.shards)
         if not any(uid in table["uid"].to_pylist() for table in tables):
             continue
         if uid in config.apart:
@@ -227,8 +229,8 @@ def tell_trace(workspace: Workspace, uid: str, as_json: bool) -> None:
         print(json.dumps(facts, default=str))
         return
     tree = Tree(f"[bold]{escape(facts['uid'])}[/bold]  {facts['shard']} row {facts['row']}")
-    for name in ("candidate", "fetch", "pair", "scores", "selections", "training"):
-        _grow(tree.add(name), facts[name])
+    for name in ("candidate", "fetch", "tries", "pair", "scores", "selections", "training"):
+        _grow(tree.add(name), facts.get(name, []))
     _out.print(tree)
 
 

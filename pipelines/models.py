@@ -16,9 +16,11 @@ from pairs.workspace import Workspace
 
 
 def trained(workspace: Workspace, fingerprint: str) -> dict[str, Any] | None:
-    """The facts of a finished training, or None. `facts["models"]` maps roles to content hashes."""
+    """The facts of a finished training, or None. `facts["models"]` maps roles to content hashes. A training on what
+    `compact` made of its shards is the same one."""
     path = f"models/index/{fingerprint}.json"
-    return json.loads(workspace.store.read(path)) if workspace.store.has(path) else None
+    told = json.loads(workspace.store.read(path)) if workspace.store.has(path) else None
+    return trained(workspace, told["same_as"]) if told and "same_as" in told else told
 
 
 def publish_models(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pairs.errors import PairmillError
+from pairs.increments import exactly
 from pairs.recipe import EvaluateSpec, Recipe
 from pairs.shard import ShardRef
 from pipelines import curation, scorer, training_jobs
@@ -73,7 +74,7 @@ def fetch(run: Run) -> Facts:
     """Makes the missing pair shards of all increments, then pins the run to them."""
     with run.stage("fetch") as facts:
         pinned = (run.read("lineage.json") or {}).get("increments")
-        pinned = pinned or {name: run.workspace.increments(name) for name in run.recipe.sources}
+        pinned = _holding(run, pinned or {name: run.workspace.increments(name) for name in run.recipe.sources})
         counts = {}
         for name, spec in run.recipe.sources.items():
             fetched = []
@@ -90,6 +91,11 @@ def fetch(run: Run) -> Facts:
             f"{sum(c['ok'] for c in counts.values())} pairs of {sum(c['candidates'] for c in counts.values())}"
         )
         return facts
+
+
+def _holding(run: Run, pinned: dict[str, list[str]]) -> dict[str, list[str]]:
+    """What holds the increments now that a run was pinned to, by source."""
+    return {name: exactly(run.workspace.increments(name), increments) for name, increments in pinned.items()}
 
 
 def _success_gate(run: Run, name: str, fetched: list[FetchCounts]) -> None:
@@ -121,7 +127,7 @@ def shards(run: Run) -> dict[str, list[ShardRef]]:
     assert lineage, "fetch comes first"
     return {
         name: [r for r in run.workspace.pair_shards(name, lineage["fetch"]) if r.increment in increments]
-        for name, increments in lineage["increments"].items()
+        for name, increments in _holding(run, lineage["increments"]).items()
     }
 
 

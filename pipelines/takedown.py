@@ -28,13 +28,14 @@ from pairs.store import Store, table_metadata
 from pairs.workspace import KINDS, Dead, Workspace, host_of, refused
 from pipelines.models import trained
 from pipelines.scrub import needles, scrub
-from training.config import TrainConfig
-from training.tables import make_plan
+from training.config import Pin, TrainConfig
+from training.tables import make_plan, pinned_path
 
 Record = dict[str, Any]
 KEYED = {  # tables by url_key, and which of their columns say more of a pair
     "candidates": ("url", "texts"),
     "ledger": ("url", "sha256", "uid"),
+    "tries": ("url", "sha256", "uid"),
     "pairs": ("url", "sha256", "uid", "text", "texts"),
 }
 
@@ -103,7 +104,8 @@ def finish(
     for kind in ("selections", "scores"):
         rewrote[kind] = sum(_blank(store, p, "uid", found.uids, _SELECTED) for p in store.files(kind, ".parquet"))
     rewrote["pairs"] = _shards(store, "pairs", found.uids)
-    for kind in ("ledger", "candidates"):
+    rewrote["pinned"] = sum(_blank(store, p, "uid", found.uids, _PINNED) for p in store.files("pinned", ".parquet"))
+    for kind in ("tries", "ledger", "candidates"):
         rewrote[kind] = sum(_blank(store, p, "url_key", found.keys, _KEPT) for p in store.files(kind, ".parquet"))
     facts = record | {"state": "done", "ended": _now(), "rewritten": dict(rewrote)}
     if path:
@@ -251,7 +253,7 @@ def consumers(workspace: Workspace, uids: AbstractSet[str], before: Dead) -> lis
         config = json.loads(store.read(path))
         if "shards" not in config or "apart" not in config:
             continue
-        pinned = [f"{pin['folder']}/{pin['index']:05d}.parquet" for pin in config["shards"]]
+        pinned = [pinned_path(store, Pin(**pin)) for pin in config["shards"]]
         tables = [store.read_table(p, ["uid"]) for p in pinned if store.has(p)]
         met = {u for t in tables for u in t.filter(_among(t["uid"], uids))["uid"].to_pylist()} - set(config["apart"])
         folder = path.removesuffix("/config.json")
@@ -308,7 +310,8 @@ def _shards(store: Store, kind: str, uids: AbstractSet[str]) -> int:
     )
 
 
-_KEPT: dict[str, Any] = {"url_key": None, "status": None, "reason": None}
+_KEPT: dict[str, Any] = {"url_key": None, "status": None, "reason": None, "increment": None}
+_PINNED: dict[str, Any] = {"uid": None, "url_key": None, "status": "forgotten"}
 _SELECTED: dict[str, Any] = {"uid": None, "kept": False, "dropped_by": "forgotten", "would_drop": ["forgotten"]}
 
 

@@ -110,12 +110,9 @@ def _record(
 
 def evaluate(run: Run, told: str, sha: str, spec: EvaluateSpec, known: dict[str, list[ShardRef]]) -> Facts:
     """Rows of figures of one model; `told` is what the report calls it."""
-    content = [pin.tar_sha256 for pin in trusted_pins(run, known)]
-    uids = [row["uid"] for _, row in held_out_rows(run, known)]  # fewer once one of them is forgotten
+    pairs = sorted([ref.group, row["uid"], row["text"]] for ref, row in held_out_rows(run, known))
     classes = content_hash(Path(spec.zero_shot.path)) if spec.zero_shot else None
-    mark = fingerprint(
-        {"evaluate": spec.model_dump(), "classes": classes, "model": sha, "pairs": content, "uids": uids, "version": 2}
-    )
+    mark = fingerprint({"evaluate": spec.model_dump(), "classes": classes, "model": sha, "pairs": pairs, "version": 3})
     path = f"evals/{mark}.json"
     store = run.workspace.store
     reused = store.has(path)

@@ -80,13 +80,20 @@ def make_plan(
     return plan, dict(left_out)
 
 
+def pinned_path(store: Store, pin: Pin) -> str:
+    """The table of a pinned shard, or what `compact` kept of it when it merged the shard into others."""
+    kept = f"pinned/{pin.ref.table}"
+    return kept if not store.has(pin.ref.table) and store.has(kept) else pin.ref.table
+
+
 def pinned_table(store: Store, pin: Pin) -> pa.Table:
     """`COLUMNS` of the shard's table, which must belong to the pinned tar, and the tar must be whole."""
     again = "run the same command again: missing shards are made anew"
-    for path in (pin.ref.table, pin.ref.tar):
+    merged = pinned_path(store, pin) != pin.ref.table  # the plan can be told, and no more
+    for path in () if merged else (pin.ref.table, pin.ref.tar):
         if not store.has(path):
             raise PairmillError(expected=f"the shard {path}", found="no such file", remedy=again)
-    table = store.read_table(pin.ref.table)
+    table = store.read_table(pinned_path(store, pin))
     recorded = table_metadata(table)
     if recorded.get("tar_sha256") != pin.tar_sha256:
         raise PairmillError(
@@ -94,7 +101,7 @@ def pinned_table(store: Store, pin: Pin) -> pa.Table:
             found=str(recorded.get("tar_sha256")),
             remedy="run the same command again: the shards were rewritten since this training was planned",
         )
-    size = store.size(pin.ref.tar)
+    size = recorded.get("tar_size") if merged else store.size(pin.ref.tar)
     if recorded.get("tar_size") != str(size):
         raise PairmillError(
             expected=f"{recorded.get('tar_size')} bytes in {pin.ref.tar}",

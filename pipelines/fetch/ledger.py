@@ -8,7 +8,9 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from pairs.fingerprint import fingerprint
@@ -17,6 +19,7 @@ from pairs.store import Store
 from pipelines.fetch import decode
 from pipelines.fetch.robots import OPT_OUT, RESERVED
 
+Row = dict[str, Any]
 VERSION = 2  # raise it when equal responses give other bytes
 ENTERS = ("side_px", "format", "quality", "shard_pairs", "max_bytes", "max_pixels", "min_side_px")
 GROWTH = 4  # each failure for a time makes the next wait so many times as long
@@ -105,16 +108,38 @@ def taken(store: Store, group: str, increment: str) -> set[str]:
 def passing_failures(store: Store, source: str, increment: str, spec: FetchSpec) -> dict[str, float]:
     """Of an increment, what failed for a time: when, in seconds since 1970, by url_key. Told by the ledger of these
     settings; where it has none, by those of others, among which the latest row of a candidate counts."""
-    mark = f"{source}-{fetch_fingerprint(spec)}"
-    mine = store.files(f"ledger/{mark}/{increment}", ".parquet")
-    paths = mine or [
-        p for group in groups(store, source) for p in store.files(f"ledger/{group}/{increment}", ".parquet")
-    ]
+    return _failed(_rows(store, "ledger", source, increment, spec))
+
+
+def tries(
+    store: Store, source: str, increment: str, keys: pa.ChunkedArray, spec: FetchSpec
+) -> list[tuple[pa.ChunkedArray, dict[str, float]]]:
+    """Which of the increment's `keys` were tried when it was cut, and `passing_failures` among them. An increment that
+    `compact` made comes once for each cut in which some of its keys were tried that were tried in others too."""
+    rows: dict[str, list[Row]] = {}
+    for row in _rows(store, "tries", source, increment, spec):
+        rows.setdefault(row["increment"], []).append(row)
+    told = [(pa.chunked_array([[r["url_key"] for r in rows[cut]]]), _failed(rows[cut])) for cut in sorted(rows)]
+    several = {row["url_key"] for cut in rows.values() for row in cut}
+    failed = passing_failures(store, source, increment, spec)
+    once = keys.filter(pc.invert(pc.is_in(keys, pa.array(sorted(several), pa.string())))) if several else keys
+    return [*told, (once, {key: at for key, at in failed.items() if key not in several})]
+
+
+def _rows(store: Store, kind: str, source: str, increment: str, spec: FetchSpec) -> list[Row]:
+    """Rows of the ledger (or of the `tries`) of these settings; where these have no ledger, of all others."""
+    mine = f"{source}-{fetch_fingerprint(spec)}"
+    chosen = [mine] if store.files(f"ledger/{mine}/{increment}", ".parquet") else groups(store, source)
+    paths = [path for group in chosen for path in store.files(f"{kind}/{group}/{increment}", ".parquet")]
+    columns = ["url_key", "status", "started_at", *(["increment"] if kind == "tries" else [])]
+    return [row for path in paths for row in store.read_table(path, columns).to_pylist()]
+
+
+def _failed(rows: Iterable[Row]) -> dict[str, float]:
     latest: dict[str, tuple[float, bool]] = {}
-    for path in paths:
-        for row in store.read_table(path, ["url_key", "status", "started_at"]).to_pylist():
-            at = row["started_at"].timestamp() if row["started_at"] else 0.0
-            latest[row["url_key"]] = max(latest.get(row["url_key"], (0.0, False)), (at, row["status"] == "transient"))
+    for row in rows:
+        at = row["started_at"].timestamp() if row["started_at"] else 0.0
+        latest[row["url_key"]] = max(latest.get(row["url_key"], (0.0, False)), (at, row["status"] == "transient"))
     return {key: at for key, (at, failed) in latest.items() if failed}
 
 
