@@ -1,0 +1,103 @@
+"""Backend `triton`: our own fused attention for the lengths of this job, captions of 10 to 40 tokens and images of 16 to
+1,024 patches, where a library's tile of 128 rows computes mostly nothing. `schedule` says which tiles, `kernels` how.
+
+Memory: the output and two float32 a token and head for the backward. Runs on CUDA, or on a CPU in Triton's interpreter
+(TRITON_INTERPRET=1 before Triton is first imported), where its bfloat16 products are wrong and therefore refused.
+"""
+
+import importlib.util
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.attention.layout import Layout
+from training.attention.schedule import TILES, schedule
+from training.attention.use import Use
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+        from training.attention import kernels
+
+        q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+        o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        lse = torch.empty(q.shape[1], len(q), dtype=torch.float32, device=q.device)
+        plan, step = schedule(layout), TILES[-1]
+        for tiles, columns in ((plan.short, None), (plan.queries, step)):
+            for rows, part in tiles.items():
+                kernels.forward[len(part), q.shape[1]](
+                    q, k, v, o, lse, *layout.bounds(), part, *_sizes(q), *_strides(q, k, v, o),
+                    **_shape(q, rows), C=columns or rows,
+                )  # fmt: skip
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.layout = layout
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        from training.attention import kernels
+
+        q, k, v, o, lse = ctx.saved_tensors
+        do = do if do.stride(2) == 1 else do.contiguous()
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        plan, bounds, sizes, heads, step = schedule(ctx.layout), ctx.layout.bounds(), _sizes(q), q.shape[1], TILES[-1]
+        for rows, part in plan.short.items():
+            kernels.backward_short[len(part), heads](
+                q, k, v, do, dq, dk, dv, lse, *bounds, part, *sizes, *_strides(q, k, v, do, dq), **_shape(q, rows)
+            )
+        delta = torch.empty_like(lse) if plan.queries else lse
+        for rows, part in plan.queries.items():
+            kernels.backward_queries[len(part), heads](
+                q, k, v, o, do, dq, lse, delta, *bounds, part, *sizes, *_strides(q, k, v, o, do, dq),
+                **_shape(q, rows), C=step,
+            )  # fmt: skip
+        for rows, part in plan.keys.items():
+            kernels.backward_keys[len(part), heads](
+                q, k, v, do, dk, dv, lse, delta, *bounds, part, *sizes, *_strides(q, k, v, do, dq),
+                **_shape(q, rows), C=step,
+            )  # fmt: skip
+        return dq, dk, dv, None
+
+
+@torch.compiler.disable
+def triton(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, layout: Layout) -> Tensor:
+    out: Tensor = _Fused.apply(q_TNH, k_TNH, v_TNH, layout)
+    return out
+
+
+def triton_limit(use: Use) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton isn't installed"
+    if use.device != "cuda" and not (use.device == "cpu" and interpreted()):
+        return f"triton compiles for CUDA, the tensors are on {use.device}, and TRITON_INTERPRET=1 isn't set"
+    if use.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"triton takes float32, float16 or bfloat16, and this is {use.dtype}"
+    if use.dtype == torch.bfloat16 and interpreted():
+        return "Triton's interpreter computes bfloat16 products wrongly: use float16 or float32 there"
+    if use.width % 16 or not 16 <= use.width <= 128:
+        return f"triton takes heads of 16 to 128, a multiple of 16, and this one is {use.width} wide"
+    return None
+
+
+def interpreted() -> bool:
+    import triton as package
+
+    return bool(package.knobs.runtime.interpret)
+
+
+def _sizes(q: Tensor) -> tuple[int, float]:
+    """Tokens, and the factor that brings scores into units of log2."""
+    return len(q), q.shape[2] ** -0.5 * math.log2(math.e)
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for x in tensors for stride in x.stride()[:2]]
+
+
+def _shape(q: Tensor, rows: int) -> dict[str, int]:
+    """Compile-time sizes of a kernel: one warp for 16 rows, twice as many where a head is wider than 64."""
+    even = 1 << (q.shape[2] - 1).bit_length()
+    return {"H": q.shape[2], "E": even, "R": rows, "num_warps": rows // 16 * (2 if even > 64 else 1)}
