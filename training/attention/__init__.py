@@ -15,31 +15,28 @@ import torch
 from torch import Tensor
 
 from pairs.errors import PairmillError
-from training.attention.flash import flash_attn, flash_attn_limit, varlen, varlen_limit
-from training.attention.flex import flex, flex_limit
-from training.attention.fused import triton, triton_limit
-from training.attention.layout import Layout, Run
-from training.attention.plain import reference, sdpa
+from training.attention import flash, flex, fused, plain
+from training.attention.layout import Layout
 from training.attention.use import Use
 
-__all__ = ["BACKENDS", "Layout", "Run", "attend", "chosen", "unsupported"]
+__all__ = ["BACKENDS", "Layout", "attend", "chosen", "unsupported"]
 log = logging.getLogger("pairmill.training")
 
 BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Layout], Tensor]] = {
-    "reference": reference,
-    "sdpa": sdpa,
-    "varlen": varlen,
-    "flash_attn": flash_attn,
-    "flex": flex,
-    "triton": triton,
+    "reference": plain.reference,
+    "sdpa": plain.sdpa,
+    "varlen": flash.varlen,
+    "flash_attn": flash.flash_attn,
+    "flex": flex.flex,
+    "triton": fused.triton,
 }
 _LIMITS: dict[str, Callable[[Use], str | None]] = {
     "reference": lambda use: None,
     "sdpa": lambda use: None,
-    "varlen": varlen_limit,
-    "flash_attn": flash_attn_limit,
-    "flex": flex_limit,
-    "triton": triton_limit,
+    "varlen": flash.varlen_limit,
+    "flash_attn": flash.flash_attn_limit,
+    "flex": flex.flex_limit,
+    "triton": fused.triton_limit,
 }
 
 

@@ -46,7 +46,9 @@ def flash_attn(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, layout: Layout) -> T
 
 def varlen_limit(use: Use) -> str | None:
     found = importlib.util.find_spec("torch.nn.attention.varlen")
-    return _limit("varlen", use) or (None if found else f"varlen needs torch 2.11 or newer, this is {torch.__version__}")
+    return _limit("varlen", use) or (
+        None if found else f"varlen needs torch 2.11 or newer, this is {torch.__version__}"
+    )
 
 
 def flash_attn_limit(use: Use) -> str | None:
@@ -81,7 +83,9 @@ def _third(device: torch.device) -> bool:
     import torch.nn.attention as ways
 
     hopper = torch.cuda.get_device_capability(device) == (9, 0)
-    if not (hopper and importlib.util.find_spec("flash_attn_interface") and hasattr(ways, "list_flash_attention_impls")):
+    if not (
+        hopper and importlib.util.find_spec("flash_attn_interface") and hasattr(ways, "list_flash_attention_impls")
+    ):
         return False
     if "FA3" not in ways.list_flash_attention_impls():
         return False

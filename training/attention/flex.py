@@ -21,7 +21,7 @@ BLOCK = 128
 
 def flex(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, layout: Layout) -> Tensor:
     q, k, v = (x.transpose(0, 1)[None] for x in (q_TNH, k_TNH, v_TNH))
-    out: Tensor = _compiled()(q, k, v, block_mask=layout.recalled("flex", _block_mask))
+    out: Tensor = _compiled()(q, k, v, block_mask=layout.recalled("flex", block_mask))
     return out[0].transpose(0, 1)
 
 
@@ -44,7 +44,8 @@ def _compiled() -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=True)
 
 
-def _block_mask(layout: Layout) -> Any:
+def block_mask(layout: Layout) -> Any:
+    """Torch's BlockMask of a layout, on the layout's device."""
     from torch.nn.attention.flex_attention import BlockMask
 
     low, high = layout.recalled("host_bounds", host_bounds)
@@ -72,6 +73,6 @@ def _block_mask(layout: Layout) -> Any:
 
 def _listed(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """How many blocks each row of blocks has, and their numbers first; (1, 1, rows) and (1, 1, rows, columns)."""
-    order = blocks.int().argsort(1, descending=True, stable=True)
+    order = blocks.int().argsort(dim=1, descending=True, stable=True)
     count = blocks.sum(1, dtype=torch.int32)
     return count[None, None].to(device), order.int()[None, None].to(device)

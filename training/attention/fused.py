@@ -1,5 +1,5 @@
-"""Backend `triton`: our own fused attention for the lengths of this job, captions of 10 to 40 tokens and images of 16 to
-1,024 patches, where a library's tile of 128 rows computes mostly nothing. `schedule` says which tiles, `kernels` how.
+"""Backend `triton`: our own fused attention for the lengths of this job, captions of 10 to 40 tokens and images of 16
+to 1,024 patches, where a library's tile of 128 rows computes mostly nothing. `schedule` says which tiles, `kernels` how.
 
 Memory: the output and two float32 a token and head for the backward. Runs on CUDA, or on a CPU in Triton's interpreter
 (TRITON_INTERPRET=1 before Triton is first imported), where its bfloat16 products are wrong and therefore refused.
@@ -16,6 +16,8 @@ from training.attention.layout import Layout
 from training.attention.schedule import TILES, schedule
 from training.attention.use import Use
 
+STEP = TILES[-1]  # columns of a step through a long segment
+
 
 class _Fused(torch.autograd.Function):
     @staticmethod
@@ -25,13 +27,13 @@ class _Fused(torch.autograd.Function):
         q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
         o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[1], len(q), dtype=torch.float32, device=q.device)
-        plan, step = schedule(layout), TILES[-1]
-        for tiles, columns in ((plan.short, None), (plan.queries, step)):
-            for rows, part in tiles.items():
-                kernels.forward[len(part), q.shape[1]](
-                    q, k, v, o, lse, *layout.bounds(), part, *_sizes(q), *_strides(q, k, v, o),
-                    **_shape(q, rows), C=columns or rows,
-                )  # fmt: skip
+        plan = schedule(layout)
+        shapes = [(part, _shape(q, rows) | {"C": rows}) for rows, part in plan.short.items()]
+        shapes += [(part, _shape(q, rows, STEP)) for rows, part in plan.queries.items()]
+        for part, shape in shapes:
+            kernels.forward[len(part), q.shape[1]](
+                q, k, v, o, lse, *layout.bounds(), part, *_sizes(q), *_strides(q, k, v, o), **shape
+            )
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.layout = layout
         return o
@@ -43,7 +45,7 @@ class _Fused(torch.autograd.Function):
         q, k, v, o, lse = ctx.saved_tensors
         do = do if do.stride(2) == 1 else do.contiguous()
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        plan, bounds, sizes, heads, step = schedule(ctx.layout), ctx.layout.bounds(), _sizes(q), q.shape[1], TILES[-1]
+        plan, bounds, sizes, heads = schedule(ctx.layout), ctx.layout.bounds(), _sizes(q), q.shape[1]
         for rows, part in plan.short.items():
             kernels.backward_short[len(part), heads](
                 q, k, v, do, dq, dk, dv, lse, *bounds, part, *sizes, *_strides(q, k, v, do, dq), **_shape(q, rows)
@@ -52,12 +54,12 @@ class _Fused(torch.autograd.Function):
         for rows, part in plan.queries.items():
             kernels.backward_queries[len(part), heads](
                 q, k, v, o, do, dq, lse, delta, *bounds, part, *sizes, *_strides(q, k, v, o, do, dq),
-                **_shape(q, rows), C=step,
+                **_shape(q, rows, STEP),
             )  # fmt: skip
         for rows, part in plan.keys.items():
             kernels.backward_keys[len(part), heads](
                 q, k, v, do, dk, dv, lse, delta, *bounds, part, *sizes, *_strides(q, k, v, do, dq),
-                **_shape(q, rows), C=step,
+                **_shape(q, rows, STEP),
             )  # fmt: skip
         return dq, dk, dv, None
 
@@ -97,7 +99,10 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:2]]
 
 
-def _shape(q: Tensor, rows: int) -> dict[str, int]:
-    """Compile-time sizes of a kernel: one warp for 16 rows, twice as many where a head is wider than 64."""
+def _shape(q: Tensor, rows: int, columns: int | None = None) -> dict[str, int]:
+    """Compile-time sizes of a kernel that takes `columns` a step, or a whole tile at once."""
     even = 1 << (q.shape[2] - 1).bit_length()
-    return {"H": q.shape[2], "E": even, "R": rows, "num_warps": rows // 16 * (2 if even > 64 else 1)}
+    # One warp for 16 rows of a short tile; with fewer than four, long tiles spill registers.
+    warps = (4 if columns else rows // 16) * (2 if even > 64 else 1)
+    steps = {"C": columns} if columns else {}
+    return {"H": q.shape[2], "E": even, "R": rows, "num_warps": warps, "num_stages": 2, **steps}

@@ -33,7 +33,8 @@ def _store(x, value, rows, end, x_t, H: tl.constexpr, E: tl.constexpr):
 
 @triton.jit
 def _dot(a, b):
-    return tl.dot(a, b, input_precision="ieee")
+    # float32 in three products of 19 bits: plain float32 has no tensor core, and its tiles spill kilobytes a thread.
+    return tl.dot(a, b, input_precision="tf32x3")
 
 
 @triton.jit
@@ -44,7 +45,8 @@ def _whole(first, end, C: tl.constexpr):
 
 
 @triton.jit
-def _attend(q, k, v, low, high, col, key1, k_t, v_t, scale, best, total, out, H: tl.constexpr, E: tl.constexpr, C: tl.constexpr):  # fmt: skip
+def _attend(q, k, v, low, high, col, key1, k_t, v_t, scale, best, total, out,
+            H: tl.constexpr, E: tl.constexpr, C: tl.constexpr):  # fmt: skip
     """One step of the online softmax over C keys."""
     cols = col + tl.arange(0, C)
     score = _dot(q, tl.trans(_load(k, cols, key1, k_t, H, E))) * scale
@@ -102,7 +104,8 @@ def backward_short(q, k, v, do, dq, dk, dv, lse, low, high, tiles, tokens, scale
 
 
 @triton.jit
-def _query_slope(q, k, v, given, low, high, sums, delta, col, key1, k_t, v_t, scale, out, H: tl.constexpr, E: tl.constexpr, C: tl.constexpr):  # fmt: skip
+def _query_slope(q, k, v, given, low, high, sums, delta, col, key1, k_t, v_t, scale, out,
+                 H: tl.constexpr, E: tl.constexpr, C: tl.constexpr):  # fmt: skip
     cols = col + tl.arange(0, C)
     keys = _load(k, cols, key1, k_t, H, E)
     seen = (cols[None, :] >= low[:, None]) & (cols[None, :] < high[:, None])
@@ -112,8 +115,9 @@ def _query_slope(q, k, v, given, low, high, sums, delta, col, key1, k_t, v_t, sc
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def backward_queries(q, k, v, o, do, dq, lse, delta, low, high, tiles, tokens, scale, q_t, q_n, k_t, k_n, v_t, v_n, o_t,
-                     o_n, d_t, d_n, g_t, g_n, H: tl.constexpr, E: tl.constexpr, R: tl.constexpr, C: tl.constexpr):  # fmt: skip
+def backward_queries(q, k, v, o, do, dq, lse, delta, low, high, tiles, tokens, scale, q_t, q_n, k_t, k_n, v_t, v_n,
+                     o_t, o_n, d_t, d_n, g_t, g_n,
+                     H: tl.constexpr, E: tl.constexpr, R: tl.constexpr, C: tl.constexpr):  # fmt: skip
     """`dq` of a tile's rows, and their `delta` = Σ o · do, (N, T), which `backward_keys` needs next."""
     tile, head = tiles + 4 * tl.program_id(0), tl.program_id(1)
     row0, row1, key0, key1 = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2), tl.load(tile + 3)
@@ -126,16 +130,17 @@ def backward_queries(q, k, v, o, do, dq, lse, delta, low, high, tiles, tokens, s
     tl.store(delta + at, deltas, mask=rows < row1)
     out, whole = tl.zeros([R, E], tl.float32), _whole(key0, key1, C)
     for col in range(key0, whole, C):
-        out = _query_slope(queries, k + head * k_n, v + head * v_n, given, lows, highs, sums, deltas, col, key1, k_t, v_t,
-                           scale, out, H, E, C)  # fmt: skip
+        out = _query_slope(queries, k + head * k_n, v + head * v_n, given, lows, highs, sums, deltas, col, key1, k_t,
+                           v_t, scale, out, H, E, C)  # fmt: skip
     for col in range(whole, key1, 16):
-        out = _query_slope(queries, k + head * k_n, v + head * v_n, given, lows, highs, sums, deltas, col, key1, k_t, v_t,
-                           scale, out, H, E, 16)  # fmt: skip
+        out = _query_slope(queries, k + head * k_n, v + head * v_n, given, lows, highs, sums, deltas, col, key1, k_t,
+                           v_t, scale, out, H, E, 16)  # fmt: skip
     _store(dq + head * g_n, out * (scale * 0.6931471805599453), rows, row1, g_t, H, E)
 
 
 @triton.jit
-def _key_slopes(q, do, keys, values, low, high, lse, delta, rows0, row1, cols, q_t, d_t, scale, dk, dv, H: tl.constexpr, E: tl.constexpr, C: tl.constexpr):  # fmt: skip
+def _key_slopes(q, do, keys, values, low, high, lse, delta, rows0, row1, cols, q_t, d_t, scale, dk, dv,
+                H: tl.constexpr, E: tl.constexpr, C: tl.constexpr):  # fmt: skip
     """One step over C queries; everything is computed transposed, (keys, queries), so that no tile is turned."""
     rows = rows0 + tl.arange(0, C)
     lows, highs = tl.load(low + rows, mask=rows < row1, other=0), tl.load(high + rows, mask=rows < row1, other=0)

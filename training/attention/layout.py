@@ -17,9 +17,9 @@ from torch import Tensor
 
 
 class Run(NamedTuple):
-    """Neighbouring segments alike in everything: `count` of them, each of `length` queries and `keys` keys."""
+    """Neighbouring segments alike in everything: `times` of them, each of `length` queries and `keys` keys."""
 
-    count: int
+    times: int
     length: int
     keys: int
     prefix: int  # keys that every query sees
@@ -65,20 +65,20 @@ class Layout:
 
     @cached_property
     def tokens(self) -> int:
-        return sum(run.count * run.length for run in self.runs)
+        return sum(run.times * run.length for run in self.runs)
 
     @cached_property
     def keys(self) -> int:
         """How many keys there are: as many as tokens, but in cross-attention."""
-        return sum(run.count * run.keys for run in self.runs)
+        return sum(run.times * run.keys for run in self.runs)
 
     @cached_property
     def visible(self) -> int:
         """Pairs of a query and a key it sees: 4 · width · heads FLOPs each in a forward pass, 10 in a backward."""
-        return sum(run.count * _visible(run) for run in self.runs)
+        return sum(run.times * _visible(run) for run in self.runs)
 
     def segments(self) -> list[Run]:
-        return [run._replace(count=1) for run in self.runs for _ in range(run.count)]
+        return [run._replace(times=1) for run in self.runs for _ in range(run.times)]
 
     def recalled(self, name: str, make: Callable[["Layout"], Any]) -> Any:
         """What `make` derives from this layout, made once."""

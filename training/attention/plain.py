@@ -35,10 +35,10 @@ def sdpa(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, layout: Layout) -> Tensor:
     outs = []
     with torch.autocast(q_TNH.device.type, enabled=torch.is_autocast_enabled(q_TNH.device.type) and not on_cpu):
         # One split rather than a slice per run: its backward is one concatenation, not a sum of padded slices.
-        q_parts = q_TNH.split([run.count * run.length for run in layout.runs])
-        k_parts, v_parts = (x.split([run.count * run.keys for run in layout.runs]) for x in (k_TNH, v_TNH))
+        q_parts = q_TNH.split([run.times * run.length for run in layout.runs])
+        k_parts, v_parts = (x.split([run.times * run.keys for run in layout.runs]) for x in (k_TNH, v_TNH))
         for run, q, k, v in zip(layout.runs, q_parts, k_parts, v_parts, strict=True):
-            q, k, v = (x.unflatten(0, (run.count, -1)).transpose(1, 2) for x in (q, k, v))
+            q, k, v = (x.unflatten(0, (run.times, -1)).transpose(1, 2) for x in (q, k, v))
             causal = layout.causal and run.prefix <= 1
             mask = _seen(run, q.device) if layout.causal and 1 < run.prefix < run.keys else None
             out_SNLH = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)

@@ -6,7 +6,7 @@ import torch
 
 
 class Use(NamedTuple):
-    """A way of calling attention. `kind` is `Layout.kind`, `width` that of a head, `grad` whether a backward follows."""
+    """A call of attention. `kind` is `Layout.kind`, `width` that of a head, `grad` whether a backward follows."""
 
     device: str
     dtype: torch.dtype
