@@ -170,7 +170,7 @@ class PretrainSpec(Spec):
     clip_norm: float = Field(1.0, gt=0)
     max_patches: int = Field(64, ge=1)  # token budget of an image; its aspect stays
     jitter: float = Field(0.15, ge=0, lt=0.5)  # turn, stretch, zoom and shift; no mirror: captions say left and right
-    attention: Literal["auto", "reference", "sdpa", "varlen"] = "auto"
+    attention: Literal["auto", "reference", "sdpa", "varlen", "flash_attn", "flex", "triton"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     checkpoint_every: int = Field(100, ge=1)
     seed: int = 0

@@ -70,3 +70,30 @@ def test_short_segments_share_tiles_and_long_ones_leave_little() -> None:
     image = schedule.schedule(Layout.of([197]))
     assert {rows: len(part) for rows, part in image.queries.items()} == {64: 3, 16: 1}
     assert image.cells == 208 * 208  # tiles of 128 rows compute 256 * 256
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="nothing is compiled there")
+@pytest.mark.parametrize("name", ["forward", "backward_short", "backward_queries", "backward_keys"])
+def test_kernels_compile_for_hopper_in_bfloat16(name: str) -> None:
+    """What the interpreter can't prove: a compiler accepts the kernels and gives 64 rows Hopper's products."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from training.attention import kernels
+
+    kernel, numbers = getattr(kernels, name), {"H": 64, "E": 64, "R": 64, "C": 64}
+    types = dict.fromkeys(("q", "k", "v", "o", "do", "dq", "dk", "dv"), "*bf16")
+    types |= {"low": "*i32", "high": "*i32", "tiles": "*i32", "lse": "*fp32", "delta": "*fp32", "scale": "fp32"}
+    signature = {x: "constexpr" if x in numbers else types.get(x, "i32") for x in kernel.arg_names}
+    constants = {(kernel.arg_names.index(x),): value for x, value in numbers.items() if x in kernel.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, x in enumerate(kernel.arg_names)
+        if x not in numbers and x not in ("tokens", "scale")
+    }
+    source = ASTSource(kernel, signature, constants, aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 2})
+    assert "wgmma" in made.asm["ptx"] and made.metadata.shared < 100_000

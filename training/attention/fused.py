@@ -1,5 +1,5 @@
 """Backend `triton`: our own fused attention for the lengths of this job, captions of 10 to 40 tokens and images of 16
-to 1,024 patches, where a library's tile of 128 rows computes mostly nothing. `schedule` says which tiles, `kernels` how.
+to 1,024 patches, where a tile of 128 rows computes mostly nothing. `schedule` says which tiles, `kernels` how.
 
 Memory: the output and two float32 a token and head for the backward. Runs on CUDA, or on a CPU in Triton's interpreter
 (TRITON_INTERPRET=1 before Triton is first imported), where its bfloat16 products are wrong and therefore refused.
