@@ -83,8 +83,13 @@ def _limit(name: str, use: Use) -> str | None:
 @functools.cache
 def _choose(use: Use) -> str:
     name = next(name for name in ("varlen", "sdpa") if _limit(name, use) is None)
-    log.info("attention backend: %s for %s", name, " ".join(map(str, use)))
+    _tell(name, use.device, use.dtype)
     return name
+
+
+@functools.cache
+def _tell(name: str, device: str, dtype: torch.dtype) -> None:
+    log.info("attention backend: %s for %s on %s", name, dtype, device)
 
 
 def _dtype(q: Tensor) -> torch.dtype:

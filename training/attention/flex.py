@@ -32,6 +32,8 @@ def flex_limit(use: Use) -> str | None:
         return "flex has no backward pass on a CPU: call it under torch.no_grad(), or use sdpa"
     if use.device == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
         return "flex compiles for the CPU with g++ or clang++, and neither is installed"
+    if use.device == "cuda" and use.width < 16:
+        return f"flex takes heads of at least 16 on CUDA, and this one is {use.width} wide"
     if use.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"flex takes float32, float16 or bfloat16, and this is {use.dtype}"
     return None
@@ -67,12 +69,12 @@ def block_mask(layout: Layout) -> Any:
         return (k >= lows[q]) & (k < highs[q])
 
     return BlockMask.from_kv_blocks(
-        *_listed(some & ~full, device), *_listed(full, device), BLOCK, seen, (layout.tokens, layout.keys)
+        *_listed((some & ~full).to(device)), *_listed(full.to(device)), BLOCK, seen, (layout.tokens, layout.keys)
     )
 
 
-def _listed(blocks: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """How many blocks each row of blocks has, and their numbers first; (1, 1, rows) and (1, 1, rows, columns)."""
     order = blocks.int().argsort(dim=1, descending=True, stable=True)
     count = blocks.sum(1, dtype=torch.int32)
-    return count[None, None].to(device), order.int()[None, None].to(device)
+    return count[None, None], order.int()[None, None]

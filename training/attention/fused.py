@@ -29,7 +29,7 @@ class _Fused(torch.autograd.Function):
         lse = torch.empty(q.shape[1], len(q), dtype=torch.float32, device=q.device)
         plan = schedule(layout)
         shapes = [(part, _shape(q, rows) | {"C": rows}) for rows, part in plan.short.items()]
-        shapes += [(part, _shape(q, rows, STEP)) for rows, part in plan.queries.items()]
+        shapes += [(part, _shape(q, rows, long=True)) for rows, part in plan.queries.items()]
         for part, shape in shapes:
             kernels.forward[len(part), q.shape[1]](
                 q, k, v, o, lse, *layout.bounds(), part, *_sizes(q), *_strides(q, k, v, o), **shape
@@ -54,12 +54,12 @@ class _Fused(torch.autograd.Function):
         for rows, part in plan.queries.items():
             kernels.backward_queries[len(part), heads](
                 q, k, v, o, do, dq, lse, delta, *bounds, part, *sizes, *_strides(q, k, v, o, do, dq),
-                **_shape(q, rows, STEP),
+                **_shape(q, rows, long=True),
             )  # fmt: skip
         for rows, part in plan.keys.items():
             kernels.backward_keys[len(part), heads](
                 q, k, v, do, dk, dv, lse, delta, *bounds, part, *sizes, *_strides(q, k, v, do, dq),
-                **_shape(q, rows, STEP),
+                **_shape(q, rows, long=True),
             )  # fmt: skip
         return dq, dk, dv, None
 
@@ -99,10 +99,11 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:2]]
 
 
-def _shape(q: Tensor, rows: int, columns: int | None = None) -> dict[str, int]:
-    """Compile-time sizes of a kernel that takes `columns` a step, or a whole tile at once."""
-    even = 1 << (q.shape[2] - 1).bit_length()
-    # One warp for 16 rows of a short tile; with fewer than four, long tiles spill registers.
-    warps = (4 if columns else rows // 16) * (2 if even > 64 else 1)
-    steps = {"C": columns} if columns else {}
-    return {"H": q.shape[2], "E": even, "R": rows, "num_warps": warps, "num_stages": 2, **steps}
+def _shape(q: Tensor, rows: int, long: bool = False) -> dict[str, int]:
+    """Compile-time sizes of a kernel that takes a whole tile at once, or goes through a long segment in steps."""
+    even, full = 1 << (q.shape[2] - 1).bit_length(), q.dtype == torch.float32
+    # One warp for 16 rows of a short tile; long tiles spill registers with fewer than four.
+    warps = (4 if long else rows // 16) * (2 if even > 64 else 1)
+    # Two stages of 64 columns in float32 exceed the shared memory of an H200 where a head is 128 wide.
+    steps = {"C": STEP // 2 if full else STEP} if long else {}
+    return {"H": q.shape[2], "E": even, "R": rows, "num_warps": warps, "num_stages": 1 if full else 2, **steps}

@@ -100,7 +100,8 @@ class Layout:
 
 def host_bounds(layout: Layout) -> tuple[Tensor, Tensor]:
     """`Layout.bounds` on the CPU, from lengths alone."""
-    rows = torch.tensor(layout.segments(), dtype=torch.int64)
+    runs = torch.tensor(layout.runs, dtype=torch.int64)
+    rows = runs.repeat_interleave(runs[:, 0], 0)
     length, keys, prefix = rows[:, 1], rows[:, 2], rows[:, 3]
     start, start_k = (x.cumsum(0) - x for x in (length, keys))
     # Lengths [2, 3] give positions [0, 1, 0, 1, 2].
@@ -116,8 +117,10 @@ def _bounds(layout: Layout) -> tuple[Tensor, Tensor]:
 
 
 def _visible(run: Run) -> int:
+    if run.prefix == run.keys:
+        return run.length * run.keys
     # Under prefix 2, four tokens see 2, 2, 3 and 4 keys.
-    return sum(min(max(i + 1, run.prefix), run.keys) for i in range(run.length))
+    return run.prefix**2 + (run.length * (run.length + 1) - run.prefix * (run.prefix + 1)) // 2
 
 
 def _ends(lengths: Sequence[int]) -> Tensor:
