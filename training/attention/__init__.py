@@ -15,12 +15,19 @@ import torch
 from torch import Tensor
 
 from pairs.errors import PairmillError
-from training.attention import flash, flex, fused, plain
+from training.attention import flash, flex, plain
 from training.attention.layout import Layout
-from training.attention.use import Use
+from training.attention.use import Use, triton_limit
 
 __all__ = ["BACKENDS", "Layout", "attend", "chosen", "unsupported"]
 log = logging.getLogger("pairmill.training")
+
+
+def _triton(q_TNH: Tensor, k_KNH: Tensor, v_KNH: Tensor, layout: Layout) -> Tensor:
+    from training.attention import fused  # imports two compilers, which takes seconds
+
+    return fused.triton(q_TNH, k_KNH, v_KNH, layout)
+
 
 BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Layout], Tensor]] = {
     "reference": plain.reference,
@@ -28,7 +35,7 @@ BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Layout], Tensor]] = {
     "varlen": flash.varlen,
     "flash_attn": flash.flash_attn,
     "flex": flex.flex,
-    "triton": fused.triton,
+    "triton": _triton,
 }
 _LIMITS: dict[str, Callable[[Use], str | None]] = {
     "reference": lambda use: None,
@@ -36,7 +43,7 @@ _LIMITS: dict[str, Callable[[Use], str | None]] = {
     "varlen": flash.varlen_limit,
     "flash_attn": flash.flash_attn_limit,
     "flex": flex.flex_limit,
-    "triton": fused.triton_limit,
+    "triton": triton_limit,
 }
 
 

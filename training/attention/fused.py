@@ -5,16 +5,15 @@ Memory: the output and two float32 a token and head for the backward. Runs on CU
 (TRITON_INTERPRET=1 before Triton is first imported), where its bfloat16 products are wrong and therefore refused.
 """
 
-import importlib.util
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from training.attention import kernels
 from training.attention.layout import Layout
 from training.attention.schedule import TILES, schedule
-from training.attention.use import Use
 
 STEP = TILES[-1]  # columns of a step through a long segment
 
@@ -22,8 +21,6 @@ STEP = TILES[-1]  # columns of a step through a long segment
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-        from training.attention import kernels
-
         q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
         o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         lse = torch.empty(q.shape[1], len(q), dtype=torch.float32, device=q.device)
@@ -40,8 +37,6 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        from training.attention import kernels
-
         q, k, v, o, lse = ctx.saved_tensors
         do = do if do.stride(2) == 1 else do.contiguous()
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
@@ -68,26 +63,6 @@ class _Fused(torch.autograd.Function):
 def triton(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, layout: Layout) -> Tensor:
     out: Tensor = _Fused.apply(q_TNH, k_TNH, v_TNH, layout)
     return out
-
-
-def triton_limit(use: Use) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton isn't installed"
-    if use.device != "cuda" and not (use.device == "cpu" and interpreted()):
-        return f"triton compiles for CUDA, the tensors are on {use.device}, and TRITON_INTERPRET=1 isn't set"
-    if use.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"triton takes float32, float16 or bfloat16, and this is {use.dtype}"
-    if use.dtype == torch.bfloat16 and interpreted():
-        return "Triton's interpreter computes bfloat16 products wrongly: use float16 or float32 there"
-    if use.width % 16 or not 16 <= use.width <= 128:
-        return f"triton takes heads of 16 to 128, a multiple of 16, and this one is {use.width} wide"
-    return None
-
-
-def interpreted() -> bool:
-    import triton as package
-
-    return bool(package.knobs.runtime.interpret)
 
 
 def _sizes(q: Tensor) -> tuple[int, float]:
