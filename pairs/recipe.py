@@ -192,13 +192,11 @@ class PretrainSpec(Spec):
     max_patches: int = Field(64, ge=1)  # token budget of an image; its aspect stays
     patch_dropout: float = Field(0.0, ge=0, lt=1)  # share of an image's patches that training leaves out (FLIP)
     jitter: float = Field(0.15, ge=0, lt=0.5)  # turn, stretch, zoom and shift; no mirror: captions say left and right
-    token_multiple: int = Field(
-        1, ge=1
-    )  # streams are filled up to it, so that a compiler and an allocator see few shapes
+    token_multiple: int = Field(1, ge=1)  # streams are filled up to it, so that an allocator sees few shapes
     accumulate: int = Field(1, ge=1)  # parts that a rank computes a batch in, for memory; the gradients are the same
     activations: Literal["all", "products", "inputs"] = "all"  # what is kept for the backward; the rest is recomputed
     ema: float = Field(0.0, ge=0, lt=1)  # decay of the moving average of the weights that is exported; 0: none
-    attention: Literal["auto", "reference", "sdpa", "varlen"] = "auto"
+    attention: Literal["auto", "reference", "sdpa", "varlen", "flash_attn", "flex", "triton"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     checkpoint_every: int = Field(100, ge=1)
     tensorboard: bool = False  # TensorBoard's files beside metrics.jsonl

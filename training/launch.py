@@ -67,7 +67,7 @@ def _run(job: Job, ranks: int, on_line: OnLine) -> Line:
 
 def preflight(spec: PretrainSpec) -> None:
     """Raises PairmillError where what `spec` names can't run on this machine: workers, precision, attention."""
-    if spec.precision != "bf16" and spec.attention != "varlen" and not NVIDIA.exists():
+    if spec.precision != "bf16" and spec.attention in ("auto", "reference", "sdpa") and not NVIDIA.exists():
         return  # nothing can fail, and to import torch takes seconds
     import torch
 

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pairs.errors import PairmillError
-from training.attention import Layout, attend, unsupported
+from tests.training.attention_cases import EDGES, Case, documents_feel_no_other, equals_the_oracle, inputs
+from training.attention import Layout, attend, chosen, flex, unsupported
 
 torch.set_num_threads(1)
 RAGGED = st.lists(st.integers(1, 9), min_size=1, max_size=8)
@@ -17,16 +18,14 @@ def _qkv(tokens: int, seed: int, dtype: torch.dtype = torch.float64) -> list[tor
     return [torch.randn(tokens, 2, 4, generator=generator, dtype=dtype).requires_grad_() for _ in range(3)]
 
 
-@given(RAGGED, st.booleans())
-def test_sdpa_equals_the_oracle(lengths: list[int], causal: bool) -> None:
-    layout, outs = Layout.of(lengths, causal), []
-    for backend in ("reference", "sdpa"):
-        qkv = _qkv(sum(lengths), 3)
-        out = attend(*qkv, layout, backend)
-        out.mul(torch.arange(out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
-        outs.append([out, *(x.grad for x in qkv)])
-    for expected, found in zip(*outs, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+@given(RAGGED, st.booleans(), st.integers(0, 5))
+def test_sdpa_equals_the_oracle(lengths: list[int], causal: bool, prefix: int) -> None:
+    equals_the_oracle(Case(lengths, causal, prefix if causal else 0), "sdpa", torch.float64, 4)
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=8))
+def test_sdpa_equals_the_oracle_across(pairs: list[tuple[int, int]]) -> None:
+    equals_the_oracle(Case([q for q, _ in pairs], keys=[k for _, k in pairs]), "sdpa", torch.float64, 4)
 
 
 def test_the_oracle_equals_one_softmax_written_by_hand() -> None:
@@ -39,28 +38,33 @@ def test_the_oracle_equals_one_softmax_written_by_hand() -> None:
     torch.testing.assert_close(out[2], weights[0] * v[1] + weights[1] * v[2])
 
 
+def test_the_oracle_of_a_prefix_and_across_is_one_masked_softmax() -> None:
+    q, k, v = _qkv(7, 6)
+    prefixed, across = Layout.of([4, 3], True, [3, 0]), Layout.of([2, 5], keys=[6, 1])
+    assert (prefixed.kind, across.kind) == ("prefix", "cross")
+    seen = [
+        (prefixed, ["1110...", "1110...", "1110...", "1111...", "....100", "....110", "....111"]),
+        (across, ["111111."] * 2 + ["......1"] * 5),
+    ]
+    for layout, rows in seen:
+        mask = torch.tensor([[cell == "1" for cell in row] for row in rows])
+        scores = torch.einsum("qnh,knh->nqk", q, k) / 2.0
+        expected = torch.einsum("nqk,knh->qnh", scores.masked_fill(~mask, -torch.inf).softmax(-1), v)
+        torch.testing.assert_close(attend(q, k, v, layout, "reference"), expected)
+        assert layout.visible == int(mask.sum())
+
+
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
-@pytest.mark.parametrize("causal", [True, False])
-def test_a_document_feels_no_other(backend: str, causal: bool) -> None:
-    layout = Layout.of([3, 3, 1, 5], causal)
-
-    def outcome(noise: float) -> list[torch.Tensor]:
-        qkv = _qkv(12, 7, torch.float32)
-        with torch.no_grad():
-            for x in qkv:
-                x[3:6] += noise  # the second document alone
-        out = attend(*qkv, layout, backend)
-        out.square().sum().backward()
-        rest = [i for i in range(12) if not 3 <= i < 6]
-        return [out[rest], *(x.grad[rest] for x in qkv if x.grad is not None)]
-
-    for before, after in zip(outcome(0.0), outcome(2.5), strict=True):
-        assert torch.equal(before, after)
+@pytest.mark.parametrize(
+    "case", [Case([3, 3, 1, 5]), Case([3, 3, 1, 5], True), Case([3, 3, 5], True, 2), Case([3, 4], keys=[2, 5])]
+)
+def test_a_document_feels_no_other(backend: str, case: Case) -> None:
+    documents_feel_no_other(case, 1, backend, torch.float32, 4)
 
 
 def test_runs_join_equal_neighbours_only() -> None:
     layout = Layout.of([2, 2, 5, 2])
-    assert layout.runs == ((2, 2), (1, 5), (1, 2))
+    assert [run[:2] for run in layout.runs] == [(2, 2), (1, 5), (1, 2)]
     assert layout.cu_seqlens.tolist() == [0, 2, 4, 9, 11] and layout.max_length == 5
 
 
@@ -81,40 +85,55 @@ def test_half_precision_stays_near_the_oracle_under_autocast() -> None:
     torch.testing.assert_close(out.float(), attend(q, k, v, layout, "reference").float(), rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="varlen has CUDA kernels only")
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("width", [32, 64])
-def test_varlen_equals_the_oracle_and_lets_no_document_feel_another(causal: bool, width: int) -> None:
-    lengths = [1, 7, 7, 33, 64]
-    layout = Layout.of(lengths, causal).to(torch.device("cuda"))
-    generator = torch.Generator("cuda").manual_seed(width)
-    qkv = torch.randn(112, 3, 4, width, device="cuda", dtype=torch.bfloat16, generator=generator)
-    toward = torch.randn(112, 4, width, device="cuda", dtype=torch.bfloat16, generator=generator)
-
-    def outcome(backend: str, changed: slice | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        whole = qkv.clone()
-        if changed:
-            whole[changed] += 2.5
-        whole.requires_grad_()
-        q, k, v = whole.unbind(1)  # strided views, as one projection's output gives them
-        assert not q.is_contiguous()
-        out = attend(q, k, v, layout, backend)
-        out.mul(toward).sum().backward()
-        assert whole.grad is not None
-        return out.detach(), whole.grad
-
-    out, grad = outcome("varlen")
-    expected, expected_grad = outcome("reference")
-    torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
-    torch.testing.assert_close(grad, expected_grad, rtol=4e-2, atol=4e-2)
-    other, other_grad = outcome("varlen", slice(8, 15))  # the second document of 7
-    rest = [i for i in range(112) if not 8 <= i < 15]
-    torch.testing.assert_close(other[rest], out[rest], rtol=0, atol=0)
-    torch.testing.assert_close(other_grad[rest], grad[rest], rtol=1e-2, atol=1e-2)  # its sums have no fixed order
-    assert not torch.equal(other[8:15], out[8:15])
+@pytest.mark.parametrize("case", [*EDGES, Case([300, 20, 200])])
+def test_the_mask_of_flex_is_the_layout_s(case: Case) -> None:
+    layout = Layout.of(*case)
+    mask, (low, high) = flex.block_mask(layout), layout.bounds()
+    k = torch.arange(layout.keys)[None]
+    seen = (k >= low[:, None]) & (k < high[:, None])
+    found = torch.stack([mask.mask_mod(0, 0, torch.tensor(q), k[0]) for q in range(layout.tokens)])
+    assert torch.equal(found, seen)
+    padded = torch.nn.functional.pad(seen, (0, -layout.keys % 128, 0, -layout.tokens % 128))
+    blocks = padded.unflatten(0, (-1, 128)).unflatten(2, (-1, 128))
+    some, full = blocks.any(3).any(1), blocks.all(3).all(1)
+    listed = mask.to_dense()[0, 0].bool()
+    assert bool((listed | ~some).all())  # no block that holds anything is left out
+    filled = torch.zeros_like(full)
+    for row, count in enumerate(mask.full_kv_num_blocks[0, 0].tolist()):
+        filled[row, mask.full_kv_indices[0, 0, row, :count].long()] = True
+    assert torch.equal(filled, full)
 
 
-def test_varlen_says_why_it_cannot_run() -> None:
+def test_flex_uncompiled_equals_the_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    monkeypatch.setattr(flex, "_compiled", lambda: flex_attention)
+    for case in EDGES:
+        layout = Layout.of(*case)
+        *qkv, _ = inputs(layout, 16, torch.float32, "cpu")
+        torch.testing.assert_close(
+            attend(*qkv, layout, "flex"), attend(*qkv, layout, "reference"), rtol=1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_flex_compiled_equals_the_oracle() -> None:
+    reason = unsupported("flex", "cpu", torch.float32, grad=False)
+    if reason:
+        pytest.skip(reason)
+    for case in (EDGES[1], EDGES[2]):
+        layout = Layout.of(*case)
+        *qkv, _ = inputs(layout, 32, torch.float32, "cpu")
+        torch.testing.assert_close(
+            attend(*qkv, layout, "flex"), attend(*qkv, layout, "reference"), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_backends_say_why_they_cannot_run() -> None:
     assert "float32" in (unsupported("varlen", "cuda", torch.float32) or "")
+    assert "prefix" in (unsupported("varlen", "cuda", torch.bfloat16, "prefix") or "")
+    assert "no backward pass" in (unsupported("flex", "cpu", torch.float32) or "")
+    assert "CUDA" in (unsupported("flash_attn", "cpu", torch.float32) or "")
     assert unsupported("sdpa", "cpu", torch.float32) is None
+    assert chosen("auto", "cuda", torch.bfloat16, "prefix") == "sdpa" and chosen("flex", "cpu", torch.half) == "flex"
