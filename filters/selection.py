@@ -2,7 +2,7 @@
 
 Rules commute, so each is asked of all rows at once; a pair's `dropped_by` is the first in the recipe's order. The
 order of steps is: forgotten, held_out, held_out_twin, the rules, texts, then `one_per` among the survivors.
-Thresholds found by a quantile are pinned before the first table is written, and reused by later increments;
+Thresholds found by a quantile or by canaries are pinned before the first table is written, and reused by later ones;
 `recalibrate` finds them anew and, where they moved, starts another folder, because published tables never change.
 Trusted pairs are never dropped by rules, and a held-out one is never kept, but its look-alikes go as those of any
 trusted pair do. A trusted pair that shares its bytes, or a group of a `one_per`, with a held-out one isn't kept either
@@ -11,7 +11,7 @@ Cost: a million rows take seconds; the memory is that of the columns that rules 
 """
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from filters.canaries import fitting
 from filters.columns import Frame, as_bool, load_frame, read_columns
 from filters.funnel import fetch_counts, rule_counts, total
-from filters.rules import Threshold, nulls, numbers, passes, quantile
+from filters.rules import Threshold, fit_recall, nulls, numbers, passes, quantile
 from filters.texts import choose_texts, column_names
 from pairs.fingerprint import fingerprint
 from pairs.recipe import Rule, TextsSpec
@@ -73,25 +74,29 @@ def select(
     trusted: Collection[str],
     *,
     recalibrate: bool = False,
+    canaries: Sequence[ShardRef] = (),
 ) -> SelectionResult:
     """Makes the selection's missing tables, its funnel and its manifest.
 
     `shards` are the complete pair shards of each source; `scores` maps each filter and reducer to the folder of its
-    tables (`scores/<name>-<fingerprint>`); `trusted` names the trusted sources. The fingerprint covers the rules,
-    the text choice, the scores that they read and the sources' fetch fingerprints, not the increments.
+    tables (`scores/<name>-<fingerprint>`); `trusted` names the trusted sources. The fingerprint covers the rules, with
+    the content of lists, the text choice, the scores that they read and the sources' fetch fingerprints, not the
+    increments. `canaries` are read by `target_recall` alone.
     """
     identity = _identity(name, keep, texts, shards, scores, trusted)
     base = f"selections/{name}-{fingerprint(identity)}"
     folder = _current(store, base)
-    inputs = _inputs(store, shards)
+    canaries = [] if not any(case and case.target_recall for r in keep for case in r.cases().values()) else canaries
+    inputs = _inputs(store, shards, canaries)
     if not recalibrate and (done := _finished(store, folder, inputs)):
         return done
     frame = load_frame(store, shards, dict.fromkeys([*rule_columns(keep), SHA256]), scores, trusted)
-    now = _quantiles(keep, frame)
+    now = _thresholds(store, keep, frame, scores, canaries)
     folder, pins = _pin(store, base, folder, now, recalibrate)
     there = set(store.files(folder, ".parquet"))
     old = {r: store.read_table(r.beside(folder)).cast(SELECTION) for _, r in frame.shards if r.beside(folder) in there}
-    tables = _verdicts(keep, frame, drops(keep, frame.table, pins), _texts(store, texts, frame, old, scores), old)
+    dropped = drops(keep, frame.table, pins, frame.source)
+    tables = _verdicts(keep, frame, dropped, _texts(store, texts, frame, old, scores), old)
     for ref, table in tables.items():
         if ref not in old:
             store.write_table(ref.beside(folder), table)
@@ -102,9 +107,31 @@ def select(
     return SelectionResult(folder, manifest, funnel, len(tables) - len(old))
 
 
-def drops(keep: Sequence[Rule], table: pa.Table, pins: Thresholds) -> dict[str, np.ndarray]:
-    """Which rows of `table` each rule over a column would drop, by its name; `pins` are the quantiles' thresholds."""
-    return {rule.name: ~passes(rule, table[rule.column], pins.get(rule.name)) for rule in keep if rule.one_per is None}
+def drops(
+    keep: Sequence[Rule], table: pa.Table, pins: Thresholds, source: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Which rows of `table` each rule over a column would drop, by its name; `pins` are the thresholds that were found.
+    With each row's `source` the rules' overrides hold."""
+    return {r.name: _dropped(r, table[r.column], pins, source) for r in keep if r.one_per is None}
+
+
+def _dropped(rule: Rule, column: pa.ChunkedArray, pins: Thresholds, source: np.ndarray | None) -> np.ndarray:
+    dropped = np.zeros(len(column), bool)
+    for name, case, rows in _cases(rule, source, len(column)):
+        if case is not None and rows.any():
+            part = column if rows.all() else column.filter(pa.array(rows))
+            dropped[rows] = ~passes(case, part, pins.get(name))
+    return dropped
+
+
+def _cases(rule: Rule, source: np.ndarray | None, count: int) -> Iterator[tuple[str, Rule | None, np.ndarray]]:
+    """Name, rule (None: off) and rows of each part of the corpus that a rule judges in its own way."""
+    cases, others = rule.cases(), np.ones(count, bool)
+    for name, case in list(cases.items())[1:] if source is not None else []:
+        rows = np.asarray(source == name)
+        others &= ~rows
+        yield f"{rule.name} at {name}", case, rows
+    yield rule.name, cases[""], others
 
 
 def _identity(
@@ -119,7 +146,7 @@ def _identity(
     return {
         "version": VERSION,
         "name": name,
-        "keep": [rule.model_dump(exclude_none=True) for rule in keep],
+        "keep": [rule.identity for rule in keep],
         "texts": texts.model_dump(by_alias=True),
         "scores": {maker: folder for maker, folder in sorted(scores.items()) if maker in read},
         "sources": {source: sorted({ref.group for ref in refs}) for source, refs in sorted(shards.items())},
@@ -127,14 +154,15 @@ def _identity(
     }
 
 
-def _inputs(store: Store, shards: Shards) -> str:
+def _inputs(store: Store, shards: Shards, canaries: Sequence[ShardRef]) -> str:
     """A fingerprint of everything that a finished selection was made from and that may have grown since."""
     groups = sorted({ref.group for refs in shards.values() for ref in refs})
     ledgers = {group: store.files(f"ledger/{group}", ".parquet") for group in groups}
     candidates = {source: store.files(f"candidates/{source}", ".parquet") for source in shards}
     dead = {kind: sorted(ids) for kind, ids in Workspace(store).tombstones().items()}
     tables = sorted(ref.table for refs in shards.values() for ref in refs)
-    return fingerprint({"shards": tables, "ledgers": ledgers, "candidates": candidates, "tombstones": dead})
+    facts = {"shards": tables, "ledgers": ledgers, "candidates": candidates, "tombstones": dead}
+    return fingerprint(facts | ({"canaries": [ref.folder for ref in canaries]} if canaries else {}))
 
 
 def _current(store: Store, base: str) -> str:
@@ -152,11 +180,22 @@ def _finished(store: Store, folder: str, inputs: str) -> SelectionResult | None:
     return SelectionResult(folder, manifest, json.loads(store.read(f"{folder}/funnel.json")), 0)
 
 
-def _quantiles(keep: Sequence[Rule], frame: Frame) -> Thresholds:
-    """What each quantile is now, over all real scored rows but the held-out ones."""
+def _thresholds(
+    store: Store, keep: Sequence[Rule], frame: Frame, scores: Mapping[str, str], canaries: Sequence[ShardRef]
+) -> Thresholds:
+    """What each fitted test is now: a quantile over all real scored rows that the rule judges but the held-out ones,
+    `target_recall` over the canaries that may fit. Nothing is fitted to a corpus without rows."""
     counts = frame.alive & ~frame.held_out
-    found = {r.name: quantile(r, frame.table[r.column], counts) for r in keep if r.top_fraction is not None}
-    return {name: threshold for name, threshold in found.items() if threshold is not None}
+    found: Thresholds = {}
+    for rule in (rule for rule in keep if counts.any() and rule.column is not None):
+        for name, case, rows in _cases(rule, frame.source, len(counts)):
+            if case is None or not case.fitted:
+                continue
+            if case.target_recall is not None:
+                found[name] = fit_recall(case, fitting(store, canaries, str(case.defect), str(case.column), scores))
+            elif threshold := quantile(case, frame.table[case.column], counts & rows):
+                found[name] = threshold
+    return found
 
 
 def _pin(store: Store, base: str, folder: str, now: Thresholds, recalibrate: bool) -> tuple[str, Thresholds]:
@@ -164,9 +203,9 @@ def _pin(store: Store, base: str, folder: str, now: Thresholds, recalibrate: boo
     path = f"{folder}/pins.json"
     told = json.loads(store.read(path)) if store.has(path) else {}
     pins = {name: Threshold(**fields) for name, fields in told.items()}
-    if recalibrate and any(pins[name].value != now[name].value for name in pins if name in now):
+    if recalibrate and any(_ends(pins[name]) != _ends(now[name]) for name in pins if name in now):
         pins = pins | now
-        values = {name: threshold.value for name, threshold in pins.items()}
+        values = {name: _ends(threshold) for name, threshold in pins.items()}
         folder = f"{base.rsplit('-', 1)[0]}-{fingerprint({'base': base, 'pins': values})}"
         path = f"{folder}/pins.json"
     pins = now | pins
@@ -175,6 +214,11 @@ def _pin(store: Store, base: str, folder: str, now: Thresholds, recalibrate: boo
     if folder != _current(store, base):
         store.write(f"{base}/recalibrated.json", json.dumps({"folder": folder}))
     return folder, pins
+
+
+def _ends(threshold: Threshold) -> float | list[float | None] | None:
+    """What two thresholds are told apart by: the number, or both where there is an upper one."""
+    return threshold.value if threshold.high is None else [threshold.value, threshold.high]
 
 
 def _texts(
@@ -286,8 +330,9 @@ def _facts(folder: str, pins: Thresholds, now: Thresholds, frame: Frame, funnel:
     thresholds = {
         name: {
             "value": pin.value,
-            "found": f"by {name} over {pin.rows} scored rows",
-            "now": now[name].value if name in now else None,
+            **({} if pin.high is None else {"high": pin.high}),
+            "found": f"by {name} over {pin.rows} {'fitting canaries' if ' target_recall ' in name else 'scored rows'}",
+            "now": now[name].number if name in now else None,
             "rows_now": now[name].rows if name in now else 0,
         }
         for name, pin in sorted(pins.items())

@@ -7,8 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from filters.canaries import facts_path, make_canaries, set_apart
-from filters.canary_report import Judged, precision, recall_at_false_drops, report, roc_auc, wilson
+from filters.canaries import defect_of, facts_path, make_canaries, set_apart
+from filters.canary_figures import precision, recall_at_false_drops, roc_auc, wilson
+from filters.canary_report import Judged, report
+from filters.defects import DEFECTS
 from filters.engine import plan, score_shards
 from filters.exact_duplicates import ExactDuplicates
 from filters.image_hash import ImageHash
@@ -30,6 +32,7 @@ KEEP = [
 ]
 REDUCERS = {"near_duplicates": NearDuplicates(), "exact_duplicates": ExactDuplicates()}
 SPEC = CanariesSpec(per_defect=20, max_fraction=0.5)
+BOTH = CanariesSpec(per_defect=40, max_fraction=0.7, defects=["swapped_text", "near_duplicate"])
 
 
 def fill(workspace: Workspace) -> dict[str, list[ShardRef]]:
@@ -85,7 +88,7 @@ def test_with_and_without_canaries_every_real_byte_is_the_same(workspace: Worksp
 def test_canaries_come_from_trusted_pairs_that_are_not_held_out(workspace: Workspace) -> None:
     shards = fill(workspace)
     refs = make_canaries(workspace.store, shards, ["clean"], SPEC, seed=0)
-    assert [ref.group.rsplit("-", 1)[0] for ref in refs] == ["swapped_text", "near_duplicate"]
+    assert [defect_of(ref) for ref in refs] == list(DEFECTS)
     clean = workspace.store.read_table(shards["clean"][0].table).to_pylist()
     text_of = {pair["uid"]: pair["text"] for pair in clean}
     for ref in refs:
@@ -100,9 +103,12 @@ def test_canaries_come_from_trusted_pairs_that_are_not_held_out(workspace: Works
             assert not held_out(canary["origin"])
             assert (canary["twin"], twin["twin"]) == (False, True)
             assert canary["origin"] == twin["origin"] and canary["half"] == twin["half"]
-            assert image == twin_image and cv2.imdecode(np.frombuffer(image, np.uint8), 1) is not None
-            assert (text != text_of[canary["origin"]]) == (canary["defect"] == "swapped_text")
-            assert text in text_of.values()
+            defect = DEFECTS[canary["defect"]]
+            seen, untouched = (cv2.imdecode(np.frombuffer(data, np.uint8), 1) for data in (image, twin_image))
+            assert seen is not None and untouched is not None
+            assert (image == twin_image) == (defect.text or defect.duplicate)
+            assert (text != text_of[canary["origin"]]) == defect.text
+            assert (text in text_of.values()) == (canary["defect"] not in ("boilerplate_text", "other_language"))
     before = contents(workspace.store)
     assert make_canaries(workspace.store, shards, ["clean"], SPEC, seed=0) == refs
     assert contents(workspace.store) == before
@@ -122,15 +128,17 @@ def test_all_that_canaries_are_made_from_is_set_apart(workspace: Workspace) -> N
     assert make_canaries(workspace.store, shards, ["clean"], SPEC, 0, apart) == refs
 
 
-def test_no_trusted_pairs_or_none_asked_for_give_no_canaries(workspace: Workspace) -> None:
+def test_only_what_is_asked_for_is_planted(workspace: Workspace) -> None:
     shards = fill(workspace)
-    assert make_canaries(workspace.store, shards, [], SPEC, seed=0) == []
+    some = CanariesSpec(per_defect=3, max_fraction=0.5, defects=["blank", "swapped_text"])
+    refs = make_canaries(workspace.store, shards, ["clean"], some, seed=0)
+    assert [defect_of(ref) for ref in refs] == ["swapped_text", "blank"]
     assert make_canaries(workspace.store, shards, ["clean"], CanariesSpec(per_defect=0), seed=0) == []
 
 
 def test_the_report_counts_what_the_rules_catch(workspace: Workspace) -> None:
     shards = fill(workspace)
-    canaries = make_canaries(workspace.store, shards, ["clean"], SPEC, seed=0)
+    canaries = make_canaries(workspace.store, shards, ["clean"], BOTH, seed=0)
     result, scores = curate(workspace, canaries)
     pins = result.manifest["thresholds"]
     real = Judged(workspace.store, shards, ["clean"], scores, REDUCERS, KEEP, TextsSpec(), result.folder, pins)
@@ -138,24 +146,32 @@ def test_the_report_counts_what_the_rules_catch(workspace: Workspace) -> None:
     swapped, copies = told["defects"]["swapped_text"], told["defects"]["near_duplicate"]
     by_rule = {rule["rule"]: (rule["recall"]["value"], rule["false_drops"]["value"]) for rule in swapped["rules"]}
     n = swapped["twins"]
-    assert 0 < n < 20
+    assert 10 < n < 30
     assert by_rule[KEEP[0].name] == by_rule["selection"] == (1.0, 1 / n)
     assert by_rule[KEEP[1].name] == by_rule["texts"] == (0.0, 0.0)
     auc = {figure["column"]: figure["auc"]["value"] for figure in swapped["auc"]}
-    assert auc == {"clip.cosine": 1.0}
+    assert auc == {
+        "clip.cosine": 1.0, "near_duplicates.group": 0.5, "near_duplicates.distance": 0.5, "exact_duplicates.group": 0.5
+    }  # fmt: skip
     expected = 0.1 / (0.1 + 0.9 / n)
     assert swapped["precision"]["value"] == pytest.approx(expected)
     by_rule = {rule["rule"]: (rule["recall"]["value"], rule["false_drops"]["value"]) for rule in copies["rules"]}
     recall, false_drops = by_rule[KEEP[1].name]
-    assert recall >= 0.7
+    assert recall >= 0.5
     assert false_drops <= 0.2
+    kinds = {entry["kind"]: entry["recall"] for entry in copies["kinds"]}
+    assert sum(kind["n"] for kind in kinds.values()) == copies["canaries"]
+    assert (
+        kinds["mirrored"]["value"] == 0.0 and kinds["re-encoded"]["value"] == 1.0
+    )  # hashes know left from right
+    assert {a["column"]: a["auc"]["value"] for a in copies["auc"]}["near_duplicates.distance"] > 0.7
     assert by_rule[KEEP[2].name] == (0.0, 0.0)  # another encoding has other bytes
 
 
 def test_a_swapped_text_is_caught_where_only_a_synthetic_one_is_kept(workspace: Workspace) -> None:
     shards = fill(workspace)
     canaries = make_canaries(workspace.store, shards, ["clean"], SPEC, seed=0)[:1]
-    _, scores = curate(workspace, canaries)
+    result, scores = curate(workspace, canaries)
     table = workspace.store.read_table(canaries[0].table)
     twin = workspace.store.read_table(facts_path(canaries[0]))["twin"].to_pylist()
     made = {"texts": [["a drawing"]] * len(twin)}
@@ -164,7 +180,7 @@ def test_a_swapped_text_is_caught_where_only_a_synthetic_one_is_kept(workspace: 
         workspace.store.write_table(canaries[0].beside(folder(name)), pa.table({"uid": table["uid"], **columns}))
         scores[name] = folder(name)
     spec = TextsSpec.model_validate({"from": ["texts", "blip_caption.texts"], "match": "blip_match.probability"})
-    told = report(canaries, Judged(workspace.store, shards, ["clean"], scores, {}, [], spec, "", {}))
+    told = report(canaries, Judged(workspace.store, shards, ["clean"], scores, {}, [], spec, result.folder, {}))
     (texts, _) = told["defects"]["swapped_text"]["rules"]
     assert (texts["rule"], texts["recall"]["value"], texts["false_drops"]["value"]) == ("texts", 1.0, 0.0)
 
