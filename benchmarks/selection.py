@@ -55,7 +55,9 @@ def write_corpus(store: Store, rows: int, shards: int) -> None:
         leaders = uids.to_pylist()[:2000]
 
 
-def scores(chance: np.random.Generator, size: int, uids: list[str], leaders: list[str]) -> dict[str, dict[str, pa.Array]]:
+def scores(
+    chance: np.random.Generator, size: int, uids: list[str], leaders: list[str]
+) -> dict[str, dict[str, pa.Array]]:
     def group(share: float) -> pa.Array:
         joins = chance.random(size) < (share if leaders else 0)
         return pa.array([leaders[chance.integers(len(leaders))] if j else u for j, u in zip(joins, uids, strict=True)])
@@ -63,7 +65,10 @@ def scores(chance: np.random.Generator, size: int, uids: list[str], leaders: lis
     side, cosine = chance.lognormal(6, 0.6, size).astype(np.int32), chance.normal(0.25, 0.06, size).astype(np.float32)
     return {
         "image_stats": {"shorter_side_px": pa.array(side), "aspect": pa.array(1 + chance.exponential(0.5, size))},
-        "text_stats": {"chars": pa.array((side % 90).astype(np.int32)), "words": pa.array((side % 17).astype(np.int32))},
+        "text_stats": {
+            "chars": pa.array((side % 90).astype(np.int32)),
+            "words": pa.array((side % 17).astype(np.int32)),
+        },
         "clip": {"cosine": pa.array(cosine, mask=chance.random(size) < 0.002)},
         "exact_duplicates": {"group": group(0.01)},
         "near_duplicates": {"group": group(0.03), "distance": pa.array(chance.integers(0, 10, size).astype(np.int32))},

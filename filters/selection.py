@@ -90,7 +90,8 @@ def select(
     inputs = _inputs(store, shards, canaries)
     if not recalibrate and (done := _finished(store, folder, inputs)):
         return done
-    frame = load_frame(store, shards, dict.fromkeys([*rule_columns(keep), SHA256]), scores, trusted)
+    twins = [SHA256] if set(trusted) & set(shards) else []  # only a held-out pair has twins to look for
+    frame = load_frame(store, shards, dict.fromkeys([*rule_columns(keep), *twins]), scores, trusted)
     now = _thresholds(store, keep, frame, scores, canaries)
     folder, pins = _pin(store, base, folder, now, recalibrate)
     there = set(store.files(folder, ".parquet"))
@@ -232,7 +233,7 @@ def _texts(
         if ref in old:
             lists.append(pa.nulls(rows.stop - rows.start, kind))
         else:
-            table = read_columns(store, ref, list(dict.fromkeys(column_names(spec))), scores)
+            table = read_columns(store, ref, list(dict.fromkeys(column_names(spec))), scores, ("uid",))
             lists.append(choose_texts(spec, table, frame.trusted[rows]).cast(kind))
     joined = pa.concat_arrays(lists)
     return joined.take(pa.array(np.arange(len(joined)), mask=~frame.alive))
@@ -271,6 +272,8 @@ def _verdicts(
 def _held_out_twins(keep: Sequence[Rule], frame: Frame) -> np.ndarray:
     """Trusted pairs that share their bytes, or a group of a `one_per`, with a held-out pair."""
     evaluates, twins = frame.held_out & frame.alive, np.zeros(len(frame.alive), bool)
+    if not evaluates.any():
+        return twins
     for name in dict.fromkeys([SHA256, *(r.one_per for r in keep if r.one_per is not None)]):
         column = frame.table[name]
         held = pc.drop_null(column.filter(pa.array(evaluates))).cast(pa.string())
@@ -312,10 +315,9 @@ def _funnel(
     store: Store, keep: Sequence[Rule], shards: Shards, frame: Frame, tables: Sequence[pa.Table]
 ) -> dict[str, Any]:
     """The funnel per source and in total. A pair that was forgotten after it was judged counts as forgotten."""
-    table = pa.concat_tables([SELECTION.empty_table(), *tables]).combine_chunks()
-    gone = pa.array(~frame.alive)
-    first = pc.if_else(gone, FORGOTTEN, table["dropped_by"])
-    table = table.set_column(2, "dropped_by", first)
+    judged = ["dropped_by", "would_drop"]
+    table = pa.concat_tables([SELECTION.empty_table().select(judged), *(t.select(judged) for t in tables)])
+    table = table.set_column(0, "dropped_by", pc.if_else(pa.array(~frame.alive), FORGOTTEN, table["dropped_by"]))
     empty = {r.name: nulls(frame.table[r.column or r.one_per]) & frame.alive for r in keep}
     sources = {}
     for source, refs in shards.items():

@@ -161,9 +161,7 @@ def test_the_report_counts_what_the_rules_catch(workspace: Workspace) -> None:
     assert false_drops <= 0.2
     kinds = {entry["kind"]: entry["recall"] for entry in copies["kinds"]}
     assert sum(kind["n"] for kind in kinds.values()) == copies["canaries"]
-    assert (
-        kinds["mirrored"]["value"] == 0.0 and kinds["re-encoded"]["value"] == 1.0
-    )  # hashes know left from right
+    assert kinds["mirrored"]["value"] == 0.0 and kinds["re-encoded"]["value"] == 1.0  # hashes know left from right
     assert {a["column"]: a["auc"]["value"] for a in copies["auc"]}["near_duplicates.distance"] > 0.7
     assert by_rule[KEEP[2].name] == (0.0, 0.0)  # another encoding has other bytes
 
