@@ -28,7 +28,8 @@ from pairs.workspace import Workspace
 
 SCORES = {name: f"scores/{name}-{'0' * 12}" for name in
           ("image_stats", "text_stats", "clip", "exact_duplicates", "near_duplicates")}  # fmt: skip
-WORDS = np.array("a red boat on the quiet lake near an old stone bridge with two men and their dog in rain".split())
+SENTENCE = "a red boat on the quiet lake near an old stone bridge with two men and their dog in rain"
+WORDS = np.array(SENTENCE.split())
 
 
 def digests(chance: np.random.Generator, count: int, digits: int) -> pa.Array:
