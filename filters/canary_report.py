@@ -79,7 +79,8 @@ def _figures(
     for name, mask in caught.items():
         recall, wrong = wilson(mask[canary].sum(), canary.sum()), wilson(mask[twin].sum(), twin.sum())
         wrong = wrong if clean else without_noise(wrong, dirt, recall)
-        rules.append({"rule": name, "recall": recall, "false_drops": wrong, "auc": verdict_auc(recall, wrong)})
+        auc = verdict_auc(recall, wrong) | ({"bound": wrong["bound"]} if "bound" in wrong else {})
+        rules.append({"rule": name, "recall": recall, "false_drops": wrong, "auc": auc})
     told = []
     for name, (bad, good) in scores.items():
         auc = roc_auc(bad, good)

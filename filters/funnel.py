@@ -52,7 +52,7 @@ def rule_counts(
     return {"pairs": part.num_rows, "trusted": int((trusted & rows).sum()), "rules": rules, "kept": left}
 
 
-def _counted(column: pa.ChunkedArray) -> Counter[str | None]:
+def _counted(column: pa.ChunkedArray) -> Counter[Any]:
     counts = column.value_counts()
     return Counter(dict(zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True)))
 
