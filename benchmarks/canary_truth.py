@@ -6,14 +6,16 @@ into real pairs, with what the canaries of the same run estimate beside them.
 DIR holds images with `<stem>.txt` beside them. Some train a small CLIP; the others, unseen by it, become the corpus:
 20 % get another pair's text, 4 % a copy of their file, 6 % a resized, cropped or mirrored one, 3 % each a watermark, no
 content, boilerplate or a sentence of another language, drawn here and not by the code that makes canaries. Nobody
-vouches for the corpus, so the canaries are made of it, and their figures are freed of its noise. Truth compares pairs
-with one planted defect with pairs that have none. Prints markdown.
+vouches for the corpus, so the canaries are made of it, and their figures are freed of its noise. Text, image and copies
+are drawn independently, as canaries' origins are; truth compares the pairs that have a defect with those that don't.
+Prints markdown.
 """
 
 import argparse
 import contextlib
 import random
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +33,26 @@ from pipelines.console import Console
 from pipelines.models import model_folder
 from pipelines.run import Run, open_run
 
-SHARES = {"swapped_text": 0.20, "exact_duplicate": 0.04, "near_duplicate": 0.06, "watermark": 0.03, "blank": 0.03,
-          "boilerplate_text": 0.03, "other_language": 0.03}  # fmt: skip
-STOCK = ("photo 1 of 1", "no caption", "see also", "buy now and save", "image placeholder", "terms of use apply")
+TEXTS = {"swapped_text": 0.20, "boilerplate_text": 0.03, "other_language": 0.03}
+IMAGES = {"watermark": 0.03, "blank": 0.03}
+COPIES = {"exact_duplicate": 0.04, "near_duplicate": 0.06}
+SHARES = TEXTS | IMAGES | COPIES
+STOCK = ("Photo 1 of 1", "No caption", "See also", "Buy now and save 20 % today", "Image placeholder", "Back to top",
+         "By using this site you accept our terms", "Picture supplied by the seller", "Zoom")  # fmt: skip
 FOREIGN = ("Der Zug nach Hamburg hat heute leider Verspätung.", "Nous partons demain matin vers la montagne.",
            "Mi hermana trabaja en una librería del centro.", "Сегодня вечером обещают сильный дождь.")  # fmt: skip
-COPIES = ("exact_duplicate", "near_duplicate")
+Scores = dict[str, np.ndarray]
 FETCH = {"side_px": 160, "shard_pairs": 500}
 CLIP = {"steps": 200, "checkpoint_every": 10_000}
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What is wrong with a file, which other it is a copy of, and whether another is a copy of it."""
+
+    defects: set[str]
+    of: str | None
+    copied: bool
 
 
 def pairs_of(folder: Path, chance: random.Random) -> list[tuple[Path, str]]:
@@ -55,7 +69,8 @@ def altered(path: Path, defect: str, chance: random.Random) -> Image.Image:
     image = Image.open(path).convert("RGB")
     width, height = image.size
     if defect == "blank":
-        return Image.new("RGB", image.size, chance.choice(["white", "lightgrey", "black"]))
+        flat = Image.new("RGB", image.size, chance.choice(["white", "lightgrey", "black"]))
+        return flat if chance.random() < 0.5 else ImageOps.expand(flat, border=2, fill="grey")
     if defect == "watermark":
         layer = Image.new("RGBA", image.size)
         words, font = chance.choice(["demo version", "not for resale"]), ImageFont.load_default(max(10, width // 9))
@@ -69,31 +84,40 @@ def altered(path: Path, defect: str, chance: random.Random) -> Image.Image:
     return ImageOps.mirror(image)
 
 
-def write_corpus(pairs: list[tuple[Path, str]], folder: Path, chance: random.Random) -> dict[str, tuple[str, str]]:
-    """Writes the corpus; returns what is wrong with a file, by its name, and which file it copies."""
+def drawn(shares: dict[str, float], chance: random.Random) -> str:
+    """One of the defects, each with its share; mostly none."""
+    draw = chance.random()
+    for defect, share in shares.items():
+        draw -= share
+        if draw < 0:
+            return defect
+    return ""
+
+
+def write_corpus(pairs: list[tuple[Path, str]], folder: Path, chance: random.Random) -> dict[str, Truth]:
+    """Writes the corpus; returns by file what is wrong with it."""
     folder.mkdir(parents=True)
-    truth, names = {}, [f"{n:05d}{path.suffix}" for n, (path, _) in enumerate(pairs)]
-    drawn = iter(chance.sample(range(len(pairs)), len(pairs)))
-    planted = {next(drawn): defect for defect, share in SHARES.items() for _ in range(int(share * len(pairs)))}
+    truth = {}
     for n, (path, text) in enumerate(pairs):
-        defect, name = planted.get(n, ""), names[n]
-        if defect == "swapped_text":
+        words, look, copy = (drawn(shares, chance) for shares in (TEXTS, IMAGES, COPIES))
+        name = f"{n:05d}{path.suffix}"
+        if words == "swapped_text":
             text = next(t for t in iter(lambda: chance.choice(pairs)[1], None) if t.casefold() != text.casefold())
-        text = {"boilerplate_text": chance.choice(STOCK), "other_language": chance.choice(FOREIGN)}.get(defect, text)
-        if defect in ("watermark", "blank"):
-            altered(path, defect, chance).save(folder / name, quality=90)
+        text = {"boilerplate_text": chance.choice(STOCK), "other_language": chance.choice(FOREIGN)}.get(words, text)
+        if look:
+            altered(path, look, chance).save(folder / name, quality=90)
         else:
             shutil.copyfile(path, folder / name)
-        if defect in COPIES:
-            copy = f"copy-{name}"
-            if defect == "near_duplicate":
-                altered(path, defect, chance).save(folder / copy, quality=85)
+        truth[name] = Truth({words, look} - {""}, None, bool(copy))
+        if copy:
+            twin = f"copy-{name}"
+            if copy == "near_duplicate":
+                altered(folder / name, copy, chance).save(folder / twin, quality=85)
             else:
-                shutil.copyfile(path, folder / copy)
-            (folder / copy).with_suffix(".txt").write_text(text)
-            truth[copy] = (defect, name)
+                shutil.copyfile(folder / name, folder / twin)
+            (folder / twin).with_suffix(".txt").write_text(text)
+            truth[twin] = Truth({words, look, copy} - {""}, name, False)
         (folder / name).with_suffix(".txt").write_text(text)
-        truth[name] = ("original" if defect in COPIES else defect, name)
     return truth
 
 
@@ -149,9 +173,9 @@ def recipe_of(corpus: Path, model: Path, per_defect: int) -> dict[str, Any]:
     }
 
 
-def true_figures(run: Run, truth: dict[str, tuple[str, str]], told: dict[str, Any]) -> dict[str, dict[str, Figure]]:
+def true_figures(run: Run, truth: dict[str, Truth], told: dict[str, Any]) -> dict[str, dict[str, Figure]]:
     """Of each defect the AUC of every score and the recall and false drops of every rule, among pairs with that defect
-    alone and pairs with none."""
+    and pairs without it. Which of two copies stays is chance, so rules aren't asked about them: their scores tell."""
     curated, store = run.read("round-1/curation.json"), run.workspace.store
     scores = [entry["column"] for entry in told["swapped_text"]["auc"]]
     groups = [f"{name}.group" for name in ("exact_duplicates", "near_duplicates")]
@@ -164,38 +188,34 @@ def true_figures(run: Run, truth: dict[str, tuple[str, str]], told: dict[str, An
     values = {name: numbers(frame.table[name], name) for name in scores if name not in groups}
     values |= copies(frame.table, facts, frame.table["pairs.url"].to_pylist(), values)
     found: dict[str, dict[str, Figure]] = {}
-    clean = np.array([defect == "" for defect, _ in facts])
     for defect in SHARES:
-        bad = np.array([d == defect for d, _ in facts])
-        found[defect] = {name: roc_auc(v[bad], v[clean]) for name, v in values.items()}
+        bad = np.array([defect in fact.defects for fact in facts])
+        good = ~bad & np.array([not (defect in COPIES and (fact.copied or fact.of)) for fact in facts])
+        found[defect] = {name: roc_auc(v[bad], v[good]) for name, v in values.items()}
         for rule in (entry["rule"] for entry in told[defect]["rules"]):
             caught = np.array([bool(names) if rule == "selection" else rule in names for names in would])
-            if rule.startswith("one_per") or (rule == "selection" and defect in COPIES):
-                continue  # which of two copies stays is chance: their scores tell more
-            recall, wrong = (wilson(caught[mask].sum(), mask.sum()) for mask in (bad, clean))
+            if rule.startswith("one_per") or rule == "selection" or defect in COPIES:
+                continue
+            recall, wrong = (wilson(caught[mask].sum(), mask.sum()) for mask in (bad, good))
             found[defect][f"{rule} recall"], found[defect][f"{rule} false drops"] = recall, wrong
             found[defect][f"{rule} AUC"] = verdict_auc(recall, wrong)
     return found
 
 
-def copies(
-    table: pa.Table, facts: list[tuple[str, str]], urls: list[str], values: dict[str, np.ndarray]
-) -> dict[str, np.ndarray]:
+def copies(table: pa.Table, facts: list[Truth], urls: list[str], values: Scores) -> Scores:
     """The reducers' answers as scores: a copy is near where it is in its original's group, another pair where it is in
     anybody's but its own."""
     uids, place = table["uid"].to_pylist(), {url.rpartition(":")[2]: n for n, url in enumerate(urls)}
+    other = [place.get(fact.of or "") for fact in facts]
     made = {}
     for name in ("exact_duplicates", "near_duplicates"):
         group = table[f"{name}.group"].to_pylist()
-        joined = np.zeros(len(uids), bool)
-        for n, (defect, origin) in enumerate(facts):
-            other = place.get(origin) if defect in COPIES else None
-            joined[n] = group[n] is not None and (group[n] != uids[n] if other is None else group[n] == group[other])
+        pairs = zip(group, (u if o is None else None for u, o in zip(uids, other, strict=True)), other, strict=True)
+        joined = np.array([g is not None and (g != u if o is None else g == group[o]) for g, u, o in pairs], bool)
         made[f"{name}.group"] = 1.0 - joined
         if (distance := values.get(f"{name}.distance")) is not None:
-            pairs = [max(distance[n], distance[place[o]]) if d in COPIES and o in place else distance[n]
-                     for n, (d, o) in enumerate(facts)]  # fmt: skip
-            made[f"{name}.distance"] = np.where(joined, pairs, np.inf)
+            near = [d if o is None else max(d, distance[o]) for d, o in zip(distance, other, strict=True)]
+            made[f"{name}.distance"] = np.where(joined, near, np.inf)
     return made
 
 

@@ -2,9 +2,10 @@
 
 The rules are asked with the thresholds that the selection pinned (overrides of a source left aside, and lists of uids,
 which canaries aren't on), and only the reporting half is counted. Reducers are queried, each once for all canaries, so
-a canary changes no real row; how each defect is asked stands in `filters.defects`. A duplicate's canary counts where
-its original is kept: a copy of what was dropped isn't one. Precision depends on how common a defect is, so it stands
-beside a prevalence. Canaries of pairs that nobody vouched for are corrected for their noise (`filters.canary_figures`).
+a canary changes no real row; how each defect is asked stands in `filters.defects`. A duplicate's canary is caught where
+a group is found for it, since its original is there; any other row where a pair of its group is kept. Precision depends
+on how common a defect is, so it stands beside a prevalence. Canaries of pairs that nobody vouched for are corrected for
+their noise (`filters.canary_figures`).
 """
 
 from collections import Counter
@@ -58,10 +59,10 @@ def report(canaries: Sequence[ShardRef], real: Judged, prevalence: float = 0.1) 
     A figure is {value, low, high, n}. Empty `defects` where there are no canaries.
     """
     facts_N = pa.concat_tables([FACTS.empty_table(), *(facts(real.store, ref) for ref in canaries)])
-    caught, columns, counts = _asked(real, canaries, facts_N) if facts_N.num_rows else ({}, {}, np.zeros(0, bool))
+    caught, columns = _asked(real, canaries, facts_N) if facts_N.num_rows else ({}, {})
     defects = {}
     for defect in facts_N["defect"].unique().to_pylist():
-        mine = as_bool(pc.equal(facts_N["defect"], defect)) & counts
+        mine = as_bool(pc.equal(facts_N["defect"], defect))
         canary, twin = (half & mine for half in reporting(facts_N))
         defects[defect] = _figures(caught, columns, canary, twin, prevalence, clean=bool(real.trusted))
         kinds, whole = np.array(facts_N["kind"].to_pylist(), object), caught[SELECTION_AS_A_WHOLE]
@@ -92,8 +93,8 @@ def _figures(
     return facts | {"precision": whole} | ({} if clean else {"noise": dirt})
 
 
-def _asked(real: Judged, refs: Sequence[ShardRef], told: pa.Table) -> tuple[Masks, Masks, np.ndarray]:
-    """For the rows of all canary shards: which each rule would drop, the scores, and which rows count."""
+def _asked(real: Judged, refs: Sequence[ShardRef], told: pa.Table) -> tuple[Masks, Masks]:
+    """For the rows of all canary shards: which each rule would drop, and the scores."""
     shards = {"canaries": refs}
     keep = [rule for rule in real.keep if rule.in_list is None]
     scored = {name: path for name, path in real.scores.items() if real.store.has(refs[0].beside(path))}
@@ -109,13 +110,14 @@ def _asked(real: Judged, refs: Sequence[ShardRef], told: pa.Table) -> tuple[Mask
     for rule in keep:
         if rule.one_per is not None:
             taken = _taken(real, rule.one_per, table[rule.one_per], exclude, there)
+            taken |= copy & as_bool(pc.is_valid(table[rule.one_per]))
             caught[rule.name] = taken | unmeasured[rule.one_per.partition(".")[0]]
     texts = choose_texts(real.texts, table, np.zeros(table.num_rows, bool)).to_pylist()
     pairs = zip(texts, of, strict=True)
     caught[TEXTS] = np.array([all(d.text and t["kind"] == SYNTHETIC for t in row) for row, d in pairs], bool)
     caught[SELECTION_AS_A_WHOLE] = np.logical_or.reduce(list(caught.values()))
     columns = {name: numbers(table[name], name) for name in found} | nearness
-    return caught, columns, ~copy | as_bool(pc.is_in(told["origin"], there))
+    return caught, columns
 
 
 def _ask_reducers(
