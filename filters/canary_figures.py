@@ -16,7 +16,7 @@ import numpy as np
 Figure = dict[str, Any]
 Z = 1.959964  # 95 %
 MOST_NOISE = 0.8  # above it nothing is corrected: no score tells canaries from twins
-TAIL = 0.1  # the least share of the canaries that a bound on the noise is read from
+TAIL = 0.25  # the least share of the canaries that a bound on the noise is read from
 POINTS = 40
 
 
