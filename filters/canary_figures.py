@@ -92,14 +92,15 @@ def recall_at_false_drops(scores_canaries: np.ndarray, scores_twins: np.ndarray,
 
 def noise(scores: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure | None:
     """The share of the twins that may have the defect themselves: `low` is 0, `high` the least bound that a score
-    (canaries, twins) gives, `value` the same without its sampling error. None where no score bounds it usefully."""
+    (canaries, twins) gives, `value` half of it without its sampling error: only its ends are known. None where no
+    score bounds it usefully."""
     best = (np.inf, 0.0, 0)
     for canaries, twins in scores.values():
         for sign in (1.0, -1.0):
             bad, good = (np.sort(sign * v[~np.isnan(v)]) for v in (canaries, twins))
             if len(bad) and len(good):
                 best = min(best, *_bounds(bad, good))
-    return None if best[0] > MOST_NOISE else {"value": best[1], "low": 0.0, "high": best[0], "n": best[2]}
+    return None if best[0] > MOST_NOISE else {"value": best[1] / 2, "low": 0.0, "high": best[0], "n": best[2]}
 
 
 def _bounds(bad: np.ndarray, good: np.ndarray) -> list[tuple[float, float, int]]:

@@ -24,8 +24,9 @@ from filters.columns import as_bool, load_frame
 from filters.defects import DEFECTS
 from filters.reduce import corpus
 from filters.rules import Threshold, numbers
-from filters.selection import TEXTS, drops, rule_columns
+from filters.selection import TEXTS, rule_columns
 from filters.texts import SYNTHETIC, choose_texts, column_names
+from filters.thresholds import drops
 from pairs.recipe import Rule, TextsSpec
 from pairs.shard import ShardRef
 from pairs.store import Store

@@ -11,7 +11,7 @@ Cost: a million rows take seconds; the memory is that of the columns that rules 
 """
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from filters.canaries import fitting
 from filters.columns import Frame, as_bool, load_frame, read_columns
 from filters.funnel import fetch_counts, rule_counts, total
-from filters.rules import Threshold, fit_recall, nulls, numbers, passes, quantile
+from filters.rules import nulls, numbers
 from filters.texts import choose_texts, column_names
+from filters.thresholds import Thresholds, current, drops, found, pin, told
 from pairs.fingerprint import fingerprint
 from pairs.recipe import Rule, TextsSpec
 from pairs.schemas import SELECTION
@@ -36,7 +36,6 @@ BEFORE_RULES = (FORGOTTEN, HELD_OUT, HELD_OUT_TWIN)
 SHA256 = "pairs.sha256"
 VERSION = 2  # raise it when the same columns would give other verdicts
 Shards = Mapping[str, Sequence[ShardRef]]
-Thresholds = dict[str, Threshold]
 
 
 @dataclass(frozen=True)
@@ -85,15 +84,15 @@ def select(
     """
     identity = _identity(name, keep, texts, shards, scores, trusted)
     base = f"selections/{name}-{fingerprint(identity)}"
-    folder = _current(store, base)
+    folder = current(store, base)
     canaries = [] if not any(case and case.target_recall for r in keep for case in r.cases().values()) else canaries
     inputs = _inputs(store, shards, canaries)
     if not recalibrate and (done := _finished(store, folder, inputs)):
         return done
     twins = [SHA256] if set(trusted) & set(shards) else []  # only a held-out pair has twins to look for
     frame = load_frame(store, shards, dict.fromkeys([*rule_columns(keep), *twins]), scores, trusted)
-    now = _thresholds(store, keep, frame, scores, canaries)
-    folder, pins = _pin(store, base, folder, now, recalibrate)
+    now = found(store, keep, frame, scores, canaries)
+    folder, pins = pin(store, base, folder, now, recalibrate)
     there = set(store.files(folder, ".parquet"))
     old = {r: store.read_table(r.beside(folder)).cast(SELECTION) for _, r in frame.shards if r.beside(folder) in there}
     dropped = drops(keep, frame.table, pins, frame.source)
@@ -106,33 +105,6 @@ def select(
     store.write(f"{folder}/funnel.json", json.dumps(funnel, indent=1))
     store.write(f"{folder}/manifest.json", json.dumps(manifest, indent=1, sort_keys=True))
     return SelectionResult(folder, manifest, funnel, len(tables) - len(old))
-
-
-def drops(
-    keep: Sequence[Rule], table: pa.Table, pins: Thresholds, source: np.ndarray | None = None
-) -> dict[str, np.ndarray]:
-    """Which rows of `table` each rule over a column would drop, by its name; `pins` are the thresholds that were found.
-    With each row's `source` the rules' overrides hold."""
-    return {r.name: _dropped(r, table[r.column], pins, source) for r in keep if r.one_per is None}
-
-
-def _dropped(rule: Rule, column: pa.ChunkedArray, pins: Thresholds, source: np.ndarray | None) -> np.ndarray:
-    dropped = np.zeros(len(column), bool)
-    for name, case, rows in _cases(rule, source, len(column)):
-        if case is not None and rows.any():
-            part = column if rows.all() else column.filter(pa.array(rows))
-            dropped[rows] = ~passes(case, part, pins.get(name))
-    return dropped
-
-
-def _cases(rule: Rule, source: np.ndarray | None, count: int) -> Iterator[tuple[str, Rule | None, np.ndarray]]:
-    """Name, rule (None: off) and rows of each part of the corpus that a rule judges in its own way."""
-    cases, others = rule.cases(), np.ones(count, bool)
-    for name, case in list(cases.items())[1:] if source is not None else []:
-        rows = np.asarray(source == name)
-        others &= ~rows
-        yield f"{rule.name} at {name}", case, rows
-    yield rule.name, cases[""], others
 
 
 def _identity(
@@ -166,12 +138,6 @@ def _inputs(store: Store, shards: Shards, canaries: Sequence[ShardRef]) -> str:
     return fingerprint(facts | ({"canaries": [ref.folder for ref in canaries]} if canaries else {}))
 
 
-def _current(store: Store, base: str) -> str:
-    """The folder in force: `base`, or the one that the latest recalibration started."""
-    path = f"{base}/recalibrated.json"
-    return str(json.loads(store.read(path))["folder"]) if store.has(path) else base
-
-
 def _finished(store: Store, folder: str, inputs: str) -> SelectionResult | None:
     if not store.has(f"{folder}/manifest.json"):
         return None
@@ -179,47 +145,6 @@ def _finished(store: Store, folder: str, inputs: str) -> SelectionResult | None:
     if manifest["inputs"] != inputs:
         return None
     return SelectionResult(folder, manifest, json.loads(store.read(f"{folder}/funnel.json")), 0)
-
-
-def _thresholds(
-    store: Store, keep: Sequence[Rule], frame: Frame, scores: Mapping[str, str], canaries: Sequence[ShardRef]
-) -> Thresholds:
-    """What each fitted test is now: a quantile over all real scored rows that the rule judges but the held-out ones,
-    `target_recall` over the canaries that may fit. Nothing is fitted to a corpus without rows."""
-    counts = frame.alive & ~frame.held_out
-    found: Thresholds = {}
-    for rule in (rule for rule in keep if counts.any() and rule.column is not None):
-        for name, case, rows in _cases(rule, frame.source, len(counts)):
-            if case is None or not case.fitted:
-                continue
-            if case.target_recall is not None:
-                found[name] = fit_recall(case, fitting(store, canaries, str(case.defect), str(case.column), scores))
-            elif threshold := quantile(case, frame.table[case.column], counts & rows):
-                found[name] = threshold
-    return found
-
-
-def _pin(store: Store, base: str, folder: str, now: Thresholds, recalibrate: bool) -> tuple[str, Thresholds]:
-    """The folder to write to and the thresholds in force. What was never pinned (nothing was scored) is pinned now."""
-    path = f"{folder}/pins.json"
-    told = json.loads(store.read(path)) if store.has(path) else {}
-    pins = {name: Threshold(**fields) for name, fields in told.items()}
-    if recalibrate and any(_ends(pins[name]) != _ends(now[name]) for name in pins if name in now):
-        pins = pins | now
-        values = {name: _ends(threshold) for name, threshold in pins.items()}
-        folder = f"{base.rsplit('-', 1)[0]}-{fingerprint({'base': base, 'pins': values})}"
-        path = f"{folder}/pins.json"
-    pins = now | pins
-    if pins or not store.has(path):
-        store.write(path, json.dumps({name: vars(pin) for name, pin in sorted(pins.items())}, indent=1))
-    if folder != _current(store, base):
-        store.write(f"{base}/recalibrated.json", json.dumps({"folder": folder}))
-    return folder, pins
-
-
-def _ends(threshold: Threshold) -> float | list[float | None] | None:
-    """What two thresholds are told apart by: the number, or both where there is an upper one."""
-    return threshold.value if threshold.high is None else [threshold.value, threshold.high]
 
 
 def _texts(
@@ -329,19 +254,9 @@ def _funnel(
 
 
 def _facts(folder: str, pins: Thresholds, now: Thresholds, frame: Frame, funnel: Mapping[str, Any]) -> dict[str, Any]:
-    thresholds = {
-        name: {
-            "value": pin.value,
-            **({} if pin.high is None else {"high": pin.high}),
-            "found": f"by {name} over {pin.rows} {'fitting canaries' if ' target_recall ' in name else 'scored rows'}",
-            "now": now[name].number if name in now else None,
-            "rows_now": now[name].rows if name in now else 0,
-        }
-        for name, pin in sorted(pins.items())
-    }
     increments: dict[str, list[str]] = {}
     for source, ref in frame.shards:
         if ref.increment not in increments.setdefault(source, []):
             increments[source].append(ref.increment)
     counts = {key: funnel["total"][key] for key in ("candidates", "pairs", "trusted", "kept")}
-    return {"folder": folder, "thresholds": thresholds, "increments": increments, "counts": counts}
+    return {"folder": folder, "thresholds": told(pins, now), "increments": increments, "counts": counts}
