@@ -230,6 +230,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--pairs", type=Path, required=True)
     parser.add_argument("--train", type=int, default=2000)
+    parser.add_argument("--skip", type=int, default=0, help="pairs after the training ones that are left out")
     parser.add_argument("--test", type=int, default=3000)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--per-defect", type=int, default=450)
@@ -240,7 +241,7 @@ def main() -> None:
     model = scorer(pairs[: given.train], folder, given.steps)
     corpus = folder / "corpus"
     shutil.rmtree(corpus, ignore_errors=True)
-    truth = write_corpus(pairs[given.train : given.train + given.test], corpus, chance)
+    truth = write_corpus(pairs[given.train + given.skip :][: given.test], corpus, chance)
     run = run_until(recipe_of(corpus, model, given.per_defect), folder / "truth", trains=False)
     told = run.read("round-1/curation.json")["canaries"]["defects"]
     tell(true_figures(run, truth, told), told)
