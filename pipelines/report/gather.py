@@ -119,8 +119,9 @@ def all_read(record: Facts | None, total: Facts, apart: int) -> bool:
 def _canaries(told: Facts) -> Facts:
     defects = told["defects"].items()
     rules = [{"defect": defect, "n": f["canaries"], **rule} for defect, f in defects for rule in f["rules"]]
-    # A score that tells a defect from its twin stands out on either side of 0.5, and has a curve.
-    telling = [{"defect": defect, **entry} for defect, f in defects for entry in f["auc"] if "curve" in entry]
+    # A score that tells a defect from its twin stands out on either side of 0.5, and has a curve; one curve, one line.
+    curves = {(defect, str(a["curve"])): a for defect, f in defects for a in reversed(f["auc"]) if "curve" in a}
+    telling = [{"defect": defect, **entry} for (defect, _), entry in curves.items()]
     kinds = [{"defect": defect, **kind} for defect, f in defects if len(f["kinds"]) > 1 for kind in f["kinds"]]
     return {
         "canaries": [r for r in rules if (r["recall"]["value"] or 0) > 0 or r["rule"] == "selection"],
