@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from filters.canary_report import wilson
+from filters.canary_figures import wilson
 from pairs.shard import ShardRef, list_shards
 from pairs.workspace import Workspace
 

@@ -1,11 +1,11 @@
 """How good the filters are, told by the canaries: recall, false drops on the twins, and ROC-AUC, with intervals.
 
-The rules are asked with the thresholds that the selection pinned, and only the reporting half is counted. Reducers
-are queried, so a canary changes no real row. A swapped text's image is asked without its original, since its defect
-isn't the image; of the near duplicates only the twins are. A swapped text is caught where its web text isn't kept,
-whatever becomes of synthetic ones. Precision depends on how common a defect is, so it stands beside a prevalence.
-Intervals are Wilson's at 95 %; an AUC's variance is at most A(1-A)/min(m, n) (Birnbaum and Klose, 1957), so
-Wilson's with the smaller count is a wide enough one.
+The rules are asked with the thresholds that the selection pinned (overrides of a source left aside, and lists of uids,
+which canaries aren't on), and only the reporting half is counted. Reducers are queried, each once for all canaries, so
+a canary changes no real row; how each defect is asked stands in `filters.defects`. A duplicate's canary is caught where
+a group is found for it, since its original is there; any other row where a pair of its group is kept. Precision depends
+on how common a defect is, so it stands beside a prevalence. Canaries of pairs that nobody vouched for are corrected for
+their noise (`filters.canary_figures`).
 """
 
 from collections import Counter
@@ -18,19 +18,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from filters.base import Reducer
-from filters.canaries import facts, reporting
-from filters.columns import load_frame
+from filters.canaries import FACTS, facts, reporting
+from filters.canary_figures import noise, precision, roc_auc, roc_points, verdict_auc, wilson, without_noise
+from filters.columns import as_bool, load_frame
+from filters.defects import DEFECTS
 from filters.reduce import corpus
 from filters.rules import Threshold, numbers
-from filters.selection import TEXTS, drops, rule_columns
+from filters.selection import TEXTS, rule_columns
 from filters.texts import SYNTHETIC, choose_texts, column_names
+from filters.thresholds import drops
 from pairs.recipe import Rule, TextsSpec
 from pairs.shard import ShardRef
 from pairs.store import Store
 
-Z = 1.959964  # 95 %
 SELECTION_AS_A_WHOLE = "selection"
+TELLING = 0.1  # an AUC this far from 0.5 gets a curve
 NUMBERS = (pa.types.is_integer, pa.types.is_boolean, pa.types.is_float32, pa.types.is_float64)
+Masks = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -49,76 +53,95 @@ class Judged:
 
 
 def report(canaries: Sequence[ShardRef], real: Judged, prevalence: float = 0.1) -> dict[str, Any]:
-    """Per defect: `canaries` and `twins` counted, `rules` (name, recall, false_drops; the last one is the selection as
-    a whole), `auc` of each numeric score, `precision` at `prevalence`.
+    """Per defect: `canaries` and `twins` counted, `rules` (name, recall, false_drops, auc; the last one is the
+    selection as a whole), `auc` of each score with its curve, recall by `kinds`, `precision` at `prevalence`, and
+    without trusted pairs the `noise` of which the figures are freed.
 
     A figure is {value, low, high, n}. Empty `defects` where there are no canaries.
     """
+    facts_N = pa.concat_tables([FACTS.empty_table(), *(facts(real.store, ref) for ref in canaries)])
+    caught, columns = _asked(real, canaries, facts_N) if facts_N.num_rows else ({}, {})
     defects = {}
-    for ref in canaries:
-        told = facts(real.store, ref)
-        caught, columns = _caught(real, ref, told)
-        defects[told["defect"][0].as_py()] = _figures(caught, columns, *reporting(told), prevalence)
-    return {"half": "report", "prevalence": prevalence, "defects": defects}
+    for defect in facts_N["defect"].unique().to_pylist():
+        mine = as_bool(pc.equal(facts_N["defect"], defect))
+        canary, twin = (half & mine for half in reporting(facts_N))
+        defects[defect] = _figures(caught, columns, canary, twin, prevalence, clean=bool(real.trusted))
+        kinds, whole = np.array(facts_N["kind"].to_pylist(), object), caught[SELECTION_AS_A_WHOLE]
+        parts = {kind: canary & (kinds == kind) for kind in sorted(set(kinds[canary]))}
+        defects[defect]["kinds"] = [{"kind": k, "recall": wilson(whole[m].sum(), m.sum())} for k, m in parts.items()]
+    return {"half": "report", "prevalence": prevalence, "trusted": bool(real.trusted), "defects": defects}
 
 
 def _figures(
-    caught: Mapping[str, np.ndarray],
-    columns: Mapping[str, np.ndarray],
-    canary: np.ndarray,
-    twin: np.ndarray,
-    prevalence: float,
+    caught: Masks, columns: Masks, canary: np.ndarray, twin: np.ndarray, prevalence: float, clean: bool
 ) -> dict[str, Any]:
-    shares = {n: (wilson(m[canary].sum(), canary.sum()), wilson(m[twin].sum(), twin.sum())) for n, m in caught.items()}
-    return {
-        "canaries": int(canary.sum()),
-        "twins": int(twin.sum()),
-        "rules": [{"rule": name, "recall": recall, "false_drops": wrong} for name, (recall, wrong) in shares.items()],
-        "auc": [{"column": name, "auc": roc_auc(values[canary], values[twin])} for name, values in columns.items()],
-        "precision": precision(*shares[SELECTION_AS_A_WHOLE], prevalence),
-    }
+    scores = {name: (values[canary], values[twin]) for name, values in columns.items()}
+    dirt = None if clean else noise(scores)
+    rules: list[dict[str, Any]] = []
+    for name, mask in caught.items():
+        recall, wrong = wilson(mask[canary].sum(), canary.sum()), wilson(mask[twin].sum(), twin.sum())
+        wrong = wrong if clean else without_noise(wrong, dirt, recall)
+        auc = verdict_auc(recall, wrong) | ({"bound": wrong["bound"]} if "bound" in wrong else {})
+        rules.append({"rule": name, "recall": recall, "false_drops": wrong, "auc": auc})
+    told = []
+    for name, (bad, good) in scores.items():
+        auc = roc_auc(bad, good)
+        telling = auc["value"] is not None and abs(auc["value"] - 0.5) > TELLING
+        auc = auc if clean else without_noise(auc, dirt)
+        told.append({"column": name, "auc": auc} | ({"curve": roc_points(bad, good)} if telling else {}))
+    facts = {"canaries": int(canary.sum()), "twins": int(twin.sum()), "rules": rules, "auc": told}
+    whole = precision(rules[-1]["recall"], rules[-1]["false_drops"], prevalence)
+    return facts | {"precision": whole} | ({} if clean else {"noise": dirt})
 
 
-def _caught(real: Judged, ref: ShardRef, told: pa.Table) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Which rows of a canary shard each rule would drop, and the numeric scores of all of them."""
-    scored = {name: path for name, path in real.scores.items() if real.store.has(ref.beside(path))}
-    read = [
-        c for c in [*rule_columns(real.keep), *column_names(real.texts)] if c.partition(".")[0] not in real.reducers
-    ]
-    found = _numeric(real.store, ref, scored)
-    table = load_frame(real.store, {"canaries": [ref]}, [*read, *found], scored, []).table
-    swapped = told["defect"][0].as_py() == "swapped_text"
-    exclude = [None if not twin and not swapped else origin for origin, twin in _rows(told, "origin", "twin")]
-    table, unmeasured = _ask_reducers(real, ref, scored, exclude, table)
-    caught = drops(real.keep, table, {name: Threshold(pin["value"], 0) for name, pin in real.thresholds.items()})
-    for rule in real.keep:
+def _asked(real: Judged, refs: Sequence[ShardRef], told: pa.Table) -> tuple[Masks, Masks]:
+    """For the rows of all canary shards: which each rule would drop, and the scores."""
+    shards = {"canaries": refs}
+    keep = [rule for rule in real.keep if rule.in_list is None]
+    scored = {name: path for name, path in real.scores.items() if real.store.has(refs[0].beside(path))}
+    found = _numeric(real.store, refs[0], scored)
+    read = [c for c in [*rule_columns(keep), *column_names(real.texts)] if c.partition(".")[0] not in real.reducers]
+    table = load_frame(real.store, shards, [*read, *found], scored, []).table
+    of = [DEFECTS[name] for name in told["defect"].to_pylist()]
+    copy = np.array([defect.duplicate for defect in of], bool) & ~as_bool(told["twin"])
+    exclude = [None if own else origin for own, origin in zip(copy, told["origin"].to_pylist(), strict=True)]
+    table, unmeasured, nearness = _ask_reducers(real, refs, scored, exclude, table)
+    caught = drops(keep, table, {name: Threshold(p["value"], 0, p.get("high")) for name, p in real.thresholds.items()})
+    there = _kept(real)
+    for rule in keep:
         if rule.one_per is not None:
-            taken = _taken(real, rule.one_per, table[rule.one_per], exclude)
+            taken = _taken(real, rule.one_per, table[rule.one_per], exclude, there)
+            taken |= copy & as_bool(pc.is_valid(table[rule.one_per]))
             caught[rule.name] = taken | unmeasured[rule.one_per.partition(".")[0]]
-    kept = choose_texts(real.texts, table, np.zeros(table.num_rows, bool)).to_pylist()
-    caught[TEXTS] = np.array([all(swapped and t["kind"] == SYNTHETIC for t in row) for row in kept], bool)
+    texts = choose_texts(real.texts, table, np.zeros(table.num_rows, bool)).to_pylist()
+    pairs = zip(texts, of, strict=True)
+    caught[TEXTS] = np.array([all(d.text and t["kind"] == SYNTHETIC for t in row) for row, d in pairs], bool)
     caught[SELECTION_AS_A_WHOLE] = np.logical_or.reduce(list(caught.values()))
-    return caught, {name: numbers(table[name], name) for name in found}
+    columns = {name: numbers(table[name], name) for name in found} | nearness
+    return caught, columns
 
 
 def _ask_reducers(
-    real: Judged, ref: ShardRef, scored: Mapping[str, str], exclude: Sequence[str | None], table: pa.Table
-) -> tuple[pa.Table, dict[str, np.ndarray]]:
-    """`table` with the columns that reducers answer, and for each reducer where it had nothing to go by."""
-    unmeasured = {}
-    for name in sorted({column.partition(".")[0] for column in rule_columns(real.keep)} & set(real.reducers)):
-        reducer = real.reducers[name]
-        queries = corpus(real.store, reducer, {"canaries": [ref]}, scored, [])[1]
+    real: Judged, refs: Sequence[ShardRef], scored: Mapping[str, str], exclude: Sequence[str | None], table: pa.Table
+) -> tuple[pa.Table, Masks, Masks]:
+    """`table` with the columns that reducers answer; for each reducer where it had nothing to go by; and how near its
+    answer is, as scores: `group` is 1 where there is none, a number beside it then infinite."""
+    unmeasured: Masks = {}
+    nearness: Masks = {}
+    for name, reducer in real.reducers.items():
+        queries = corpus(real.store, reducer, {"canaries": refs}, scored, [])[1]
         known = corpus(real.store, reducer, real.shards, real.scores, real.trusted, name)[1]
         answers = reducer.query(known, queries, exclude)
-        unmeasured[name] = np.logical_or.reduce([queries[need].is_null().to_numpy() for need in reducer.needs])
+        missing = [queries[need].is_null().to_numpy() for need in reducer.needs]
+        unmeasured[name] = np.logical_or.reduce(missing)
+        grouped = "group" in answers.column_names
+        alone = answers["group"].is_null().to_numpy() if grouped else np.zeros(table.num_rows, bool)
+        nearness |= {f"{name}.group": alone.astype(float)} if grouped else {}
         for column in answers.column_names:
             table = table.append_column(f"{name}.{column}", answers[column])
-    return table, unmeasured
-
-
-def _rows(table: pa.Table, *names: str) -> list[tuple[Any, ...]]:
-    return list(zip(*(table[name].to_pylist() for name in names), strict=True))
+            if any(test(answers[column].type) for test in NUMBERS):
+                nearness[f"{name}.{column}"] = np.where(alone, np.inf, numbers(answers[column], name))
+    return table, unmeasured, nearness
 
 
 def _numeric(store: Store, ref: ShardRef, scores: Mapping[str, str]) -> list[str]:
@@ -132,14 +155,24 @@ def _numeric(store: Store, ref: ShardRef, scores: Mapping[str, str]) -> list[str
     return found
 
 
-def _taken(real: Judged, column: str, groups: pa.ChunkedArray, exclude: Sequence[str | None]) -> np.ndarray:
-    """Whether the selection keeps a pair of each query's group, the excluded one left aside."""
+def _kept(real: Judged) -> pa.Array:
+    """uids of the pairs that the selection keeps."""
+    found = [pa.array([], pa.string())]
+    for ref in (ref for refs in real.shards.values() for ref in refs):
+        table = real.store.read_table(ref.beside(real.selection), ["uid", "kept"])
+        found += table.filter(table["kept"])["uid"].chunks
+    return pa.concat_arrays(found)
+
+
+def _taken(
+    real: Judged, column: str, groups: pa.ChunkedArray, exclude: Sequence[str | None], kept: pa.Array
+) -> np.ndarray:
+    """Whether a pair among `kept` is in each query's group, the excluded one left aside."""
     frame = load_frame(real.store, real.shards, [column], real.scores, real.trusted)
-    judged = [real.store.read_table(ref.beside(real.selection), ["kept"]) for _, ref in frame.shards]
-    part = frame.table.filter(pa.concat_tables(judged)["kept"])
+    asked = pc.is_in(frame.table[column], pc.drop_null(groups.unique()))
+    part = frame.table.filter(pc.and_(pc.is_in(frame.table["uid"], kept), asked))
     count = Counter(part[column].to_pylist())
-    own = part.filter(pc.is_in(part["uid"], pa.array([e for e in exclude if e], pa.string())))
-    group_of = dict(_rows(own, "uid", column))
+    group_of = dict(zip(part["uid"].to_pylist(), part[column].to_pylist(), strict=True))
     return np.array(
         [
             group is not None and count[group] > (without is not None and group_of.get(without) == group)
@@ -147,53 +180,3 @@ def _taken(real: Judged, column: str, groups: pa.ChunkedArray, exclude: Sequence
         ],
         bool,
     )
-
-
-def wilson(hits: float, n: float) -> dict[str, Any]:
-    """A share with Wilson's 95 % interval; `hits` of 0 to `n`, null where n is 0."""
-    n, hits = int(n), float(hits)
-    if not n:
-        return {"value": None, "low": None, "high": None, "n": 0}
-    share, spread = hits / n, Z * Z / n
-    middle = (share + spread / 2) / (1 + spread)
-    half = Z * np.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
-    return {"value": share, "low": float(max(0.0, middle - half)), "high": float(min(1.0, middle + half)), "n": n}
-
-
-def roc_auc(canaries: np.ndarray, twins: np.ndarray) -> dict[str, Any]:
-    """The chance that a twin scores higher than a canary, ties half; 0.5 tells nothing, below it the score is turned
-    round. Nulls (NaN) are left out."""
-    bad, good = canaries[~np.isnan(canaries)], np.sort(twins[~np.isnan(twins)])
-    if not len(bad) or not len(good):
-        return wilson(0, 0)
-    above = len(good) - (np.searchsorted(good, bad, "left") + np.searchsorted(good, bad, "right")) / 2
-    n = min(len(bad), len(good))
-    return wilson(float(above.mean() / len(good)) * n, n)
-
-
-def precision(recall: Mapping[str, Any], false_drops: Mapping[str, Any], prevalence: float) -> dict[str, Any]:
-    """Of what is dropped, the share that has the defect, if `prevalence` of the pairs have it; the interval takes
-    the two figures' ends together."""
-
-    def share(caught: float | None, wrong: float | None) -> float | None:
-        if caught is None or wrong is None:
-            return None
-        dropped = prevalence * caught + (1 - prevalence) * wrong
-        return prevalence * caught / dropped if dropped else None
-
-    ends = {"low": share(recall["low"], false_drops["high"]), "high": share(recall["high"], false_drops["low"])}
-    return {"prevalence": prevalence, "value": share(recall["value"], false_drops["value"]), **ends, "n": recall["n"]}
-
-
-def recall_at_false_drops(
-    scores_canaries: np.ndarray, scores_twins: np.ndarray, false_drop_rate: float
-) -> dict[str, Any]:
-    """The share of canaries below the highest threshold that drops at most `false_drop_rate` of the twins.
-
-    A score that is NaN is dropped at any threshold, as rules do. What is compared between two scorers has to be asked
-    at the same rate: that is how a round's model earns its promotion.
-    """
-    bad, good = (np.where(np.isnan(v), -np.inf, v.astype(float)) for v in (scores_canaries, scores_twins))
-    allowed = int(false_drop_rate * len(good))
-    threshold = np.sort(good)[allowed] if allowed < len(good) else np.inf
-    return wilson(((bad < threshold) | np.isneginf(bad)).sum(), len(bad)) | {"threshold": float(threshold)}

@@ -56,7 +56,7 @@ def load_frame(
     nothing = pa.table(empty)
     table = pa.concat_tables([part.cast(parts[0].schema) for part in parts]) if parts else nothing
     source = np.repeat(np.array([name for name, _ in order], object), counts)
-    trusts = np.isin(source.astype(str), list(trusted))
+    trusts = np.repeat(np.array([name in set(trusted) for name, _ in order], bool), counts)
     uids = table["uid"].to_pylist() if trusts.any() else []
     held = np.zeros(table.num_rows, bool)
     held[trusts] = [held_out(uids[row]) if uids[row] else False for row in np.flatnonzero(trusts)]
@@ -80,12 +80,18 @@ def list_lengths(lists: pa.Array) -> np.ndarray:
     return pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
-def read_columns(store: Store, ref: ShardRef, names: Sequence[str], scores: Mapping[str, str]) -> pa.Table:
-    """`uid, url_key, status` and the columns `names` of one shard."""
+def read_columns(
+    store: Store,
+    ref: ShardRef,
+    names: Sequence[str],
+    scores: Mapping[str, str],
+    fields: Sequence[str] = ("uid", "url_key", "status"),
+) -> pa.Table:
+    """The pair table's `fields` by their own names and the columns `names` of one shard."""
     own = [name.partition(".")[2] for name in names if name.startswith(f"{OWN}.")]
     check_columns([f"{OWN}.{field}" for field in own], [])
-    pair = store.read_table(ref.table, list(dict.fromkeys(["uid", "url_key", "status", *own])))
-    table = pair.select(["uid", "url_key", "status"])
+    pair = store.read_table(ref.table, list(dict.fromkeys([*fields, *own])))
+    table = pair.select(list(fields))
     made = {f"{OWN}.{field}": pair[field] for field in own}
     for filter_name in dict.fromkeys(name.partition(".")[0] for name in names if not name.startswith(f"{OWN}.")):
         made |= _scores(store, ref, filter_name, names, scores, pair["uid"])

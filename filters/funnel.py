@@ -29,8 +29,8 @@ def fetch_counts(store: Store, source: str, groups: Sequence[str], increments: S
     folders = [f"ledger/{group}/{increment}" for group in groups for increment in increments]
     for path in (path for folder in folders for path in store.files(folder, ".parquet")):
         table = store.read_table(path, ["status", "reason"])
-        for status, reason in zip(table["status"].to_pylist(), table["reason"].to_pylist(), strict=True):
-            outcome["ok" if status == "ok" else f"{status}/{reason}"] += 1
+        reason = pc.binary_join_element_wise(table["status"], pc.fill_null(table["reason"], "None"), "/")
+        outcome.update(_counted(pc.if_else(pc.equal(table["status"], "ok"), "ok", reason)))
     outcome["not attempted"] = candidates - outcome.total()
     outcome["ok, but no pair"] = outcome.pop("ok", 0) - pairs
     return {"candidates": candidates, "fetch": {"pair": pairs} | {k: n for k, n in sorted(outcome.items()) if n}}
@@ -40,9 +40,8 @@ def rule_counts(
     names: Sequence[str], table: pa.Table, nulls: Mapping[str, np.ndarray], trusted: np.ndarray, rows: np.ndarray
 ) -> Counts:
     """Pairs, rules and kept of a selection's `table` at `rows` (bool); `dropped_by` says each row's first rule."""
-    part = table.filter(pa.array(rows))
-    first = Counter(part["dropped_by"].to_pylist())
-    would = Counter(pc.list_flatten(part["would_drop"]).to_pylist())
+    part = table if rows.all() else table.filter(pa.array(rows))
+    first, would = _counted(part["dropped_by"]), _counted(pc.list_flatten(part["would_drop"]))
     assert set(first) <= {None, *names}, f"dropped by {set(first)}, which are not all among {names}"
     rules, left = [], part.num_rows
     for name in names:
@@ -51,6 +50,11 @@ def rule_counts(
         rules.append({"name": name, "dropped": first[name], "would_drop": would[name], "nulls": null, "left": left})
     assert left == first[None], f"{left} pairs are left, {first[None]} are kept"
     return {"pairs": part.num_rows, "trusted": int((trusted & rows).sum()), "rules": rules, "kept": left}
+
+
+def _counted(column: pa.ChunkedArray) -> Counter[Any]:
+    counts = column.value_counts()
+    return Counter(dict(zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True)))
 
 
 def total(sources: Mapping[str, Counts]) -> Counts:

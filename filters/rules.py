@@ -1,11 +1,13 @@
 """One rule over one column: which rows it drops. Rules look at a column alone, so they commute.
 
 Null (and NaN) passes no rule except `is_null`. On a list column `over` says whether any, all or the first of the
-values must pass; an empty list passes none. A quantile (`top_fraction`) is turned into a plain threshold over all
-rows that count, so it is the same whatever other rules do. Vectorised: about 10 ns per row and rule.
+values must pass; an empty list passes none. A quantile is turned into plain thresholds over all rows that count, and
+`target_recall` over canaries, so they are the same whatever other rules do. Vectorised: about 10 ns per row and rule.
 """
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -15,38 +17,71 @@ import pyarrow.compute as pc
 from filters.columns import as_bool, list_lengths, one_chunk
 from pairs.errors import PairmillError
 from pairs.recipe import Rule
+from pairs.uid_lists import among
 
 Column: TypeAlias = pa.Array | pa.ChunkedArray
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """A quantile that became a number: the smallest `value` that passes; `rows` scored rows were looked at."""
+    """A test that became numbers: what is below `value` or above `high` doesn't pass (None: no such end). `rows` scored
+    rows or fitting canaries were looked at."""
 
-    value: float
+    value: float | None
     rows: int
+    high: float | None = None
+
+    @property
+    def number(self) -> float:
+        """The end that is there; of two the lower."""
+        number = self.high if self.value is None else self.value
+        assert number is not None
+        return number
 
 
 def quantile(rule: Rule, column: Column, counts: np.ndarray) -> Threshold | None:
-    """The value that `top_fraction` of the scored rows among `counts` (bool) reach; None where nothing is scored.
+    """What keeps `top_fraction` of the scored rows among `counts` (bool), or all but the shares outside `quantile`;
+    None where nothing is scored.
 
-    Of 0.1, 0.4, 0.3, null and 0.2 the top half begins at 0.3.
+    Of 0.1, 0.4, 0.3, null and 0.2 the top half begins at 0.3; `quantile: [0.25, 0.75]` keeps 0.2 to 0.3.
     """
-    assert rule.top_fraction is not None
-    values = _extreme(rule, column)
-    scored = np.sort(values[counts & ~np.isnan(values)])
+    low, high = rule.quantile or (0.0, 1.0)
+    top = 1 - low if rule.top_fraction is None else rule.top_fraction
+    scored = _scored(_extreme(rule, column), counts)
     if not len(scored):
         return None
-    kept = max(1, round(rule.top_fraction * len(scored)))
-    return Threshold(float(scored[len(scored) - kept]), len(scored))
+    kept = max(1, round(top * len(scored)))
+    value = float(scored[len(scored) - kept])
+    if high == 1.0:
+        return Threshold(value, len(scored))
+    tops = _scored(_extreme(rule, column, top=False), counts)
+    return Threshold(value, len(scored), max(value, float(tops[max(1, round(high * len(tops))) - 1])))
+
+
+def fit_recall(rule: Rule, column: Column) -> Threshold:
+    """The mildest threshold that drops `target_recall` of the canaries whose values are in `column`. One without a
+    value passes no rule, so it counts as dropped. Of 0.1, 0.2, null and 0.4 half are dropped just above 0.1."""
+    assert rule.target_recall is not None
+    sign = -1.0 if rule.drop == "above" else 1.0
+    values = sign * _extreme(rule, column, top=rule.drop != "above")
+    scored = np.sort(values[~np.isnan(values)])
+    if not len(scored):
+        raise PairmillError(
+            expected=f"fitting canaries of {rule.defect} with a value of {rule.column}, to find {rule.name}",
+            found=f"{len(values)} canaries, none with a value" if len(values) else "no canaries",
+            remedy="raise canaries.per_defect and canaries.max_fraction, or state `min` or `max` instead",
+        )
+    more = math.ceil(rule.target_recall * len(values) - 1e-9) - (len(values) - len(scored))
+    found = sign * float(np.nextafter(scored[more - 1], np.inf) if more > 0 else scored[0])
+    return Threshold(None, len(values), found) if rule.drop == "above" else Threshold(found, len(values))
 
 
 def passes(rule: Rule, column: Column, threshold: Threshold | None) -> np.ndarray:
-    """For each row whether the rule keeps it; `threshold` is what `top_fraction` was pinned to."""
-    if rule.top_fraction is not None:
+    """For each row whether the rule keeps it; `threshold` is what a fitted test was pinned to."""
+    if rule.fitted:
         if threshold is None:
             return np.zeros(len(column), bool)
-        return np.nan_to_num(_extreme(rule, column), nan=-np.inf) >= threshold.value
+        rule = Rule(column=rule.column, over=rule.over, min=threshold.value, max=threshold.high)
     flat = _plain(column)
     if pa.types.is_list(flat.type):
         return _lists(rule, flat)
@@ -72,14 +107,17 @@ def _plain(column: Column) -> pa.Array:
 def _values(rule: Rule, flat: pa.Array) -> np.ndarray:
     valid = as_bool(pc.is_valid(flat))
     tests = []
-    if rule.min is not None or rule.max is not None:
+    low, high = rule.between or (rule.min, rule.max)
+    if low is not None or high is not None:
         numbers = _numbers(rule, flat)
-        tests += [numbers >= rule.min] if rule.min is not None else []
-        tests += [numbers <= rule.max] if rule.max is not None else []
+        tests += [numbers >= low] if low is not None else []
+        tests += [numbers <= high] if high is not None else []
     if rule.equals is not None:
         tests.append(as_bool(pc.equal(flat, _like(rule, flat, [rule.equals])[0])))
     if rule.among is not None:
         tests.append(as_bool(pc.is_in(flat, _like(rule, flat, rule.among))) & valid)
+    if rule.in_list is not None:
+        tests.append(among(_words(rule, flat), Path(rule.in_list)))
     if rule.is_null is False:
         tests.append(valid)
     passed = np.logical_and.reduce(tests) if tests else np.zeros(len(flat), bool)
@@ -90,9 +128,8 @@ def _lists(rule: Rule, flat: pa.Array) -> np.ndarray:
     """Each list by its values: any, all or the first."""
     empty = nulls(flat)
     inner = rule.model_copy(update={"is_null": None})
-    only_null = all(test is None for test in (rule.min, rule.max, rule.equals, rule.among))
     passed = np.zeros(len(flat), bool)
-    if not only_null and not empty.all():
+    if inner.given and not empty.all():
         starts = _starts(flat)[~empty]
         values = _values(inner, _plain(flat.flatten()))
         joins = {"any": np.logical_or.reduceat, "all": np.logical_and.reduceat, "first": lambda v, at: v[at]}
@@ -113,7 +150,12 @@ def numbers(column: Column, name: str) -> np.ndarray:
     return _extreme(Rule.model_construct(column=name, over="first"), column)
 
 
-def _extreme(rule: Rule, column: Column) -> np.ndarray:
+def _scored(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    return np.sort(values[counts & ~np.isnan(values)])
+
+
+def _extreme(rule: Rule, column: Column, top: bool = True) -> np.ndarray:
+    """One number per row: of a list the one that decides whether a lower bound holds (`top`), or an upper one."""
     flat = _plain(column)
     if not pa.types.is_list(flat.type):
         return _numbers(rule, flat)
@@ -121,7 +163,8 @@ def _extreme(rule: Rule, column: Column) -> np.ndarray:
     found = np.full(len(flat), np.nan)
     if not empty.all():
         values = _numbers(rule, _plain(flat.flatten()))
-        joins = {"any": np.fmax.reduceat, "all": np.minimum.reduceat, "first": lambda v, at: v[at]}
+        some, every = (np.fmax, np.minimum) if top else (np.fmin, np.maximum)
+        joins = {"any": some.reduceat, "all": every.reduceat, "first": lambda v, at: v[at]}
         found[~empty] = joins[rule.over](values, _starts(flat)[~empty])
     return found
 
@@ -133,10 +176,20 @@ def _numbers(rule: Rule, flat: pa.Array) -> np.ndarray:
         raise PairmillError(
             expected=f"numbers in the column {rule.column}",
             found=f"values of type {kind}",
-            remedy="use equals or among for words, and min, max or top_fraction for numbers",
+            remedy="use equals or in for words, and min, max or top_fraction for numbers",
         )
     flat = flat.cast(pa.int8()) if pa.types.is_boolean(kind) else flat
     return flat.cast(pa.float64()).to_numpy(zero_copy_only=False).astype(float)
+
+
+def _words(rule: Rule, flat: pa.Array) -> pa.Array:
+    if pa.types.is_string(flat.type) or pa.types.is_null(flat.type):
+        return flat
+    raise PairmillError(
+        expected=f"uids in the column {rule.column}, which `in_list` looks up",
+        found=f"values of type {flat.type}",
+        remedy="name pairs.source_uid, or pairs.uid for a list of this workspace's own uids",
+    )
 
 
 def _like(rule: Rule, flat: pa.Array, wanted: list[str | float] | list[str | float | bool]) -> pa.Array:

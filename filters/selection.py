@@ -2,7 +2,7 @@
 
 Rules commute, so each is asked of all rows at once; a pair's `dropped_by` is the first in the recipe's order. The
 order of steps is: forgotten, held_out, held_out_twin, the rules, texts, then `one_per` among the survivors.
-Thresholds found by a quantile are pinned before the first table is written, and reused by later increments;
+Thresholds found by a quantile or by canaries are pinned before the first table is written, and reused by later ones;
 `recalibrate` finds them anew and, where they moved, starts another folder, because published tables never change.
 Trusted pairs are never dropped by rules, and a held-out one is never kept, but its look-alikes go as those of any
 trusted pair do. A trusted pair that shares its bytes, or a group of a `one_per`, with a held-out one isn't kept either
@@ -21,8 +21,9 @@ import pyarrow.compute as pc
 
 from filters.columns import Frame, as_bool, load_frame, read_columns
 from filters.funnel import fetch_counts, rule_counts, total
-from filters.rules import Threshold, nulls, numbers, passes, quantile
+from filters.rules import nulls, numbers
 from filters.texts import choose_texts, column_names
+from filters.thresholds import Thresholds, current, drops, found, pin, told
 from pairs.fingerprint import fingerprint
 from pairs.recipe import Rule, TextsSpec
 from pairs.schemas import SELECTION
@@ -35,7 +36,6 @@ BEFORE_RULES = (FORGOTTEN, HELD_OUT, HELD_OUT_TWIN)
 SHA256 = "pairs.sha256"
 VERSION = 2  # raise it when the same columns would give other verdicts
 Shards = Mapping[str, Sequence[ShardRef]]
-Thresholds = dict[str, Threshold]
 
 
 @dataclass(frozen=True)
@@ -73,25 +73,30 @@ def select(
     trusted: Collection[str],
     *,
     recalibrate: bool = False,
+    canaries: Sequence[ShardRef] = (),
 ) -> SelectionResult:
     """Makes the selection's missing tables, its funnel and its manifest.
 
     `shards` are the complete pair shards of each source; `scores` maps each filter and reducer to the folder of its
-    tables (`scores/<name>-<fingerprint>`); `trusted` names the trusted sources. The fingerprint covers the rules,
-    the text choice, the scores that they read and the sources' fetch fingerprints, not the increments.
+    tables (`scores/<name>-<fingerprint>`); `trusted` names the trusted sources. The fingerprint covers the rules, with
+    the content of lists, the text choice, the scores that they read and the sources' fetch fingerprints, not the
+    increments. `canaries` are read by `target_recall` alone.
     """
     identity = _identity(name, keep, texts, shards, scores, trusted)
     base = f"selections/{name}-{fingerprint(identity)}"
-    folder = _current(store, base)
-    inputs = _inputs(store, shards)
+    folder = current(store, base)
+    canaries = [] if not any(case and case.target_recall for r in keep for case in r.cases().values()) else canaries
+    inputs = _inputs(store, shards, canaries)
     if not recalibrate and (done := _finished(store, folder, inputs)):
         return done
-    frame = load_frame(store, shards, dict.fromkeys([*rule_columns(keep), SHA256]), scores, trusted)
-    now = _quantiles(keep, frame)
-    folder, pins = _pin(store, base, folder, now, recalibrate)
+    twins = [SHA256] if set(trusted) & set(shards) else []  # only a held-out pair has twins to look for
+    frame = load_frame(store, shards, dict.fromkeys([*rule_columns(keep), *twins]), scores, trusted)
+    now = found(store, keep, frame, scores, canaries)
+    folder, pins = pin(store, base, folder, now, recalibrate)
     there = set(store.files(folder, ".parquet"))
     old = {r: store.read_table(r.beside(folder)).cast(SELECTION) for _, r in frame.shards if r.beside(folder) in there}
-    tables = _verdicts(keep, frame, drops(keep, frame.table, pins), _texts(store, texts, frame, old, scores), old)
+    dropped = drops(keep, frame.table, pins, frame.source)
+    tables = _verdicts(keep, frame, dropped, _texts(store, texts, frame, old, scores), old)
     for ref, table in tables.items():
         if ref not in old:
             store.write_table(ref.beside(folder), table)
@@ -100,11 +105,6 @@ def select(
     store.write(f"{folder}/funnel.json", json.dumps(funnel, indent=1))
     store.write(f"{folder}/manifest.json", json.dumps(manifest, indent=1, sort_keys=True))
     return SelectionResult(folder, manifest, funnel, len(tables) - len(old))
-
-
-def drops(keep: Sequence[Rule], table: pa.Table, pins: Thresholds) -> dict[str, np.ndarray]:
-    """Which rows of `table` each rule over a column would drop, by its name; `pins` are the quantiles' thresholds."""
-    return {rule.name: ~passes(rule, table[rule.column], pins.get(rule.name)) for rule in keep if rule.one_per is None}
 
 
 def _identity(
@@ -119,7 +119,7 @@ def _identity(
     return {
         "version": VERSION,
         "name": name,
-        "keep": [rule.model_dump(exclude_none=True) for rule in keep],
+        "keep": [rule.identity for rule in keep],
         "texts": texts.model_dump(by_alias=True),
         "scores": {maker: folder for maker, folder in sorted(scores.items()) if maker in read},
         "sources": {source: sorted({ref.group for ref in refs}) for source, refs in sorted(shards.items())},
@@ -127,20 +127,15 @@ def _identity(
     }
 
 
-def _inputs(store: Store, shards: Shards) -> str:
+def _inputs(store: Store, shards: Shards, canaries: Sequence[ShardRef]) -> str:
     """A fingerprint of everything that a finished selection was made from and that may have grown since."""
     groups = sorted({ref.group for refs in shards.values() for ref in refs})
     ledgers = {group: store.files(f"ledger/{group}", ".parquet") for group in groups}
     candidates = {source: store.files(f"candidates/{source}", ".parquet") for source in shards}
     dead = {kind: sorted(ids) for kind, ids in Workspace(store).tombstones().items()}
     tables = sorted(ref.table for refs in shards.values() for ref in refs)
-    return fingerprint({"shards": tables, "ledgers": ledgers, "candidates": candidates, "tombstones": dead})
-
-
-def _current(store: Store, base: str) -> str:
-    """The folder in force: `base`, or the one that the latest recalibration started."""
-    path = f"{base}/recalibrated.json"
-    return str(json.loads(store.read(path))["folder"]) if store.has(path) else base
+    facts = {"shards": tables, "ledgers": ledgers, "candidates": candidates, "tombstones": dead}
+    return fingerprint(facts | ({"canaries": [ref.folder for ref in canaries]} if canaries else {}))
 
 
 def _finished(store: Store, folder: str, inputs: str) -> SelectionResult | None:
@@ -150,31 +145,6 @@ def _finished(store: Store, folder: str, inputs: str) -> SelectionResult | None:
     if manifest["inputs"] != inputs:
         return None
     return SelectionResult(folder, manifest, json.loads(store.read(f"{folder}/funnel.json")), 0)
-
-
-def _quantiles(keep: Sequence[Rule], frame: Frame) -> Thresholds:
-    """What each quantile is now, over all real scored rows but the held-out ones."""
-    counts = frame.alive & ~frame.held_out
-    found = {r.name: quantile(r, frame.table[r.column], counts) for r in keep if r.top_fraction is not None}
-    return {name: threshold for name, threshold in found.items() if threshold is not None}
-
-
-def _pin(store: Store, base: str, folder: str, now: Thresholds, recalibrate: bool) -> tuple[str, Thresholds]:
-    """The folder to write to and the thresholds in force. What was never pinned (nothing was scored) is pinned now."""
-    path = f"{folder}/pins.json"
-    told = json.loads(store.read(path)) if store.has(path) else {}
-    pins = {name: Threshold(**fields) for name, fields in told.items()}
-    if recalibrate and any(pins[name].value != now[name].value for name in pins if name in now):
-        pins = pins | now
-        values = {name: threshold.value for name, threshold in pins.items()}
-        folder = f"{base.rsplit('-', 1)[0]}-{fingerprint({'base': base, 'pins': values})}"
-        path = f"{folder}/pins.json"
-    pins = now | pins
-    if pins or not store.has(path):
-        store.write(path, json.dumps({name: vars(pin) for name, pin in sorted(pins.items())}, indent=1))
-    if folder != _current(store, base):
-        store.write(f"{base}/recalibrated.json", json.dumps({"folder": folder}))
-    return folder, pins
 
 
 def _texts(
@@ -188,7 +158,7 @@ def _texts(
         if ref in old:
             lists.append(pa.nulls(rows.stop - rows.start, kind))
         else:
-            table = read_columns(store, ref, list(dict.fromkeys(column_names(spec))), scores)
+            table = read_columns(store, ref, list(dict.fromkeys(column_names(spec))), scores, ("uid",))
             lists.append(choose_texts(spec, table, frame.trusted[rows]).cast(kind))
     joined = pa.concat_arrays(lists)
     return joined.take(pa.array(np.arange(len(joined)), mask=~frame.alive))
@@ -227,6 +197,8 @@ def _verdicts(
 def _held_out_twins(keep: Sequence[Rule], frame: Frame) -> np.ndarray:
     """Trusted pairs that share their bytes, or a group of a `one_per`, with a held-out pair."""
     evaluates, twins = frame.held_out & frame.alive, np.zeros(len(frame.alive), bool)
+    if not evaluates.any():
+        return twins
     for name in dict.fromkeys([SHA256, *(r.one_per for r in keep if r.one_per is not None)]):
         column = frame.table[name]
         held = pc.drop_null(column.filter(pa.array(evaluates))).cast(pa.string())
@@ -268,10 +240,9 @@ def _funnel(
     store: Store, keep: Sequence[Rule], shards: Shards, frame: Frame, tables: Sequence[pa.Table]
 ) -> dict[str, Any]:
     """The funnel per source and in total. A pair that was forgotten after it was judged counts as forgotten."""
-    table = pa.concat_tables([SELECTION.empty_table(), *tables]).combine_chunks()
-    gone = pa.array(~frame.alive)
-    first = pc.if_else(gone, FORGOTTEN, table["dropped_by"])
-    table = table.set_column(2, "dropped_by", first)
+    judged = ["dropped_by", "would_drop"]
+    table = pa.concat_tables([SELECTION.empty_table().select(judged), *(t.select(judged) for t in tables)])
+    table = table.set_column(0, "dropped_by", pc.if_else(pa.array(~frame.alive), FORGOTTEN, table["dropped_by"]))
     empty = {r.name: nulls(frame.table[r.column or r.one_per]) & frame.alive for r in keep}
     sources = {}
     for source, refs in shards.items():
@@ -283,18 +254,9 @@ def _funnel(
 
 
 def _facts(folder: str, pins: Thresholds, now: Thresholds, frame: Frame, funnel: Mapping[str, Any]) -> dict[str, Any]:
-    thresholds = {
-        name: {
-            "value": pin.value,
-            "found": f"by {name} over {pin.rows} scored rows",
-            "now": now[name].value if name in now else None,
-            "rows_now": now[name].rows if name in now else 0,
-        }
-        for name, pin in sorted(pins.items())
-    }
     increments: dict[str, list[str]] = {}
     for source, ref in frame.shards:
         if ref.increment not in increments.setdefault(source, []):
             increments[source].append(ref.increment)
     counts = {key: funnel["total"][key] for key in ("candidates", "pairs", "trusted", "kept")}
-    return {"folder": folder, "thresholds": thresholds, "increments": increments, "counts": counts}
+    return {"folder": folder, "thresholds": told(pins, now), "increments": increments, "counts": counts}

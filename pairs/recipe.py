@@ -4,6 +4,7 @@ Only the shape is checked here. The settings of a source, a filter or a reducer 
 of that name on its own floor (`pairs.strict.strict`), before anything runs.
 """
 
+import functools
 import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,8 +13,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pairs.errors import PairmillError
+from pairs.fingerprint import LENGTH, content_hash
 from pairs.strict import strict
 
+FITTED = ("top_fraction", "quantile", "target_recall")
+TESTS = ("min", "max", "between", "equals", "among", "in_list", *FITTED, "is_null")
+Share = Annotated[float, Field(ge=0, le=1)]
 NAME = r"^[a-z0-9][a-z0-9_-]{0,63}$"  # a pattern isn't anchored by itself, and names become folders
 
 
@@ -64,17 +69,83 @@ class FetchSpec(Spec):
     block: BlockSpec = BlockSpec()
 
 
-class Rule(Spec):
-    """One line of `keep`. A list column is judged by `over`: any, all or first of its values."""
+def _list_hash(path: str) -> str:
+    """The content hash of a file of uids, which may be large: taken once as long as the file stays as it is."""
+    facts = Path(path).stat() if Path(path).exists() else None
+    return _hashed(path, facts.st_mtime_ns if facts else 0, facts.st_size if facts else 0)
 
-    column: str | None = None
+
+@functools.cache
+def _hashed(path: str, mtime_ns: int, size: int) -> str:
+    return content_hash(Path(path))
+
+
+class Condition(Spec):
+    """What a column's value must be to stay. `between` is min and max; the others of `FITTED` become a threshold that
+    the selection finds once and pins: over all rows (`top_fraction`, `quantile`) or over canaries (`target_recall`)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
     min: float | None = None
     max: float | None = None
+    between: tuple[float, float] | None = None
     equals: str | float | bool | None = None
-    among: list[str | float] | None = None
+    among: list[str | float] | None = Field(None, alias="in")
+    in_list: str | None = None  # a file of uids in DataComp's format
     top_fraction: float | None = Field(None, gt=0, le=1)
+    quantile: tuple[Share, Share] | None = None  # what lies between these two stays
+    target_recall: float | None = Field(None, gt=0, le=1)  # the share of a defect's fitting canaries that is dropped
+    defect: str | None = None
+    drop: Literal["below", "above"] | None = None  # on which side `target_recall` drops; below
     is_null: bool | None = None
+
+    @property
+    def given(self) -> list[str]:
+        """The tests that are stated."""
+        return [name for name in TESTS if getattr(self, name) is not None]
+
+    @property
+    def fitted(self) -> bool:
+        """Whether a threshold has to be found first."""
+        return any(getattr(self, name) is not None for name in FITTED)
+
+    @property
+    def told(self) -> str:
+        """The tests in words. A list is named by its content: another path to the same uids is the same rule."""
+        tests = self.model_dump(exclude_none=True, include={*TESTS, "defect", "drop"})
+        if self.in_list is not None:
+            tests["in_list"] = _list_hash(self.in_list)[:LENGTH]
+        return " ".join(f"{name} {list(v) if isinstance(v, tuple) else v}" for name, v in tests.items())
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What it is in a fingerprint: a list counts by its content, not by its path."""
+        told = self.model_dump(exclude_none=True, exclude={"sources"})
+        return told | ({"in_list": _list_hash(self.in_list)} if self.in_list is not None else {})
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Condition":
+        for name in FITTED:
+            if getattr(self, name) is not None and len(self.given) > 1:
+                raise ValueError(f"`{name}` stands alone: write another rule for the rest")
+        if self.between is not None and (self.min is not None or self.max is not None):
+            raise ValueError("`between` is min and max: give one or the other")
+        for pair in (self.between, self.quantile):
+            if pair is not None and pair[0] > pair[1]:
+                raise ValueError(f"{list(pair)} ends before it begins")
+        if (self.target_recall is None) != (self.defect is None):
+            raise ValueError("`target_recall` and `defect` go together: whose canaries the threshold must drop")
+        if self.drop is not None and self.target_recall is None:
+            raise ValueError("`drop` belongs to `target_recall`")
+        return self
+
+
+class Rule(Condition):
+    """One line of `keep`. A list column is judged by `over`: any, all or first of its values. `sources` states another
+    condition for some sources; `off` there means that the rule doesn't judge them."""
+
+    column: str | None = None
     over: Literal["any", "all", "first"] = "first"
+    sources: dict[str, Condition | Literal[False]] | None = None
     one_per: str | None = None
     best: str | None = None
     quarantine: Literal[True] | None = None  # what the rule drops is never shown; null keeps older fingerprints
@@ -87,17 +158,16 @@ class Rule(Spec):
 
     @model_validator(mode="after")
     def _one_shape(self) -> "Rule":
-        tests = [self.min, self.max, self.equals, self.among, self.top_fraction, self.is_null]
-        given = sum(test is not None for test in tests)
         if self.one_per is not None:
-            if self.column is not None or given:
+            if self.column is not None or self.given or self.sources is not None:
                 raise ValueError("`one_per` stands alone, with `best`")
         elif self.best is not None:
             raise ValueError("`best` belongs to `one_per`")
-        elif self.column is None or not given:
-            raise ValueError("a rule names a `column` and one of min, max, equals, among, top_fraction, is_null")
-        elif self.top_fraction is not None and given > 1:
-            raise ValueError("`top_fraction` stands alone: write another rule for the rest")
+        elif self.column is None or not self.given:
+            raise ValueError(f"a rule names a `column` and one of {', '.join(TESTS).replace('among', 'in')}")
+        for source, other in (self.sources or {}).items():
+            if other and not other.given:
+                raise ValueError(f"`sources.{source}` states no test: give one, or `off`")
         return self
 
     @property
@@ -106,8 +176,22 @@ class Rule(Spec):
         if self.one_per is not None:
             return f"one_per {self.one_per}" + (f" best {self.best}" if self.best else "")
         over = "" if self.over == "first" else f"{self.over} "
-        tests = self.model_dump(exclude_none=True, exclude={"column", "over", "quarantine"})
-        return f"{over}{self.column} " + " ".join(f"{k} {v}" for k, v in tests.items())
+        others = "; ".join(f"{name}: {c.told if c else 'off'}" for name, c in (self.sources or {}).items())
+        return f"{over}{self.column} {self.told}" + (f" ({others})" if others else "")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        others = {name: condition and condition.identity for name, condition in (self.sources or {}).items()}
+        return super().identity | ({"sources": others} if others else {})
+
+    def cases(self) -> dict[str, "Rule | None"]:
+        """The rule without overrides (under ""), and as it judges each source that has one; None where it is off."""
+        fields = {*TESTS, "defect", "drop"}
+        cases: dict[str, Rule | None] = {}
+        for source, condition in {"": self, **(self.sources or {})}.items() if self.column is not None else ():
+            tests = condition.model_dump(exclude_none=True, include=fields) if condition else {}
+            cases[source] = Rule(column=self.column, over=self.over, **tests) if condition else None
+        return cases
 
 
 class TextsSpec(Spec):
@@ -121,14 +205,17 @@ class TextsSpec(Spec):
 
 
 class CanariesSpec(Spec):
+    """Pairs with a planted defect. They are made from trusted pairs; where a recipe has none, from all."""
+
     per_defect: int = Field(200, ge=0)
-    max_fraction: float = Field(0.05, ge=0, le=1)  # of the trusted pairs' count times the defects
+    max_fraction: float = Field(0.05, ge=0, le=1)  # of the pairs that they can be made from
+    defects: list[str] | None = None  # which are planted; all
 
 
 class GatesSpec(Spec):
     min_pairs: int = Field(1, ge=0)
     min_fetch_success: float = Field(0.0, ge=0, le=1)
-    min_canary_recall: float = Field(0.0, ge=0, le=1)
+    min_canary_recall: Share | dict[str, Share] = 0.0  # of every defect, or by defect
 
 
 class TowerSpec(Spec):

@@ -255,6 +255,22 @@ def _lines(path: Path) -> list[str]:
     return [line for line in text.splitlines() if line.strip()]
 
 
+@app.command("export-uids")
+def export_uids(
+    workspace: SpaceArg,
+    selection: Annotated[str, typer.Argument(help="A selection: its folder's name, or the recipe's.")],
+    file: Annotated[Path, typer.Argument(help="Where the list is written (.npy, type u8,u8, sorted).")],
+    column: Annotated[str, typer.Option(help="source_uid (DataComp's own uids) or uid (ours).")] = "source_uid",
+    source: Annotated[str | None, typer.Option(help="Only the pairs of this source.")] = None,
+) -> None:
+    """Write the uids of a selection's kept pairs as a DataComp list; `in_list` in a rule reads one."""
+    from pipelines.uid_lists import export_uids as export
+
+    told = export(Workspace.open(workspace), selection, file, column, source)
+    lacking = f", {told.without} without a {column} left out" if told.without else ""
+    _err.print(f"{told.uids} uids of {told.kept} kept pairs of {told.selection}{lacking}: {file}", markup=False)
+
+
 @app.command()
 def trace(
     uid: Annotated[str, typer.Argument(help="A pair's uid, or its first digits.")],

@@ -6,6 +6,7 @@ stands for the model that the scorer (a round's facts) names for that filter's r
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ import numpy as np
 from cluster.session import ray_session
 from filters import canaries
 from filters.base import Filter, Reducer
-from filters.canary_report import Judged, recall_at_false_drops, report
+from filters.canary_figures import recall_at_false_drops
+from filters.canary_report import Judged, report
+from filters.defects import DEFECTS
 from filters.engine import PlannedFilter, missing, plan, score_shards
 from filters.lookup import load_filter, load_reducer
 from filters.reduce import run_reducers
@@ -24,6 +27,7 @@ from pairs.recipe import Recipe, TextsSpec
 from pairs.schemas import PAIRS
 from pairs.shard import ShardRef
 from pairs.strict import nearest
+from pairs.uid_lists import load_uid_list
 from pipelines import scorer as scorer_in_force
 from pipelines.models import model_folder
 from pipelines.run import Run
@@ -61,6 +65,7 @@ def check(recipe: Recipe) -> None:
             found=str(recipe.texts.sources),
             remedy="give both the same columns in the same order",
         )
+    _check_rules(recipe)
     for name, settings in recipe.filters.items():
         if PREVIOUS in settings.values() and name not in ROLES:
             raise PairmillError(
@@ -76,6 +81,24 @@ def check(recipe: Recipe) -> None:
                 found=f"{PREVIOUS!r}, and no first_filter that trains a {ROLES[name]}",
                 remedy="add first_filter to the recipe, or name published weights or a folder",
             )
+
+
+def _check_rules(recipe: Recipe) -> None:
+    """Every source, defect and list that rules and canaries name is there."""
+    planted = [name for name in DEFECTS if name in (recipe.canaries.defects or DEFECTS)]
+    asked = [("sources in keep", source, list(recipe.sources)) for rule in recipe.keep for source in rule.sources or {}]
+    asked += [("canaries.defects", name, list(DEFECTS)) for name in recipe.canaries.defects or []]
+    floors = recipe.gates.min_canary_recall
+    asked += [("gates.min_canary_recall", name, planted) for name in (floors if isinstance(floors, dict) else {})]
+    for case in (case for rule in recipe.keep for case in rule.cases().values() if case):
+        asked += [("defect in keep", case.defect, planted)] if case.defect else []
+        if case.target_recall is not None:  # canaries have no tables of reducers
+            asked.append(("a filter's column for target_recall", str(case.column).partition(".")[0], [*recipe.filters]))
+        if case.in_list is not None:
+            load_uid_list(Path(case.in_list))
+    for where, name, choices in asked:
+        if name not in choices:
+            raise PairmillError(expected=f"a known name at {where}", found=repr(name), remedy=nearest(name, choices))
 
 
 def _trains(recipe: Recipe, role: str) -> bool:
@@ -123,8 +146,8 @@ def curate(run: Run, number: int, scorer: Facts, shards: Shards) -> Facts:
     scores = {one.name: one.folder for one in planned}
     reducers = {name: load_reducer(name, settings) for name, settings in recipe.reducers.items()}
     scores |= run_reducers(store, reducers, shards, scores, recipe.trusted)
-    again = run.recalibrate
-    chosen = select(store, recipe.name, recipe.keep, recipe.texts, shards, scores, recipe.trusted, recalibrate=again)
+    given = (recipe.keep, recipe.texts, shards, scores, recipe.trusted)
+    chosen = select(store, recipe.name, *given, recalibrate=run.recalibrate, canaries=planted)
     published = publish_training_shards(run.workspace, chosen.folder, shards, recipe.trusted)
     origins = canaries.set_apart(store, planted)
     apart = published.count(store, origins)

@@ -177,20 +177,22 @@ def gates(run: Run, number: int, picked: Facts) -> None:
             _canary_gate(limits.min_canary_recall, picked["canary_recall"])
 
 
-def _canary_gate(floor: float, recalls: dict[str, float | None]) -> None:
+def _canary_gate(wanted: float | dict[str, float], recalls: dict[str, float | None]) -> None:
     """A figure that is missing fails too: nobody has measured what the gate asks for."""
-    missing = [defect for defect, recall in recalls.items() if recall is None]
-    if missing or not recalls:
+    floors = wanted if isinstance(wanted, dict) else dict.fromkeys(recalls, wanted)
+    asked = ", ".join(f"{floor:.0%} of {defect}" for defect, floor in floors.items()) or f"{wanted:.0%} of every defect"
+    missing = [defect for defect in floors if recalls.get(defect) is None]
+    if missing or not floors:
         raise PairmillError(
-            expected=f"a canary recall of at least {floor:.0%} (gates.min_canary_recall)",
+            expected=f"a canary recall of at least {asked} (gates.min_canary_recall)",
             found=f"no reporting canaries of {', '.join(missing)}" if missing else "no canaries",
             remedy="mark a larger source as trusted (canaries are made of its pairs), raise canaries.per_defect and "
             "canaries.max_fraction, or leave the gate out",
         )
-    low = {defect: recall for defect, recall in recalls.items() if recall is not None and recall < floor}
+    low = {d: recall for d, floor in floors.items() if (recall := recalls[d]) is not None and recall < floor}
     if low:
         raise PairmillError(
-            expected=f"a canary recall of at least {floor:.0%} (gates.min_canary_recall)",
+            expected=f"a canary recall of at least {asked} (gates.min_canary_recall)",
             found=", ".join(f"{defect} {recall:.1%}" for defect, recall in low.items()),
             remedy="train the filter longer, tighten the rule that should catch this defect, or lower the gate",
         )
@@ -200,8 +202,7 @@ def pretrain(run: Run, number: int, picked: Facts) -> Facts:
     """Trains the round's model on the selection's training shards."""
     with run.stage(f"round-{number}/pretrain") as facts:
         name, spec = f"round-{number}", run.recipe.pretrain
-        apart = curation.set_apart(run, shards(run))
-        record = training_jobs.pretrain(run, name, picked["selection"], shards(run), spec, apart)
+        record = training_jobs.pretrain(run, name, picked["selection"], shards(run), spec, picked["apart"])
         facts |= {"reused": record["reused"], "training": record["fingerprint"]}
         result = record["result"]
         facts["note"] = f"{result['steps']} steps, {result['pairs']} pairs, model {record['models']['clip'][:12]}"

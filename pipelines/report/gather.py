@@ -14,7 +14,7 @@ from filters.rules import numbers
 from filters.selection import BEFORE_RULES, rule_columns, steps
 from filters.texts import column_names
 from pairs.errors import PairmillError
-from pairs.recipe import Recipe
+from pairs.recipe import Recipe, Rule
 from pairs.schemas import SELECTION
 from pipelines import stages, training_jobs
 from pipelines.models import trained
@@ -69,7 +69,7 @@ def _rounds(run: Run) -> Iterator[Facts]:
             "funnel": funnel_rows(total, curated["training_pairs"], apart),
             "adds_up": adds_up(total, curated["training_pairs"], apart) and all_read(record, total, apart),
             "thresholds": [
-                {"rule": name, "threshold": t["value"], "found": t["found"], "now": t["now"]}
+                {"rule": name, "threshold": t["value"], "high": t.get("high"), "found": t["found"], "now": t["now"]}
                 for name, t in manifest["thresholds"].items()
             ],
             "promotion": (run.read(f"round-{number}/promotion.json") or {}).get("told"),
@@ -119,12 +119,15 @@ def all_read(record: Facts | None, total: Facts, apart: int) -> bool:
 def _canaries(told: Facts) -> Facts:
     defects = told["defects"].items()
     rules = [{"defect": defect, "n": f["canaries"], **rule} for defect, f in defects for rule in f["rules"]]
-    auc = [{"defect": defect, **entry} for defect, facts in defects for entry in facts["auc"]]
-    # A score that tells a defect from its twin stands out on either side of 0.5.
-    telling = [a for a in auc if a["auc"]["value"] is not None and abs(a["auc"]["value"] - 0.5) > 0.1]
+    # A score that tells a defect from its twin stands out on either side of 0.5, and has a curve; one curve, one line.
+    curves = {(defect, str(a["curve"])): a for defect, f in defects for a in reversed(f["auc"]) if "curve" in a}
+    telling = [{"defect": defect, **entry} for (defect, _), entry in curves.items()]
+    kinds = [{"defect": defect, **kind} for defect, f in defects if len(f["kinds"]) > 1 for kind in f["kinds"]]
     return {
         "canaries": [r for r in rules if (r["recall"]["value"] or 0) > 0 or r["rule"] == "selection"],
-        "auc": telling,
+        "auc": sorted(telling, key=lambda a: (a["defect"], -abs(a["auc"]["value"] - 0.5))),
+        "kinds": kinds,
+        "noise": None if told["trusted"] else [{"defect": defect, "noise": f["noise"]} for defect, f in defects],
     }
 
 
@@ -169,12 +172,18 @@ def _histogram(recipe: Recipe, frame: Frame, manifest: Facts, name: str) -> Fact
     edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
     counts = [np.histogram(np.clip(values[rows & np.isfinite(values)], edges[0], edges[-1]), edges)[0] for rows in
               (~frame.trusted, frame.trusted)]  # fmt: skip
-    limits = [t for rule in recipe.keep if rule.column == name for t in (rule.min, rule.max) if t is not None]
-    limits += [manifest["thresholds"][r.name]["value"] for r in recipe.keep if r.column == name and r.top_fraction
-               and r.name in manifest["thresholds"]]  # fmt: skip
+    limits = [limit for rule in recipe.keep if rule.column == name for limit in _limits(rule, manifest)]
     limits += [recipe.texts.min] if name == recipe.texts.match else []
     facts = {"column": name, "edges": [float(e) for e in edges], "thresholds": [t for t in limits if low <= t <= high]}
     return facts | {"counts": counts[0].tolist(), "trusted_counts": counts[1].tolist()}
+
+
+def _limits(rule: Rule, manifest: Facts) -> list[float]:
+    """The numbers that a rule compares with, those of its overrides among them."""
+    pins = [t for n, t in manifest["thresholds"].items() if n == rule.name or n.startswith(f"{rule.name} at ")]
+    ends = [end for case in rule.cases().values() if case for end in (case.min, case.max, *(case.between or ()))]
+    ends += [pin.get(end) for pin in pins for end in ("value", "high")]
+    return [end for end in ends if end is not None]
 
 
 def _samples(sampler: Sampler, recipe: Recipe, frame: Frame, manifest: Facts, name: str) -> Facts:
@@ -182,11 +191,8 @@ def _samples(sampler: Sampler, recipe: Recipe, frame: Frame, manifest: Facts, na
     rule = next((r for r in recipe.keep if r.name == name), None)
     column = rule.column or rule.best if rule else recipe.texts.match
     values = _values(frame, column) if column else None
-    limit = None
-    if rule and rule.column:
-        pinned = manifest["thresholds"].get(name, {}).get("value")
-        limit = next((t for t in (rule.min, rule.max, pinned) if t is not None), None)
-    elif name == "texts" and recipe.texts.match:
+    limit = next(iter(_limits(rule, manifest)), None) if rule else None
+    if rule is None and name == "texts" and recipe.texts.match:
         limit = recipe.texts.min
     return {"rule": name} | sampler.of_rule(name, values, limit)
 

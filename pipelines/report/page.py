@@ -19,6 +19,7 @@ def render(report: dict[str, Any]) -> str:
         "curves": Markup(plots.curves(report["rounds"])) if any(r.get("training") for r in report["rounds"]) else "",
         "by_round": Markup(plots.by_round(report["evaluation"])) if report["evaluation"] else "",
         "funnels": {r["round"]: Markup(plots.funnel(r["funnel"])) for r in report["rounds"]},
+        "rocs": {r["round"]: [Markup(svg) for svg in plots.rocs(r["auc"])] for r in report["rounds"]},
         "histograms": {r["round"]: [Markup(plots.histogram(h)) for h in r["histograms"]] for r in report["rounds"]},
     }
     return environment.get_template("page.html.j2").render(report=report, figures=figures)
@@ -32,8 +33,12 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def _interval(value: dict[str, float] | None) -> str:
-    """`{value, low, high}` as "93.0 % (90.1 to 95.2)"."""
+def _interval(value: dict[str, float] | None, worst: str = "") -> str:
+    """`{value, low, high}` as "93.0 % (90.1 to 95.2)"; a figure that is the `worst` that may be says so, one that was
+    freed of noise says what was seen."""
     if value is None or value.get("value") is None:
         return "–"
-    return f"{100 * value['value']:.1f} % ({100 * value['low']:.1f} to {100 * value['high']:.1f})"
+    told = f"{100 * value['value']:.1f} % ({100 * value['low']:.1f} to {100 * value['high']:.1f})"
+    if value.get("bound"):
+        return f"{worst} {told}"
+    return told if value.get("observed") is None else f"{told}, seen {100 * value['observed']:.1f} %"

@@ -46,6 +46,23 @@ def histogram(facts: dict[str, Any]) -> str:
     return _svg(figure)
 
 
+def rocs(scores: list[dict[str, Any]]) -> list[str]:
+    """For each defect the curves of the scores that tell most of it: recall over false drops."""
+    return [_roc(name, list(mine)[:4]) for name, mine in itertools.groupby(scores, key=lambda score: score["defect"])]
+
+
+def _roc(defect: str, scores: list[dict[str, Any]]) -> str:
+    figure, axes = plt.subplots(figsize=(2.3, 2.1))
+    axes.plot([0, 1], [0, 1], color=MARK, linewidth=0.8, linestyle=":")
+    for score in scores:
+        axes.plot(*zip(*score["curve"], strict=True), linewidth=1, label=score["column"][:32])
+    axes.set_xlabel("false drops")
+    axes.set_ylabel("recall")
+    axes.legend(frameon=False, fontsize=5, loc="lower right")
+    axes.set_title(defect[:32], loc="left", fontsize=8)
+    return _svg(figure)
+
+
 def funnel(steps: list[dict[str, Any]]) -> str:
     """How many are left after each step, as bars from the top."""
     figure, axes = plt.subplots(figsize=(6.4, 0.24 * len(steps) + 0.4))

@@ -7,14 +7,26 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from filters.canaries import facts_path, make_canaries, set_apart
-from filters.canary_report import Judged, precision, recall_at_false_drops, report, roc_auc, wilson
+from filters.canaries import defect_of, facts_path, make_canaries, set_apart
+from filters.canary_figures import (
+    noise,
+    precision,
+    recall_at_false_drops,
+    roc_auc,
+    roc_points,
+    verdict_auc,
+    wilson,
+    without_noise,
+)
+from filters.canary_report import Judged, report
+from filters.defects import DEFECTS, Given, _other_language
 from filters.engine import plan, score_shards
 from filters.exact_duplicates import ExactDuplicates
 from filters.image_hash import ImageHash
 from filters.near_duplicates import NearDuplicates
 from filters.reduce import run_reducers
 from filters.selection import SelectionResult, select
+from pairs.errors import PairmillError
 from pairs.identity import held_out, make_uid, sha256_hex, url_key
 from pairs.recipe import CanariesSpec, Rule, TextsSpec
 from pairs.schemas import PAIRS
@@ -30,6 +42,7 @@ KEEP = [
 ]
 REDUCERS = {"near_duplicates": NearDuplicates(), "exact_duplicates": ExactDuplicates()}
 SPEC = CanariesSpec(per_defect=20, max_fraction=0.5)
+BOTH = CanariesSpec(per_defect=40, max_fraction=0.7, defects=["swapped_text", "near_duplicate"])
 
 
 def fill(workspace: Workspace) -> dict[str, list[ShardRef]]:
@@ -85,7 +98,7 @@ def test_with_and_without_canaries_every_real_byte_is_the_same(workspace: Worksp
 def test_canaries_come_from_trusted_pairs_that_are_not_held_out(workspace: Workspace) -> None:
     shards = fill(workspace)
     refs = make_canaries(workspace.store, shards, ["clean"], SPEC, seed=0)
-    assert [ref.group.rsplit("-", 1)[0] for ref in refs] == ["swapped_text", "near_duplicate"]
+    assert [defect_of(ref) for ref in refs] == list(DEFECTS)
     clean = workspace.store.read_table(shards["clean"][0].table).to_pylist()
     text_of = {pair["uid"]: pair["text"] for pair in clean}
     for ref in refs:
@@ -100,9 +113,12 @@ def test_canaries_come_from_trusted_pairs_that_are_not_held_out(workspace: Works
             assert not held_out(canary["origin"])
             assert (canary["twin"], twin["twin"]) == (False, True)
             assert canary["origin"] == twin["origin"] and canary["half"] == twin["half"]
-            assert image == twin_image and cv2.imdecode(np.frombuffer(image, np.uint8), 1) is not None
-            assert (text != text_of[canary["origin"]]) == (canary["defect"] == "swapped_text")
-            assert text in text_of.values()
+            defect = DEFECTS[canary["defect"]]
+            seen, untouched = (cv2.imdecode(np.frombuffer(data, np.uint8), 1) for data in (image, twin_image))
+            assert seen is not None and untouched is not None
+            assert (image == twin_image) == (defect.text or defect.duplicate)
+            assert (text != text_of[canary["origin"]]) == defect.text
+            assert (text in text_of.values()) == (canary["defect"] not in ("boilerplate_text", "other_language"))
     before = contents(workspace.store)
     assert make_canaries(workspace.store, shards, ["clean"], SPEC, seed=0) == refs
     assert contents(workspace.store) == before
@@ -122,15 +138,17 @@ def test_all_that_canaries_are_made_from_is_set_apart(workspace: Workspace) -> N
     assert make_canaries(workspace.store, shards, ["clean"], SPEC, 0, apart) == refs
 
 
-def test_no_trusted_pairs_or_none_asked_for_give_no_canaries(workspace: Workspace) -> None:
+def test_only_what_is_asked_for_is_planted(workspace: Workspace) -> None:
     shards = fill(workspace)
-    assert make_canaries(workspace.store, shards, [], SPEC, seed=0) == []
+    some = CanariesSpec(per_defect=3, max_fraction=0.5, defects=["blank", "swapped_text"])
+    refs = make_canaries(workspace.store, shards, ["clean"], some, seed=0)
+    assert [defect_of(ref) for ref in refs] == ["swapped_text", "blank"]
     assert make_canaries(workspace.store, shards, ["clean"], CanariesSpec(per_defect=0), seed=0) == []
 
 
 def test_the_report_counts_what_the_rules_catch(workspace: Workspace) -> None:
     shards = fill(workspace)
-    canaries = make_canaries(workspace.store, shards, ["clean"], SPEC, seed=0)
+    canaries = make_canaries(workspace.store, shards, ["clean"], BOTH, seed=0)
     result, scores = curate(workspace, canaries)
     pins = result.manifest["thresholds"]
     real = Judged(workspace.store, shards, ["clean"], scores, REDUCERS, KEEP, TextsSpec(), result.folder, pins)
@@ -138,24 +156,30 @@ def test_the_report_counts_what_the_rules_catch(workspace: Workspace) -> None:
     swapped, copies = told["defects"]["swapped_text"], told["defects"]["near_duplicate"]
     by_rule = {rule["rule"]: (rule["recall"]["value"], rule["false_drops"]["value"]) for rule in swapped["rules"]}
     n = swapped["twins"]
-    assert 0 < n < 20
+    assert 10 < n < 30
     assert by_rule[KEEP[0].name] == by_rule["selection"] == (1.0, 1 / n)
     assert by_rule[KEEP[1].name] == by_rule["texts"] == (0.0, 0.0)
     auc = {figure["column"]: figure["auc"]["value"] for figure in swapped["auc"]}
-    assert auc == {"clip.cosine": 1.0}
+    assert auc == {
+        "clip.cosine": 1.0, "near_duplicates.group": 0.5, "near_duplicates.distance": 0.5, "exact_duplicates.group": 0.5
+    }  # fmt: skip
     expected = 0.1 / (0.1 + 0.9 / n)
     assert swapped["precision"]["value"] == pytest.approx(expected)
     by_rule = {rule["rule"]: (rule["recall"]["value"], rule["false_drops"]["value"]) for rule in copies["rules"]}
     recall, false_drops = by_rule[KEEP[1].name]
-    assert recall >= 0.7
+    assert recall >= 0.5
     assert false_drops <= 0.2
+    kinds = {entry["kind"]: entry["recall"] for entry in copies["kinds"]}
+    assert sum(kind["n"] for kind in kinds.values()) == copies["canaries"]
+    assert kinds["mirrored"]["value"] == 0.0 and kinds["re-encoded"]["value"] == 1.0  # hashes know left from right
+    assert {a["column"]: a["auc"]["value"] for a in copies["auc"]}["near_duplicates.distance"] > 0.7
     assert by_rule[KEEP[2].name] == (0.0, 0.0)  # another encoding has other bytes
 
 
 def test_a_swapped_text_is_caught_where_only_a_synthetic_one_is_kept(workspace: Workspace) -> None:
     shards = fill(workspace)
     canaries = make_canaries(workspace.store, shards, ["clean"], SPEC, seed=0)[:1]
-    _, scores = curate(workspace, canaries)
+    result, scores = curate(workspace, canaries)
     table = workspace.store.read_table(canaries[0].table)
     twin = workspace.store.read_table(facts_path(canaries[0]))["twin"].to_pylist()
     made = {"texts": [["a drawing"]] * len(twin)}
@@ -164,9 +188,127 @@ def test_a_swapped_text_is_caught_where_only_a_synthetic_one_is_kept(workspace: 
         workspace.store.write_table(canaries[0].beside(folder(name)), pa.table({"uid": table["uid"], **columns}))
         scores[name] = folder(name)
     spec = TextsSpec.model_validate({"from": ["texts", "blip_caption.texts"], "match": "blip_match.probability"})
-    told = report(canaries, Judged(workspace.store, shards, ["clean"], scores, {}, [], spec, "", {}))
+    told = report(canaries, Judged(workspace.store, shards, ["clean"], scores, {}, [], spec, result.folder, {}))
     (texts, _) = told["defects"]["swapped_text"]["rules"]
     assert (texts["rule"], texts["recall"]["value"], texts["false_drops"]["value"]) == ("texts", 1.0, 0.0)
+
+
+def test_a_target_recall_is_fitted_to_the_half_that_never_reports(workspace: Workspace) -> None:
+    """Canaries of the fitting half score 0.1 and up by hundredths, those that report 0.9 as all others: the threshold
+    drops the wanted share of the first, and is pinned."""
+    shards = fill(workspace)
+    spec = CanariesSpec(per_defect=40, max_fraction=0.7, defects=["blank"])
+    planted = make_canaries(workspace.store, shards, ["clean"], spec, seed=0)
+    _, scores = curate(workspace, planted)
+    facts = workspace.store.read_table(facts_path(planted[0])).to_pylist()
+    mine = [row for row, fact in enumerate(facts) if not fact["twin"] and fact["half"] == "fit"]
+    values = [0.9] * len(facts)
+    for place, row in enumerate(mine):
+        values[row] = 0.1 + place / 100
+
+    def scored(shift: float) -> None:
+        table = pa.table(
+            {"uid": [f["uid"] for f in facts], "cosine": pa.array([v + shift for v in values], pa.float32())}
+        )
+        workspace.store.write_table(planted[0].beside(folder("clip")), table)
+
+    def chosen(again: bool = False, canaries: list[ShardRef] = planted) -> SelectionResult:
+        given = ([rule], TextsSpec(), shards, scores, ["clean"])
+        return select(workspace.store, "fitted", *given, recalibrate=again, canaries=canaries)
+
+    scored(0.0)
+    rule = Rule(column="clip.cosine", target_recall=0.5, defect="blank")
+    result = chosen()
+    (pin,) = result.manifest["thresholds"].values()
+    share = sum(values[row] < pin["value"] for row in mine) / len(mine)
+    assert 0.5 <= share < 0.5 + 1 / len(mine) and f"{len(mine)} fitting canaries" in pin["found"]
+    pins = result.manifest["thresholds"]
+    real = Judged(workspace.store, shards, ["clean"], scores, {}, [rule], TextsSpec(), result.folder, pins)
+    (told, *_) = report(planted, real)["defects"]["blank"]["rules"]
+    assert (told["rule"], told["recall"]["value"]) == (rule.name, 0.0), "the fitting half doesn't report"
+    scored(0.2)
+    assert chosen().folder == result.folder and chosen().manifest["thresholds"] == pins
+    moved = chosen(again=True)
+    (new,) = moved.manifest["thresholds"].values()
+    assert new["value"] == pytest.approx(pin["value"] + 0.2, abs=1e-6) and moved.folder != result.folder
+    with pytest.raises(PairmillError, match="no canaries"):
+        chosen(again=True, canaries=[])
+
+
+def test_copies_are_made_as_their_names_say(workspace: Workspace) -> None:
+    shards = fill(workspace)
+    refs = {defect_of(r): r for r in make_canaries(workspace.store, shards, ["clean"], SPEC, seed=0)}
+    images = {name: list(read_shard(workspace.store, ref).images()) for name, ref in refs.items()}
+    facts = {name: workspace.store.read_table(facts_path(ref)).to_pylist() for name, ref in refs.items()}
+    origins = {}
+    for ref in shards["clean"]:
+        shard = read_shard(workspace.store, ref)
+        origins |= dict(zip(shard.table["uid"].to_pylist(), shard.images(), strict=True))
+
+    def seen(data: bytes | None) -> np.ndarray:
+        assert data is not None
+        return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR).astype(int)
+
+    assert all(
+        i == origins[f["origin"]] for i, f in zip(images["exact_duplicate"], facts["exact_duplicate"], strict=True)
+    )
+    for canary, twin, fact in zip(
+        images["watermark"][::2], images["watermark"][1::2], facts["watermark"][::2], strict=True
+    ):
+        changed = np.abs(seen(canary) - seen(twin)).max(axis=2) > 24
+        assert 0.005 < changed.mean() < 0.6, fact
+        assert np.abs(seen(twin) - seen(origins[fact["origin"]])).mean() < 6
+    for canary, twin in zip(images["blank"][::2], images["blank"][1::2], strict=True):
+        assert seen(canary)[8:-8, 8:-8].std(axis=(0, 1)).max() < 2 < seen(twin).std()
+    copies = zip(images["near_duplicate"][::2], facts["near_duplicate"][::2], strict=True)
+    mirrored = [(seen(image), seen(origins[f["origin"]])) for image, f in copies if f["kind"] == "mirrored"]
+    assert mirrored and all(np.abs(a[:, ::-1] - b).mean() < 6 for a, b in mirrored)
+    assert {f["kind"] for f in facts["near_duplicate"]} == {"mirrored", "resized", "re-encoded", "cropped"}
+
+
+def test_a_language_that_the_page_declares_is_no_defect() -> None:
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    for declared in ("de", "fr-CA", None):
+        found = {_other_language(Given(str(n), 0, pixels, declared)).kind for n in range(200)}
+        assert len(found) == (9 if declared is None else 8) and (declared or "")[:2] not in found
+
+
+def test_noise_among_the_twins_is_bounded_and_taken_out() -> None:
+    """A quarter of the twins has the defect; scores of clean and defective ones overlap."""
+    chance = np.random.default_rng(0)
+    clean, dirty = (lambda n: chance.normal(2, 1, n)), (lambda n: chance.normal(0, 1, n))
+    canaries, twins = dirty(2000), np.concatenate([clean(1500), dirty(500)])
+    truth, seen = roc_auc(canaries, clean(5000))["value"], roc_auc(canaries, twins)
+    dirt = noise({"a": (canaries, twins), "blind": (chance.random(2000), chance.random(2000))})
+    assert dirt is not None and 0.1 < dirt["value"] < 0.15 and dirt["high"] > 0.25
+    told = without_noise(seen, dirt)
+    assert seen["value"] < truth - 0.05 and told["observed"] == seen["value"]
+    assert told["low"] <= truth <= told["high"] and abs(told["value"] - truth) < abs(seen["value"] - truth)
+    recall, false = wilson((canaries < 1).sum(), 2000), wilson((twins < 1).sum(), 2000)
+    fixed = without_noise(false, dirt, recall)
+    assert fixed["low"] <= (clean(5000) < 1).mean() <= fixed["high"] < false["value"] + 0.05
+    assert fixed["value"] < false["value"]
+    assert noise({"blind": (chance.random(2000), chance.random(2000))}) is None
+    assert without_noise(seen, None)["bound"] == "worst"
+    assert roc_points(canaries, clean(500))[-1] == [1.0, 1.0]
+    assert verdict_auc(wilson(9, 10), wilson(1, 10))["value"] == pytest.approx(0.9)
+
+
+def test_without_trusted_pairs_figures_are_freed_of_noise(workspace: Workspace) -> None:
+    shards = {"web": fill(workspace)["clean"]}
+    canaries = make_canaries(workspace.store, shards, [], BOTH, seed=0)
+    assert [defect_of(ref) for ref in canaries] == ["swapped_text", "near_duplicate"]
+    planned = plan({"image_hash": ImageHash()})
+    score_shards(workspace.store, planned, [*shards["web"], *canaries], engine="inline", workers=1)
+    scores = {one.name: one.folder for one in planned}
+    scores |= run_reducers(workspace.store, REDUCERS, shards, scores, [])
+    result = select(workspace.store, "all", KEEP[1:], TextsSpec(), shards, scores, [])
+    real = Judged(workspace.store, shards, [], scores, REDUCERS, KEEP[1:], TextsSpec(), result.folder, {})
+    told = report(canaries, real)["defects"]
+    assert told["swapped_text"]["noise"] is None, "no score tells it"
+    assert all(rule["false_drops"]["bound"] == "worst" for rule in told["swapped_text"]["rules"])
+    assert told["near_duplicate"]["noise"]["high"] < 0.8
+    assert all("observed" in entry["auc"] for entry in told["near_duplicate"]["auc"])
 
 
 def test_figures_by_hand() -> None:

@@ -266,3 +266,32 @@ def test_equal_bytes_of_a_held_out_pair_are_not_trained_on_without_any_rule(work
     members = [(held, image), (twin, image), (other, str(other).encode())]
     write_shard(workspace.store, ref, [(row("clean", n, data), data) for n, data in members], PAIRS)
     assert verdicts(workspace, run(workspace, [], [], [ref]), ref) == ["held_out", "held_out_twin", None]
+
+
+def test_a_source_may_have_its_own_condition_or_none(workspace: Workspace) -> None:
+    web = add(workspace, "web", "0000", range(3), clip([0.1, 0.3, 0.5]))
+    clean = add(workspace, "clean", "0000", numbers(3), clip([0.1, 0.3, 0.5]))
+
+    def dropped(condition: Any) -> list[list[str | None]]:
+        rule = Rule.model_validate({"column": "clip.cosine", "min": 0.2, "sources": {"clean": condition}})
+        shards = {"web": [web], "clean": [clean]}
+        result = select(workspace.store, "small", [rule], TextsSpec(), shards, SCORES, [])
+        tables = [workspace.store.read_table(ref.beside(result.folder)) for ref in (web, clean)]
+        assert {name for table in tables for name in table["dropped_by"].to_pylist()} <= {None, rule.name}
+        return [table["kept"].to_pylist() for table in tables]
+
+    assert dropped({"min": 0.4}) == [[False, True, True], [False, False, True]]
+    assert dropped(False) == [[False, True, True], [True, True, True]]
+    assert dropped({"top_fraction": 0.34}) == [[False, True, True], [False, False, True]]
+
+
+def test_a_quantile_looks_at_the_rows_that_it_judges(workspace: Workspace) -> None:
+    web = add(workspace, "web", "0000", range(4), clip([0.1, 0.2, 0.3, 0.4]))
+    clean = add(workspace, "clean", "0000", numbers(4), clip([0.6, 0.7, 0.8, 0.9]))
+    rule = Rule.model_validate(
+        {"column": "clip.cosine", "top_fraction": 0.5, "sources": {"clean": {"quantile": [0.0, 0.75]}}}
+    )
+    result = select(workspace.store, "small", [rule], TextsSpec(), {"web": [web], "clean": [clean]}, SCORES, [])
+    pins = {name: (pytest.approx(t["value"]), t.get("high")) for name, t in result.manifest["thresholds"].items()}
+    assert pins == {rule.name: (0.3, None), f"{rule.name} at clean": (0.6, pytest.approx(0.8))}
+    assert verdicts(workspace, result, clean) == [None, None, None, rule.name]

@@ -116,6 +116,15 @@ BAD_RULES: list[tuple[dict[str, Any], str]] = [
     ({"one_per": "g", "column": "a"}, "stands alone"),
     ({"one_per": "g", "is_null": True}, "stands alone"),
     ({"column": "a", "min": 1, "best": "b"}, "belongs to `one_per`"),
+    ({"column": "a", "between": [1, 2], "max": 3}, "one or the other"),
+    ({"column": "a", "between": [2, 1]}, "ends before it begins"),
+    ({"column": "a", "quantile": [0.9, 0.1]}, "ends before it begins"),
+    ({"column": "a", "target_recall": 0.9}, "go together"),
+    ({"column": "a", "min": 1, "defect": "blank"}, "go together"),
+    ({"column": "a", "min": 1, "drop": "above"}, "belongs to `target_recall`"),
+    ({"column": "a", "target_recall": 0.9, "defect": "blank", "min": 1}, "stands alone"),
+    ({"one_per": "g", "sources": {"docs": {"min": 1}}}, "stands alone"),
+    ({"column": "a", "min": 1, "sources": {"docs": {}}}, "states no test"),
 ]
 
 
@@ -130,6 +139,13 @@ def test_equal_thresholds_are_still_two() -> None:
     assert "stands alone" in refusal(keep=[{"column": "a", "top_fraction": same, "min": same}]).expected
 
 
+def test_a_misspelt_test_of_a_rule_names_the_nearest() -> None:
+    for keys, hint in (({"betwen": [1, 2]}, "between"), ({"target_recal": 1}, "target_recall"), ({"im": [1]}, "in")):
+        assert f"did you mean '{hint}'" in refusal(keep=[{"column": "a", **keys}]).remedy
+    wrong = {"column": "a", "min": 1, "sources": {"docs": {"mni": 1}}}
+    assert "did you mean 'min'" in refusal(keep=[wrong]).remedy
+
+
 @pytest.mark.parametrize("fraction", [0, -0.1, 1.1])
 def test_a_fraction_is_a_fraction(fraction: float) -> None:
     assert "keep.0.top_fraction" in refusal(keep=[{"column": "a", "top_fraction": fraction}]).expected
@@ -141,17 +157,23 @@ def test_good_rules_keep_their_values_and_have_names() -> None:
         {"column": "a.l", "equals": False},
         {"column": "a.l", "among": ["en", "de"], "over": "any"},
         {"column": "c.x", "top_fraction": 1},
+        {"column": "c.x", "between": [0, 2]},
+        {"column": "c.x", "target_recall": 0.9, "defect": "blank", "drop": "above"},
+        {"column": "c.x", "min": 3, "sources": {"docs": {"min": 5}, "laion": False}},
         {"column": "c.x", "is_null": False},
         {"one_per": "d.group", "best": "c.x"},
         {"one_per": "e.group"},
     ]
     made = recipe(keep=rules).keep
-    assert made[0].min == 0 and made[1].equals is False and made[4].is_null is False
+    assert made[0].min == 0 and made[1].equals is False and made[7].is_null is False
     assert [rule.name for rule in made] == [
         "a.b min 0.0 max 2.0",
         "a.l equals False",
         "any a.l among ['en', 'de']",
         "c.x top_fraction 1.0",
+        "c.x between [0.0, 2.0]",
+        "c.x target_recall 0.9 defect blank drop above",
+        "c.x min 3.0 (docs: min 5.0; laion: off)",
         "c.x is_null False",
         "one_per d.group best c.x",
         "one_per e.group",
