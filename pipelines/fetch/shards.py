@@ -60,7 +60,8 @@ class Job:
         self.ok += outcome.pair is not None
         self.progress(self.finished, self.total, f"{self.ok} images")
         self.moved.set()
-        self.gate.judge(outcome.name, host_of(row))
+        if self.gate.floor:
+            self.gate.judge(outcome.name, host_of(row))
 
 
 def fetch_increment(
