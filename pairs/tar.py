@@ -76,8 +76,8 @@ class TarWriter:
 
 
 def _header(name: bytes, size: int) -> bytes:
-    """The block that tarfile makes of a TarInfo with this name and size, and all else as it is by default, in a tenth of
-    its time. The checksum is that of the empty header plus what the name and the digits of the size add."""
+    """The block that tarfile makes of a TarInfo with this name and size, and all else as it is by default, in a tenth
+    of its time. The checksum is that of the empty header plus what the name and the digits of the size add."""
     digits = b"%011o" % size
     assert len(name) < 100 and len(digits) == 11, "the name or the size of a member outgrew its field"
     total = EMPTY_SUM + sum(name) + sum(digits) - 11 * ord("0")

@@ -221,10 +221,11 @@ def _check_ledger(verdict: Verdict, store: Store, folder: str, keys: list[str], 
     parts = [store.read_table(p) for p in store.files(folder, ".parquet")]
     if not parts:
         return
-    ledger = pa.concat_tables([part.replace_schema_metadata(None) for part in parts])
+    ledger = pa.concat_tables([part.replace_schema_metadata(None) for part in parts], promote_options="default")
+    older = LEDGER.remove(LEDGER.get_field_index("retry_at"))
     tried = ledger["url_key"].to_pylist()
     verdict.count("ledger rows", len(tried))
-    if not ledger.schema.equals(LEDGER, check_metadata=False):
+    if not any(ledger.schema.equals(schema, check_metadata=False) for schema in (LEDGER, older)):
         yield f"{folder}: its columns aren't those of a ledger"
     urls = ledger["url"].to_pylist()
     if left := sum(u is not None and refused(dead, k, u) for k, u in zip(tried, urls, strict=True)):

@@ -133,6 +133,11 @@ class Client:
             self.hosts[name] = Host(asyncio.Semaphore(self.per_host), self.delay_s)
         return self.hosts[name]
 
+    def rest(self, until: Mapping[str, float]) -> None:
+        """Leaves hosts alone until a time in seconds since 1970, which an earlier run was told."""
+        for host, at in until.items():
+            self.host(URL.build(host=host)).rests_until = time.monotonic() + at - time.time()
+
     def hold(self, size_bytes: int) -> None:
         """Counts a body that waits for a decoder, or with a negative size one that no longer does."""
         self.held_bytes += size_bytes
