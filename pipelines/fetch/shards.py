@@ -6,6 +6,8 @@ its table; what is left to do is found by one listing. Rows are in order of `url
 """
 
 import asyncio
+import contextlib
+import gc
 import os
 import tempfile
 from collections import Counter
@@ -86,8 +88,20 @@ def fetch_increment(
         blocked = load_blocklists(fetch_spec.block)
         job = Job(workspace, name, spec, fetch_spec, increment, group, gate, blocked, progress, total)
         job.finished = total - sum(left.values())
-        requests = asyncio.run(_fetch_all(job, left))
+        with _rare_collections():
+            requests = asyncio.run(_fetch_all(job, left))
     return ledger.count_increment(store, f"ledger/{group}/{increment}", len(left), len(done), requests)
+
+
+@contextlib.contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Few of the loop's objects lie in cycles: looked for as often as usual, they cost an eighth of its time."""
+    before = gc.get_threshold()
+    gc.set_threshold(10_000, 20, 10)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def _blocks(job: Job, left: dict[int, int]) -> Iterator[tuple[int, list[Row]]]:
@@ -165,7 +179,8 @@ async def _make_shard(job: Job, tools: Tools, index: int, rows: list[Row]) -> No
         for row in (row for row in rows if row["url_key"] not in found):
             found[row["url_key"]] = given_up(row, "stuck")
             job.done(row, found[row["url_key"]])
-        _publish(job, index, [found[row["url_key"]] for row in rows], spool)
+        outcomes = [found[row["url_key"]] for row in rows]
+        await asyncio.to_thread(_publish, job, index, outcomes, spool)  # the others' shards go on
 
 
 async def _fetch_rows(job: Job, tools: Tools, rows: list[Row], spool: IO[bytes], found: dict[str, Outcome]) -> None:
