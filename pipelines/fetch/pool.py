@@ -2,7 +2,7 @@
 
 Processes of our own instead of a pool of the standard library's, because there a decoder that crashes breaks the
 whole pool: here it costs its own image, and the next one starts a new process. They start while the first images
-are on their way, and nothing is pickled. While one image is decoded the next lies in the pipe already. The C library
+are on their way, and nothing is pickled. While one image is decoded the next lie in the pipe already. The C library
 is told to keep the memory of an image for the next one: to give it back and fault it in again costs 2.5 ms each.
 """
 
@@ -22,7 +22,7 @@ from pipelines.fetch.client import Failure
 from pipelines.fetch.decode import FRAME, Decoded, DecodeSpec
 
 DECODE_S = 60.0
-DEPTH = 2  # images that one process has been sent
+DEPTH = 4  # images that one process has been sent
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(128 << 20)}  # glibc's, bytes
 
 Decode = Callable[[bytes], Awaitable[Decoded | Failure]]
@@ -39,17 +39,23 @@ class Decoder:
     def __init__(self, spec: DecodeSpec) -> None:
         self._spec = spec
         self._process: asyncio.subprocess.Process | None = None
+        self._feed: asyncio.WriteTransport | None = None  # a pipe, where asyncio would make a socket of less room
         self._sent = 0  # of the jobs under way, those that this process was given
 
     async def start(self) -> None:
-        self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "pipelines.fetch.decode"),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            cwd=ROOT,
-            env=KEEP_MEMORY | os.environ,
-            preexec_fn=dies_with_us(),
-        )
+        theirs, ours = os.pipe()
+        self._feed, _ = await asyncio.get_running_loop().connect_write_pipe(asyncio.BaseProtocol, os.fdopen(ours, "wb"))
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "pipelines.fetch.decode"),
+                stdin=theirs,
+                stdout=asyncio.subprocess.PIPE,
+                cwd=ROOT,
+                env=KEEP_MEMORY | os.environ,
+                preexec_fn=dies_with_us(),
+            )
+        finally:
+            os.close(theirs)
         self._write(json.dumps(asdict(self._spec)).encode())
         await self._read()
 
@@ -92,9 +98,9 @@ class Decoder:
         return Failure("permanent", reason) if reason else Decoded(image, facts)
 
     def _write(self, data: bytes) -> None:
-        assert self._process and self._process.stdin
-        self._process.stdin.write(FRAME.pack(len(data), 0))
-        self._process.stdin.write(data)
+        assert self._feed
+        self._feed.write(FRAME.pack(len(data), 0))
+        self._feed.write(data)
 
     async def _read(self) -> tuple[bytes, bytes]:
         assert self._process and self._process.stdout
@@ -104,6 +110,8 @@ class Decoder:
 
     async def stop(self) -> None:
         process, self._process, self._sent = self._process, None, 0
+        if self._feed and not self._feed.is_closing():  # as it is once a process that died left it
+            self._feed.abort()
         if process:
             if process.returncode is None:
                 process.kill()
