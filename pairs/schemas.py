@@ -38,6 +38,7 @@ LEDGER = pa.schema(
         ("size_bytes", pa.int64()),
         ("sha256", pa.string()),
         ("uid", pa.string()),
+        ("retry_at", pa.timestamp("ms", tz="UTC")),  # not before: the site's Retry-After; null without, or where older
     ]
 )
 

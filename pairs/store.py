@@ -144,10 +144,34 @@ class Store:
             if table.num_rows != rows and table.num_columns:  # a damaged page can end a column early
                 raise pa.ArrowInvalid(f"{table.num_rows} rows where its footer says {rows}")
         except (pa.ArrowException, OSError) as error:
-            raise PairmillError(
-                expected=f"a Parquet table at {path}", found=str(error), remedy="run `pairmill verify` on the workspace"
-            ) from error
+            raise _damaged(path, error) from error
         return table
+
+    def tables(self, path: str, rows: int, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """A table in pieces of `rows` rows, the last of which may be shorter; a row group at a time is in memory."""
+        try:
+            with self._reader(path) as reader:
+                left = reader.metadata.num_rows
+                for batch in reader.iter_batches(rows, columns=columns):
+                    yield pa.Table.from_batches([batch])
+                    left -= batch.num_rows
+                if left:
+                    raise pa.ArrowInvalid(f"{left} rows less than its footer says")
+        except (pa.ArrowException, OSError) as error:
+            raise _damaged(path, error) from error
+
+    def rows(self, path: str) -> int:
+        """How many rows the footer of a table tells."""
+        try:
+            with self._reader(path) as reader:
+                return int(reader.metadata.num_rows)
+        except (pa.ArrowException, OSError) as error:
+            raise _damaged(path, error) from error
+
+    @contextlib.contextmanager
+    def _reader(self, path: str) -> Iterator[pq.ParquetFile]:
+        with self.fs.open(self.full(path)) as file, pq.ParquetFile(file, page_checksum_verification=True) as reader:
+            yield reader
 
     def write_table(self, path: str, table: pa.Table, metadata: dict[str, str] | None = None) -> None:
         """Writes Parquet with reproducible bytes; `metadata` goes into the schema's key-value pairs."""
@@ -155,6 +179,12 @@ class Store:
             table = table.replace_schema_metadata(metadata)
         with self.writing(path) as file:
             pq.write_table(table, file, compression="zstd", store_schema=True, write_page_checksum=True)
+
+
+def _damaged(path: str, error: Exception) -> PairmillError:
+    return PairmillError(
+        expected=f"a Parquet table at {path}", found=str(error), remedy="run `pairmill verify` on the workspace"
+    )
 
 
 def table_metadata(table: pa.Table) -> dict[str, str]:

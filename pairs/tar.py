@@ -18,6 +18,8 @@ KEY = re.compile(r"[0-9A-Za-z_-]{1,80}")
 EXTENSION = re.compile(r"[0-9A-Za-z_][0-9A-Za-z_.-]{0,15}")
 PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE)
 BLOCK = 512
+EMPTY = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)  # a header without a name, of size 0
+EMPTY_SUM = int(EMPTY[148:154], 8)
 
 
 class Member(NamedTuple):
@@ -29,32 +31,11 @@ class Member(NamedTuple):
     size: int
 
 
-class _Counting(io.RawIOBase):
-    """Passes writes on, hashing and counting them."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.sha256, self.size = file, hashlib.sha256(), 0
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: object) -> int:
-        view = memoryview(data)  # type: ignore[arg-type]
-        self.file.write(view)
-        self.sha256.update(view)
-        self.size += len(view)
-        return len(view)
-
-    def tell(self) -> int:
-        return self.size
-
-
 class TarWriter:
     """Writes members one after another; `close` ends the archive and leaves `size` and `sha256`."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._out = _Counting(file)
-        self._tar = tarfile.open(fileobj=self._out, mode="w", format=tarfile.USTAR_FORMAT)  # type: ignore[call-overload]  # noqa: SIM115
+        self._file, self._hash = file, hashlib.sha256()
         self.size, self.sha256 = 0, ""
         self._written: dict[str, set[str]] = {}  # extensions by key, the last key being the open one
 
@@ -70,11 +51,14 @@ class TarWriter:
                 remedy="shorten it",
             )
         self._take(key, ext)
-        info = tarfile.TarInfo(f"{key}.{ext}")
-        info.size = len(data)
-        self._tar.addfile(info, io.BytesIO(data))
-        padded = -(-len(data) // BLOCK) * BLOCK
-        return Member(key, ext, self._out.size - padded, len(data))
+        offset = self.size + BLOCK
+        self._write(_header(f"{key}.{ext}".encode(), len(data)) + data + bytes(-len(data) % BLOCK))
+        return Member(key, ext, offset, len(data))
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self.size += len(data)
 
     def _take(self, key: str, ext: str) -> None:
         extensions = self._written.setdefault(key, set())
@@ -87,8 +71,17 @@ class TarWriter:
         extensions.add(ext)
 
     def close(self) -> None:
-        self._tar.close()
-        self.size, self.sha256 = self._out.size, self._out.sha256.hexdigest()
+        self._write(bytes(-(self.size + 2 * BLOCK) % tarfile.RECORDSIZE + 2 * BLOCK))
+        self.sha256 = self._hash.hexdigest()
+
+
+def _header(name: bytes, size: int) -> bytes:
+    """The block that tarfile makes of a TarInfo with this name and size, and all else as it is by default, in a tenth
+    of its time. The checksum is that of the empty header plus what the name and the digits of the size add."""
+    digits = b"%011o" % size
+    assert len(name) < 100 and len(digits) == 11, "the name or the size of a member outgrew its field"
+    total = EMPTY_SUM + sum(name) + sum(digits) - 11 * ord("0")
+    return b"%b%b%b%b%06o\0 %b" % (name, EMPTY[len(name) : 124], digits, EMPTY[135:148], total, EMPTY[156:])
 
 
 def read_members(data: bytes, name: str) -> list[Member]:

@@ -234,7 +234,7 @@ def _check_ledger(verdict: Verdict, store: Store, folder: str, keys: list[str], 
     parts = [store.read_table(p) for p in store.files(folder, ".parquet")]
     if not parts:
         return
-    ledger = pa.concat_tables([part.replace_schema_metadata(None) for part in parts])
+    ledger = pa.concat_tables([part.replace_schema_metadata(None) for part in parts], promote_options="default")
     tried = ledger["url_key"].to_pylist()
     verdict.count("ledger rows", len(tried))
     if not ledger.schema.equals(LEDGER, check_metadata=False):

@@ -20,7 +20,7 @@ from pairs.increments import following, holding
 from pairs.recipe import FetchSpec, SourceSpec
 from pairs.store import table_metadata
 from pairs.workspace import Dead, Workspace, refused
-from pipelines.fetch.ledger import due, tries
+from pipelines.fetch.ledger import Passing, due, tries
 from pipelines.merge import Merge, Merged, Sets, clean, living, merge, write_groups
 from pipelines.sources import Context, Progress, Row, load_source
 
@@ -181,7 +181,7 @@ def _with_due(
 
 def _due(workspace: Workspace, name: str, earlier: list[str], spec: FetchSpec) -> set[str]:
     """The keys that failed for a passing cause wherever they were tried, not too often and long enough ago."""
-    times: dict[str, list[float]] = {}
+    times: dict[str, list[Passing]] = {}
     for increment in earlier:
         all_ = workspace.store.read_table(part(name, increment), ["url_key"])["url_key"]
         for keys, failed in tries(workspace.store, name, increment, all_, spec):
@@ -196,7 +196,7 @@ def _due(workspace: Workspace, name: str, earlier: list[str], spec: FetchSpec) -
 def _earlier_keys(workspace: Workspace, name: str, earlier: list[str], spec: FetchSpec) -> Iterator[Sets]:
     """Of each earlier cut: its keys, those of them that failed for a passing cause, those that hadn't opted out,
     and (with the last one) those that failed and haven't waited long enough."""
-    times: dict[str, list[float]] = {}
+    times: dict[str, list[Passing]] = {}
     for increment in earlier:
         table = workspace.store.read_table(part(name, increment), ["url_key", "opt_out"])
         open_ = set(table.filter(pc.is_null(table["opt_out"]))["url_key"].to_pylist())

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import IO, NamedTuple
 
 from yarl import URL
@@ -18,6 +18,7 @@ from pairs.schemas import LEDGER
 from pairs.workspace import KINDS, Dead, refused
 from pipelines.fetch.blocklists import Blocklists
 from pipelines.fetch.client import NO_HEADERS, Answer, Client, Failure, Headers, Limits, Permit, Response
+from pipelines.fetch.ledger import Settled
 from pipelines.fetch.pool import Decode
 from pipelines.fetch.robots import opted_out
 from pipelines.sources import HTTP, Outside, Row
@@ -38,7 +39,7 @@ class Tools:
     blocked: Blocklists
     read: Callable[[str, int], bytes] | None = None  # of a local source
     dead: Dead = field(default_factory=lambda: dict.fromkeys(KINDS, frozenset()))
-    said_no: dict[str, str] = field(default_factory=dict)  # what the site refused before, or gave
+    settled: Settled = field(default_factory=Settled)
 
 
 class Outcome(NamedTuple):
@@ -65,6 +66,8 @@ async def fetch_one(tools: Tools, row: Row, spool: IO[bytes]) -> Outcome:
     finally:
         tools.client.hold(-size)
     outcome.ledger.update(started_at=started, elapsed_s=time.monotonic() - clock)
+    if isinstance(answer.result, Failure) and answer.result.retry_after_s:
+        outcome.ledger["retry_at"] = datetime.now(UTC) + timedelta(seconds=answer.result.retry_after_s)
     return outcome
 
 
@@ -82,7 +85,7 @@ def _refusal(tools: Tools, row: Row) -> str | None:
     """Why it isn't even asked for."""
     if not row["url"] or refused(tools.dead, row["url_key"], row["url"]):
         return "forgotten"
-    return row["opt_out"] or tools.said_no.get(row["url_key"])
+    return row["opt_out"] or tools.settled.get(row["url_key"])
 
 
 async def _body(tools: Tools, row: Row) -> Answer:

@@ -12,9 +12,9 @@ import socket
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
 from typing import Literal, NamedTuple
 from urllib.parse import urljoin, urlsplit
 
@@ -27,7 +27,7 @@ from pairs.errors import PairmillError
 from pairs.identity import unit_hash
 from pipelines.fetch.guard import EgressRefused, Network, guarded_connector, refuse_url
 
-CHUNK_BYTES = 1 << 16
+BUFFER_BYTES = 1 << 18  # of a body, before its connection is read no further: most images come in one piece
 CONNECT_S = 10.0
 HELD_BYTES = 256 << 20
 DEAD_AFTER = 8  # connections in a row that a host which never answered may refuse, before it is left alone
@@ -128,7 +128,15 @@ class Client:
     _room: asyncio.Event = field(default_factory=asyncio.Event)
 
     def host(self, url: URL) -> Host:
-        return self.hosts.setdefault(url.host or "", Host(asyncio.Semaphore(self.per_host), self.delay_s))
+        name = url.host or ""
+        if name not in self.hosts:
+            self.hosts[name] = Host(asyncio.Semaphore(self.per_host), self.delay_s)
+        return self.hosts[name]
+
+    def rest(self, until: Mapping[str, float]) -> None:
+        """Leaves hosts alone until a time in seconds since 1970, which an earlier run was told."""
+        for host, at in until.items():
+            self.host(URL.build(host=host)).rests_until = time.monotonic() + at - time.time()
 
     def hold(self, size_bytes: int) -> None:
         """Counts a body that waits for a decoder, or with a negative size one that no longer does."""
@@ -191,30 +199,30 @@ class Client:
             return Failure("transient", "no_contact")
         host, task = self.host(url), asyncio.current_task()
         self.under_way.pop(task, None)
-        async with AsyncExitStack() as stack:
-            await stack.enter_async_context(host.turn)
+        async with host.turn:
             if (rest := host.rests_until - time.monotonic()) > budget.left_s:
                 return Failure("transient", "host_rests", retry_after_s=rest)
-            await asyncio.sleep(max(0.0, rest))
+            if rest > 0:
+                await asyncio.sleep(rest)
             await host.pace()
-            await stack.enter_async_context(self.slots)
-            self.under_way[task] = time.monotonic()
-            await self.room()
-            if not host.answered and host.unreachable >= DEAD_AFTER:
-                return Failure("transient", "host_unreachable")
-            began = time.monotonic()
-            try:
-                async with asyncio.timeout(budget.left_s):
-                    result = await self._request(url, limits, judge, ask)
-            except Exception as error:
-                result = _classify(error)
-            budget.left_s -= time.monotonic() - began
-            connected = isinstance(result, Response) or result.reason not in CONNECTING
-            host.answered |= connected
-            host.unreachable += not connected
-            if isinstance(result, Failure):
-                host.rest(result)
-            return result
+            async with self.slots:
+                self.under_way[task] = time.monotonic()
+                await self.room()
+                if not host.answered and host.unreachable >= DEAD_AFTER:
+                    return Failure("transient", "host_unreachable")
+                began = time.monotonic()
+                try:
+                    async with asyncio.timeout(budget.left_s):
+                        result = await self._request(url, limits, judge, ask)
+                except Exception as error:
+                    result = _classify(error)
+                budget.left_s -= time.monotonic() - began
+                connected = isinstance(result, Response) or result.reason not in CONNECTING
+                host.answered |= connected
+                host.unreachable += not connected
+                if isinstance(result, Failure):
+                    host.rest(result)
+                return result
 
     async def _request(self, url: URL, limits: Limits, judge: Judge, ask: Mapping[str, str]) -> Response | Failure:
         headers = {"User-Agent": self.agent, **ask}
@@ -228,15 +236,16 @@ class Client:
             if (answer.content_length or 0) > limits.max_bytes and not limits.cut:
                 answer.close()
                 return Failure("permanent", "too_large", answer.status)
-            body = bytearray()
-            async for chunk in answer.content.iter_chunked(CHUNK_BYTES):  # decompressed already
-                body += chunk
-                if len(body) > limits.max_bytes:
+            chunks, size = list[bytes](), 0
+            async for chunk in answer.content.iter_any():  # decompressed already
+                chunks.append(chunk)
+                size += len(chunk)
+                if size > limits.max_bytes:
                     answer.close()
                     if not limits.cut:
                         return Failure("permanent", "too_large", answer.status)
                     break
-            return Response(str(url), answer.status, answer.headers, bytes(body[: limits.max_bytes]))
+            return Response(str(url), answer.status, answer.headers, b"".join(chunks)[: limits.max_bytes])
 
 
 @dataclass
@@ -259,6 +268,7 @@ def open_client(
         connector=guarded_connector(allow, 0, resolver),
         cookie_jar=aiohttp.DummyCookieJar(),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
+        read_bufsize=BUFFER_BYTES,
         trust_env=False,
     )
     return Client(session, agent, per_host, asyncio.Semaphore(connections), delay_s)
@@ -266,7 +276,7 @@ def open_client(
 
 def require_contact(agent: str, hosts: Iterable[str]) -> None:
     """Refuses an agent string without a contact for any host that isn't loopback: a site must be able to complain."""
-    for host in hosts:
+    for host in () if CONTACT.search(agent) else hosts:
         if lacks_contact(agent, host):
             raise PairmillError(
                 expected=f"a contact in fetch.agent, for requests to {host}",
@@ -275,6 +285,7 @@ def require_contact(agent: str, hosts: Iterable[str]) -> None:
             )
 
 
+@lru_cache(maxsize=4096)
 def lacks_contact(agent: str, host: str) -> bool:
     """Whether `host` must be told a contact, and isn't."""
     if CONTACT.search(agent):
@@ -288,6 +299,8 @@ def lacks_contact(agent: str, host: str) -> bool:
 def _verbatim(address: str, url: URL) -> URL:
     """`url` with path and query byte for byte as in `address`, since a signature may cover them; where that is no plain
     text, or leads up a folder, as yarl normalises it."""
+    if str(url) == address and "#" not in address:  # nothing was normalised
+        return url
     parts = urlsplit(address)
     raw = parts.path + parts.query
     if not PLAIN.fullmatch(raw) or CLIMBS.search(parts.path):

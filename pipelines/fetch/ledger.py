@@ -6,24 +6,39 @@ with other settings writes beside it. From it a later increment learns what may 
 
 import time
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pairs.fingerprint import fingerprint
 from pairs.recipe import FetchSpec
 from pairs.store import Store
+from pairs.workspace import host_of
 from pipelines.fetch import decode
+from pipelines.fetch.client import RESTING
 from pipelines.fetch.robots import OPT_OUT, RESERVED
 
 Row = dict[str, Any]
 VERSION = 2  # raise it when equal responses give other bytes
 ENTERS = ("side_px", "format", "quality", "shard_pairs", "max_bytes", "max_pixels", "min_side_px")
 GROWTH = 4  # each failure for a time makes the next wait so many times as long
+EARLIER = "earlier"
+ROWS = 50_000  # read at a time
 SAID_NO = OPT_OUT | {RESERVED}  # what a site answered when it was asked: it isn't asked again, whatever the settings
+WORDS = [EARLIER, *sorted(SAID_NO)]
+
+
+class Passing(NamedTuple):
+    """When something failed for a time, and until when its site then wanted no request (0 where it didn't say). Both in
+    seconds since 1970."""
+
+    at: float
+    rests_until: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -84,28 +99,62 @@ def groups(store: Store, source: str) -> list[str]:
     return [name for name in store.folders("ledger") if name.rpartition("-")[0] == source]
 
 
-def said_no(store: Store, source: str, increment: str) -> dict[str, str]:
-    """Of an increment, what the site itself refused when it was asked under whatever settings: reason by url_key."""
-    found: dict[str, str] = {}
-    for group in groups(store, source):
-        for path in store.files(f"ledger/{group}/{increment}", ".parquet"):
-            for row in store.read_table(path, ["url_key", "status", "reason"]).to_pylist():
-                if row["status"] == "refused" and row["reason"] in SAID_NO:
-                    found[row["url_key"]] = row["reason"]
-    return found
+@dataclass(frozen=True)
+class Settled:
+    """What an increment needn't ask for. `keys` are its N url_keys of 16 bytes, sorted; `codes` N uint8, 0 for what is
+    open, else 1 + a place in `WORDS`. `rests` are hosts that wanted no request until then, in seconds since 1970."""
+
+    keys: np.ndarray = field(default_factory=lambda: np.empty(0, "S16"))
+    codes: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
+    rests: dict[str, float] = field(default_factory=dict)
+
+    def mark(self, keys: Sequence[str], word: str) -> None:
+        """Settles those of `keys` that the increment has."""
+        packed = _packed(keys)
+        at = np.minimum(np.searchsorted(self.keys, packed), len(self.keys) - 1)
+        self.codes[at[self.keys[at] == packed]] = 1 + WORDS.index(word)
+
+    def get(self, key: str) -> str | None:
+        """Of one of `keys`, what the site refused before, or "earlier" for a pair that is there already."""
+        code = int(self.codes[np.searchsorted(self.keys, _packed([key])[0])]) if len(self.keys) else 0
+        return WORDS[code - 1] if code else None
 
 
-def taken(store: Store, group: str, increment: str) -> set[str]:
-    """The keys that are ok in a group's increments before this one: they are its pairs already."""
-    found: set[str] = set()
+def _packed(keys: Sequence[str]) -> np.ndarray:
+    return np.frombuffer(bytearray.fromhex("".join(keys)), "S16")
+
+
+def settled(store: Store, source: str, group: str, increment: str) -> Settled:
+    """Reads, of the source's ledgers: what the site itself refused when it was asked under whatever settings; what is
+    ok in the group's increments before this one, whose pairs it is already; which hosts still rest."""
+    tables = store.tables(f"candidates/{source}/{increment}/part-00000.parquet", ROWS, ["url_key"])
+    found = Settled(np.concatenate([_packed(t["url_key"].to_pylist()) for t in tables]))
+    found = replace(found, codes=np.zeros(len(found.keys), np.uint8))
+    assert (found.keys[1:] > found.keys[:-1]).all(), "an increment is cut in order of url_key, each once"
+    for other in groups(store, source):
+        for path in store.files(f"ledger/{other}/{increment}", ".parquet"):
+            table = store.read_table(path, ["url_key", "status", "reason"])
+            refused = table.filter(pc.equal(table["status"], "refused"))
+            for word in SAID_NO.intersection(refused["reason"].unique().to_pylist()):
+                found.mark(refused.filter(pc.equal(refused["reason"], word))["url_key"].to_pylist(), word)
     for earlier in (name for name in store.folders(f"ledger/{group}") if name < increment):
         for path in store.files(f"ledger/{group}/{earlier}", ".parquet"):
-            table = store.read_table(path, ["url_key", "status"])
-            found |= set(table.filter(pc.equal(table["status"], "ok"))["url_key"].to_pylist())
+            table = store.read_table(path)
+            found.mark(table.filter(pc.equal(table["status"], "ok"))["url_key"].to_pylist(), EARLIER)
+            _rest(table, found.rests)
     return found
 
 
-def passing_failures(store: Store, source: str, increment: str, spec: FetchSpec) -> dict[str, float]:
+def _rest(table: pa.Table, rests: dict[str, float]) -> None:
+    """Adds the hosts that a ledger part says want no request yet."""
+    later = pc.greater(table["retry_at"], pa.scalar(datetime.now(UTC), table.schema.field("retry_at").type))
+    speaks = pc.is_in(table["http_status"], pa.array(sorted(RESTING), pa.int32()))
+    for row in table.filter(pc.and_(later, speaks)).select(["url", "retry_at"]).to_pylist():
+        host = host_of(row["url"] or "")
+        rests[host] = max(rests.get(host, 0.0), row["retry_at"].timestamp())
+
+
+def passing_failures(store: Store, source: str, increment: str, spec: FetchSpec) -> dict[str, Passing]:
     """Of an increment, what failed for a time: when, in seconds since 1970, by url_key. Told by the ledger of these
     settings; where it has none, by those of others, among which the latest row of a candidate counts."""
     return _failed(_rows(store, "ledger", source, increment, spec))
@@ -113,7 +162,7 @@ def passing_failures(store: Store, source: str, increment: str, spec: FetchSpec)
 
 def tries(
     store: Store, source: str, increment: str, keys: pa.ChunkedArray, spec: FetchSpec
-) -> list[tuple[pa.ChunkedArray, dict[str, float]]]:
+) -> list[tuple[pa.ChunkedArray, dict[str, Passing]]]:
     """Which of the increment's `keys` were tried when it was cut, and `passing_failures` among them. An increment that
     `compact` made comes once for each cut in which some of its keys were tried that were tried in others too."""
     rows: dict[str, list[Row]] = {}
@@ -131,20 +180,22 @@ def _rows(store: Store, kind: str, source: str, increment: str, spec: FetchSpec)
     mine = f"{source}-{fetch_fingerprint(spec)}"
     chosen = [mine] if store.files(f"ledger/{mine}/{increment}", ".parquet") else groups(store, source)
     paths = [path for group in chosen for path in store.files(f"{kind}/{group}/{increment}", ".parquet")]
-    columns = ["url_key", "status", "started_at", *(["increment"] if kind == "tries" else [])]
+    columns = ["url_key", "status", "started_at", "retry_at", *(["increment"] if kind == "tries" else [])]
     return [row for path in paths for row in store.read_table(path, columns).to_pylist()]
 
 
-def _failed(rows: Iterable[Row]) -> dict[str, float]:
-    latest: dict[str, tuple[float, bool]] = {}
+def _failed(rows: Iterable[Row]) -> dict[str, Passing]:
+    latest: dict[str, tuple[float, bool, float]] = {}
     for row in rows:
-        at = row["started_at"].timestamp() if row["started_at"] else 0.0
-        latest[row["url_key"]] = max(latest.get(row["url_key"], (0.0, False)), (at, row["status"] == "transient"))
-    return {key: at for key, (at, failed) in latest.items() if failed}
+        at, rests = (row[n].timestamp() if row[n] else 0.0 for n in ("started_at", "retry_at"))
+        new = at, row["status"] == "transient", rests
+        latest[row["url_key"]] = max(latest.get(row["url_key"], (0.0, False, 0.0)), new)
+    return {key: Passing(at, rests) for key, (at, failed, rests) in latest.items() if failed}
 
 
-def due(failures: Iterable[float], spec: FetchSpec) -> bool:
-    """Whether what failed at these times may be tried again: after `retry_hours`, then four times as long, …"""
-    times = list(failures)
-    hours = min(spec.retry_hours * GROWTH ** (len(times) - 1), spec.retry_hours_max)
-    return time.time() >= max(times) + hours * 3600
+def due(failures: Iterable[Passing], spec: FetchSpec) -> bool:
+    """Whether what failed so may be tried again: after `retry_hours`, then four times as long, …, and not before the
+    site said."""
+    every = list(failures)
+    hours = min(spec.retry_hours * GROWTH ** (len(every) - 1), spec.retry_hours_max)
+    return time.time() >= max(*(failure.rests_until for failure in every), max(f.at for f in every) + hours * 3600)

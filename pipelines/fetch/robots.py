@@ -105,7 +105,7 @@ class Robots:
         text = await self.policies.get(self.client, f"{origin}/robots.txt", self.bar)
         if isinstance(text, Failure):
             reason = f"robots_{text.reason}" if text.status == "transient" else text.reason
-            return text if text.status == "refused" else Failure(text.status, reason, text.http_status)
+            return text if text.status == "refused" else text._replace(reason=reason)
         rules, token = _rules(text), agent_token(self.client.agent)
         if not rules.can_fetch(str(url), token):
             return Failure("refused", "robots")

@@ -6,6 +6,8 @@ its table; what is left to do is found by one listing. Rows are in order of `url
 """
 
 import asyncio
+import contextlib
+import gc
 import os
 import tempfile
 from collections import Counter
@@ -32,6 +34,7 @@ from pipelines.fetch.robots import Robots
 from pipelines.sources import Progress, Row, load_source
 
 AHEAD = 2000  # the next shard begins when fewer candidates than this are under way
+OPEN = 32  # shards at a time: the outcomes of 10,000 candidates take 30 MB until their shard is published
 CHANCES = 2  # how often a shard that doesn't move is begun anew before its rows are put off
 
 
@@ -60,7 +63,8 @@ class Job:
         self.ok += outcome.pair is not None
         self.progress(self.finished, self.total, f"{self.ok} images")
         self.moved.set()
-        self.gate.judge(outcome.name, host_of(row))
+        if self.gate.floor:
+            self.gate.judge(outcome.name, host_of(row))
 
 
 def fetch_increment(
@@ -74,57 +78,75 @@ def fetch_increment(
 ) -> ledger.FetchCounts:
     """Makes the pair shards of an increment that are not there yet; call it under the workspace's lock. Raises
     PairmillError where a gate stops it (`floor` is the success rate asked for) and for mistakes in the recipe."""
-    store, group = workspace.store, f"{name}-{ledger.fetch_fingerprint(fetch_spec)}"
-    rows = store.read_table(part(name, increment)).to_pylist()
-    blocks = [rows[start : start + fetch_spec.shard_pairs] for start in range(0, len(rows), fetch_spec.shard_pairs)]
+    store, group, size = workspace.store, f"{name}-{ledger.fetch_fingerprint(fetch_spec)}", fetch_spec.shard_pairs
+    total = store.rows(part(name, increment))
     done = {ref.index for ref in list_shards(store, f"pairs/{group}/{increment}")}
-    left = [index for index in range(len(blocks)) if index not in done]
+    left = {n: min(size, total - n * size) for n in range(-(-total // size)) if n not in done}
     requests = 0
     if left:
         gate = SuccessGate(name, floor, ledger.outcomes(store, f"ledger/{group}") if floor else Counter())
         blocked = load_blocklists(fetch_spec.block)
-        job = Job(workspace, name, spec, fetch_spec, increment, group, gate, blocked, progress, len(rows))
-        job.finished = len(rows) - sum(len(blocks[index]) for index in left)
-        requests = asyncio.run(_fetch_all(job, [(index, blocks[index]) for index in left]))
+        job = Job(workspace, name, spec, fetch_spec, increment, group, gate, blocked, progress, total)
+        job.finished = total - sum(left.values())
+        with _rare_collections():
+            requests = asyncio.run(_fetch_all(job, left))
     return ledger.count_increment(store, f"ledger/{group}/{increment}", len(left), len(done), requests)
 
 
-async def _fetch_all(job: Job, blocks: list[tuple[int, list[Row]]]) -> int:
-    """Fetches and publishes the blocks; returns the requests sent."""
+@contextlib.contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Few of the loop's objects lie in cycles: looked for as often as usual, they cost an eighth of its time."""
+    before = gc.get_threshold()
+    gc.set_threshold(10_000, 20, 10)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+def _blocks(job: Job, left: dict[int, int]) -> Iterator[tuple[int, list[Row]]]:
+    """The candidates of each shard that is left, one shard's in memory."""
+    pieces = job.workspace.store.tables(part(job.name, job.increment), job.fetch.shard_pairs)
+    return ((index, table.to_pylist()) for index, table in enumerate(pieces) if index in left)
+
+
+async def _fetch_all(job: Job, left: dict[int, int]) -> int:
+    """Fetches and publishes the shards `left`, whose sizes it names; returns the requests sent."""
     settings, store = job.fetch, job.workspace.store
     read = getattr(load_source(job.name, job.spec), "read", None)
     if not read:
-        asked = (row for _, rows in blocks for row in rows if row["url"] and not row["opt_out"])
+        asked = (row for _, rows in _blocks(job, left) for row in rows if row["url"] and not row["opt_out"])
         require_contact(settings.agent, map(host_of, asked))
     allow = networks(job.spec.allow, f"sources.{job.name}")
     client = open_client(settings.agent, settings.per_host, settings.connections, allow, delay_s=settings.delay_s)
-    cores = min(len(os.sched_getaffinity(0)), sum(len(rows) for _, rows in blocks))
+    cores = min(len(os.sched_getaffinity(0)), sum(left.values()))
     names = ("side_px", "format", "quality", "max_pixels", "min_side_px")
     pixels = decode.DecodeSpec(**{n: getattr(settings, n) for n in names}, hash=len(job.blocked.hashes) > 0)
     policies = load_policies(store)
     async with client.session, pool.decoders(pixels, cores) as decode_one:
         dead = job.workspace.tombstones()
         permit = Robots(client, policies, job.blocked.bar(dead)).permit
-        earlier = dict.fromkeys(ledger.taken(store, job.group, job.increment), "earlier")
-        said_no = ledger.said_no(store, job.name, job.increment) | earlier
-        facts = (client, permit, decode_one, job.blocked, read, dead, said_no)
+        settled = ledger.settled(store, job.name, job.group, job.increment)
+        client.rest(settled.rests)
+        facts = (client, permit, decode_one, job.blocked, read, dead, settled)
         job.progress(job.finished, job.total, await preflight(settings.agent, decode_one))
         try:
-            await _schedule(job, Tools(job.name, job.increment, settings, *facts), blocks)
+            await _schedule(job, Tools(job.name, job.increment, settings, *facts), _blocks(job, left))
         finally:
             save_policies(store, policies)
     return client.requests
 
 
-async def _schedule(job: Job, tools: Tools, blocks: list[tuple[int, list[Row]]]) -> None:
-    """Begins one shard after another, so many ahead that `AHEAD` candidates are under way."""
+async def _schedule(job: Job, tools: Tools, blocks: Iterator[tuple[int, list[Row]]]) -> None:
+    """Begins one shard after another, so many ahead that `AHEAD` candidates are under way, in `OPEN` shards at most."""
     running: set[asyncio.Task[None]] = set()
     try:
         for index, rows in blocks:
-            while job.left >= AHEAD:
+            while job.left >= AHEAD or len(running) >= OPEN:
                 job.moved.clear()
                 await job.moved.wait()
                 _raise_first(running)
+                running = {task for task in running if not task.done()}
             job.left += len(rows)
             task = asyncio.create_task(_make_shard(job, tools, index, rows))
             task.add_done_callback(lambda _: job.moved.set())  # one that failed rings too, or nobody would look
@@ -157,7 +179,8 @@ async def _make_shard(job: Job, tools: Tools, index: int, rows: list[Row]) -> No
         for row in (row for row in rows if row["url_key"] not in found):
             found[row["url_key"]] = given_up(row, "stuck")
             job.done(row, found[row["url_key"]])
-        _publish(job, index, [found[row["url_key"]] for row in rows], spool)
+        outcomes = [found[row["url_key"]] for row in rows]
+        await asyncio.to_thread(_publish, job, index, outcomes, spool)  # the others' shards go on
 
 
 async def _fetch_rows(job: Job, tools: Tools, rows: list[Row], spool: IO[bytes], found: dict[str, Outcome]) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pairs.errors import PairmillError
-from pairs.tar import BLOCK, Member, TarWriter, read_members
+from pairs.tar import BLOCK, Member, TarWriter, _header, read_members
 
 KEYS = st.from_regex(r"\A[0-9A-Za-z_-]{1,80}\Z")
 EXTENSIONS = st.sampled_from(["jpg", "png", "webp", "txt", "json", "seg.png", "x" * 16])
@@ -43,6 +43,19 @@ def test_round_trip(content: Content) -> None:
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:  # the standard library sees the same
         for info, member in zip(tar.getmembers(), members, strict=True):
             assert (info.name, info.offset_data) == (f"{member.key}.{member.ext}", member.offset)
+    with tarfile.open(fileobj=(out := io.BytesIO()), mode="w", format=tarfile.USTAR_FORMAT) as tar:  # and writes it
+        for member in members:
+            info = tarfile.TarInfo(f"{member.key}.{member.ext}")
+            info.size = member.size
+            tar.addfile(info, io.BytesIO(content[member.key][member.ext]))
+    assert out.getvalue() == data
+
+
+@pytest.mark.parametrize("size", [0, 7, 8**5, 8**11 - 1])
+def test_a_header_is_that_of_the_standard_library(size: int) -> None:
+    info = tarfile.TarInfo("k" * 80 + "." + "x" * 16)
+    info.size = size
+    assert _header(info.name.encode(), size) == info.tobuf(tarfile.USTAR_FORMAT)
 
 
 def test_the_same_members_give_the_same_bytes() -> None:

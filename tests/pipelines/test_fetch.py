@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 from aiohttp import web
@@ -32,9 +33,9 @@ from pairs.verify import verify
 from pairs.workspace import Workspace
 from pipelines.candidates import cut_increment, part
 from pipelines.fetch.client import Failure
-from pipelines.fetch.decode import Decoded, DecodeSpec, load_resizer
+from pipelines.fetch.decode import Decoded, DecodeSpec, decode, load_resizer
 from pipelines.fetch.ledger import FetchCounts, fetch_fingerprint
-from pipelines.fetch.pool import Decoder, decoders
+from pipelines.fetch.pool import decoders
 from pipelines.fetch.shards import fetch_increment
 from tests.pipelines.small_web import ALLOW, SmallWeb, picture, redirect, small_web, with_headers
 
@@ -162,33 +163,49 @@ def test_what_is_no_image_has_a_reason(decode_all: Callable[[list[bytes]], list[
 
 @pytest.mark.parametrize("size", [(640, 480), (999, 1001), (65, 64), (50, 40), (3000, 9), (8, 600)])
 def test_resizing_is_that_of_img2dataset(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What we make of an image that needs no normalising is byte for byte what its own Resizer makes of it."""
     monkeypatch.setenv("NO_ALBUMENTATIONS_UPDATE", "1")
-    albumentations = importlib.import_module("albumentations")
-    resize = load_resizer(SPEC)
-    data = encoded(Image.effect_noise(size, 80).convert("RGB"))
-    ours = resize(io.BytesIO(data))
-    monkeypatch.setitem(type(resize).__call__.__globals__, "A", albumentations)
-    assert ours == resize(io.BytesIO(data)) and ours[-1] is None
+    theirs = importlib.import_module("img2dataset.resizer").Resizer
+    noise = Image.merge("RGB", [Image.effect_noise(size, 80) for _ in range(3)])
+    for kind, quality in (("png", 6), ("jpg", 92), ("webp", 92)):
+        spec = DecodeSpec(64, kind, 92, 4_000_000, 8)
+        resizer = theirs(64, "keep_ratio_largest", True, encode_quality=quality, encode_format=kind)
+        for data in (encoded(noise), encoded(noise, "JPEG"), encoded(noise, "JPEG", subsampling=0, progressive=True)):
+            image, width, height, _, _, error = resizer(io.BytesIO(data))
+            ours = decode(data, spec, load_resizer(spec))
+            assert error is None and (ours.image, ours.facts["width"], ours.facts["height"]) == (image, width, height)
 
 
 async def test_a_decoder_that_dies_or_outgrows_its_memory_costs_one_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A crash in the middle of an image, then a picture whose decoding needs more than the limit allows."""
+    """A crash in the middle of an image, those behind it in the pipe being decoded all the same; then a picture whose
+    decoding needs more than the limit allows."""
     monkeypatch.setattr("pipelines.fetch.pool.DECODE_S", 30.0)
-    decoder = Decoder(DecodeSpec(64, "jpg", 92, max_pixels=10**9, min_side_px=8))
-    await decoder.start()
-    try:
-        assert decoder._process
-        first = decoder._process.pid
-        decoder._process.kill()
-        await decoder._process.wait()
-        assert await decoder.decode(picture()) == Failure("permanent", "decoder_crash")
-        assert isinstance(await decoder.decode(picture()), Decoded)
-        assert decoder._process and decoder._process.pid != first
-        subprocess.run(["prlimit", f"--as={2 << 30}:{2 << 30}", "--pid", str(decoder._process.pid)], check=True)
-        assert await decoder.decode(png_bomb()) == Failure("permanent", "memory")
-        assert isinstance(await decoder.decode(picture()), Decoded)
-    finally:
-        await decoder.stop()
+    async with decoders(DecodeSpec(64, "jpg", 92, max_pixels=10**9, min_side_px=8), 1) as decode:
+        await decode(picture())
+        (first,) = psutil.Process().children()
+        first.suspend()
+        waiting = [asyncio.create_task(decode(picture())) for _ in range(5)]
+        await asyncio.sleep(0.1)
+        first.kill()
+        found = await asyncio.gather(*waiting)
+        assert found[0] == Failure("permanent", "decoder_crash") and all(isinstance(f, Decoded) for f in found[1:])
+        (second,) = psutil.Process().children()
+        assert second.pid != first.pid
+        subprocess.run(["prlimit", f"--as={2 << 30}:{2 << 30}", "--pid", str(second.pid)], check=True)
+        assert await decode(png_bomb()) == Failure("permanent", "memory")
+        assert isinstance(await decode(picture()), Decoded)
+
+
+async def test_a_decoding_without_end_costs_one_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with decoders(SPEC, 1) as decode:
+        await decode(picture())
+        psutil.Process().children()[0].suspend()
+        waiting = [asyncio.create_task(decode(picture())) for _ in range(4)]
+        monkeypatch.setattr("pipelines.fetch.pool.DECODE_S", 0.2)
+        await asyncio.sleep(0.1)
+        monkeypatch.setattr("pipelines.fetch.pool.DECODE_S", 30.0)
+        found = await asyncio.gather(*waiting)
+    assert found[0] == Failure("permanent", "decode_time") and all(isinstance(f, Decoded) for f in found[1:])
 
 
 async def test_a_cancelled_decoding_leaves_nothing_to_the_next_image() -> None:

@@ -15,16 +15,17 @@ from PIL import Image
 
 from filters.image_hash import hashes
 from pairs.errors import PairmillError
-from pairs.identity import sha256_hex
+from pairs.identity import sha256_hex, url_key
 from pairs.recipe import BlockSpec, FetchSpec
 from pairs.schemas import LEDGER
 from pairs.workspace import Workspace
+from pipelines.candidates import part
 from pipelines.fetch import gates, shards
 from pipelines.fetch.blocklists import load_blocklists
 from pipelines.fetch.client import Failure
 from pipelines.fetch.decode import DecodeSpec, decode, load_resizer
 from pipelines.fetch.gates import FIRST, SuccessGate, preflight
-from pipelines.fetch.ledger import due, fetch_fingerprint, passing_failures, said_no
+from pipelines.fetch.ledger import Passing, Settled, due, fetch_fingerprint, passing_failures, settled
 from pipelines.fetch.shards import fetch_increment
 from tests.pipelines.small_web import picture, small_web, with_headers
 from tests.pipelines.test_fetch import SITE, encoded, ledger_of, quiet, write_candidates
@@ -115,13 +116,14 @@ def test_what_failed_for_a_time_waits_longer_each_time(monkeypatch: pytest.Monke
     spec, now = FetchSpec(retry_hours=1, retry_hours_max=10), 1e9
     monkeypatch.setattr("pipelines.fetch.ledger.time.time", lambda: now)
 
-    def ago(*hours: float) -> list[float]:
-        return [now - 3600 * h for h in hours]
+    def ago(*hours: float) -> list[Passing]:
+        return [Passing(now - 3600 * h) for h in hours]
 
     assert due(ago(1.1), spec) and not due(ago(0.9), spec)
     assert not due(ago(9, 3.9), spec) and due(ago(9, 4.1), spec)
     assert due(ago(99, 90, 10.1), spec), "the wait is capped"
     assert due(ago(0), FetchSpec(retry_hours=0))
+    assert not due([Passing(now - 9e9, now + 1), Passing(now - 8e9)], spec) and due([Passing(0, now - 1)], spec)
 
 
 def test_the_ledger_of_these_settings_says_what_comes_again(workspace: Workspace) -> None:
@@ -138,8 +140,29 @@ def test_the_ledger_of_these_settings_says_what_comes_again(workspace: Workspace
     write(fetch_fingerprint(spec), {"a": "transient", "b": "ok"}, at)
     assert passing_failures(workspace.store, "my-web", "0000", spec).keys() == {"a"}
     assert passing_failures(workspace.store, "web", "0000", spec) == {}
-    write("cccccccccccc", {"c": "refused"}, at, "noai")
-    assert said_no(workspace.store, "my-web", "0000") == {"c": "noai"}
+    keys = [f"{n:032x}" for n in (0, 7 << 124, 7 << 124 | 1, 8 << 124)]  # with zeros at their ends too
+    workspace.store.write_table(part("my-web", "0000"), pa.table({"url_key": keys}))
+    write("cccccccccccc", {keys[1]: "refused", "c" * 32: "refused"}, at, "noai")
+    found = settled(workspace.store, "my-web", f"my-web-{fetch_fingerprint(spec)}", "0000")
+    assert [found.get(key) for key in keys] == [None, "noai", None, None] and Settled().get(keys[0]) is None
+
+
+def test_a_site_that_names_a_time_is_left_alone_until_then_by_later_runs_too(workspace: Workspace) -> None:
+    """Its row waits longer than `retry_hours`, and its other addresses aren't asked for in the meantime."""
+    busy, spec = with_headers(b"", {"Retry-After": "7200"}, 503), FetchSpec(attempts=1, retry_hours=0, side_px=16)
+    with small_web({"/0.png": busy, "/1.png": picture()}) as site, small_web({"/2.png": picture()}, "127.0.0.2") as two:
+        write_candidates(workspace, [site.url("/0.png")])
+        fetch_increment(workspace, "src", SITE, spec, "0000", quiet)
+        ((key, failed),) = passing_failures(workspace.store, "src", "0000", spec).items()
+        assert key == url_key(site.url("/0.png")) and not due([failed], spec)
+        assert failed.rests_until == pytest.approx(time.time() + 7200, abs=30)
+        later = workspace.store.read_table(part("src", "0000"))
+        write_candidates(workspace, [site.url("/1.png"), two.url("/2.png")])
+        workspace.store.write_table(part("src", "0001"), workspace.store.read_table(part("src", "0000")))
+        workspace.store.write_table(part("src", "0000"), later)
+        counts = fetch_increment(workspace, "src", SITE, spec, "0001", quiet)
+        assert counts.ok == 1 and counts.failed == {"transient/host_rests": 1} and "/1.png" not in site.asked
+    assert not due(passing_failures(workspace.store, "src", "0001", spec).values(), spec)
 
 
 def test_a_site_that_said_no_is_not_asked_again_with_other_settings(workspace: Workspace) -> None:
