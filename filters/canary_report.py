@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from filters.base import Reducer
 from filters.canaries import facts, reporting
 from filters.columns import load_frame
-from filters.reduce import corpus
+from filters.reduce import ask
 from filters.rules import Threshold, numbers
 from filters.selection import TEXTS, drops, rule_columns
 from filters.texts import SYNTHETIC, choose_texts, column_names
@@ -89,7 +89,7 @@ def _caught(real: Judged, ref: ShardRef, told: pa.Table) -> tuple[dict[str, np.n
     table = load_frame(real.store, {"canaries": [ref]}, [*read, *found], scored, []).table
     swapped = told["defect"][0].as_py() == "swapped_text"
     exclude = [None if not twin and not swapped else origin for origin, twin in _rows(told, "origin", "twin")]
-    table, unmeasured = _ask_reducers(real, ref, scored, exclude, table)
+    table, unmeasured = _ask_reducers(real, ref, exclude, table)
     caught = drops(real.keep, table, {name: Threshold(pin["value"], 0) for name, pin in real.thresholds.items()})
     for rule in real.keep:
         if rule.one_per is not None:
@@ -102,16 +102,13 @@ def _caught(real: Judged, ref: ShardRef, told: pa.Table) -> tuple[dict[str, np.n
 
 
 def _ask_reducers(
-    real: Judged, ref: ShardRef, scored: Mapping[str, str], exclude: Sequence[str | None], table: pa.Table
+    real: Judged, ref: ShardRef, exclude: Sequence[str | None], table: pa.Table
 ) -> tuple[pa.Table, dict[str, np.ndarray]]:
     """`table` with the columns that reducers answer, and for each reducer where it had nothing to go by."""
     unmeasured = {}
     for name in sorted({column.partition(".")[0] for column in rule_columns(real.keep)} & set(real.reducers)):
-        reducer = real.reducers[name]
-        queries = corpus(real.store, reducer, {"canaries": [ref]}, scored, [])[1]
-        known = corpus(real.store, reducer, real.shards, real.scores, real.trusted, name)[1]
-        answers = reducer.query(known, queries, exclude)
-        unmeasured[name] = np.logical_or.reduce([queries[need].is_null().to_numpy() for need in reducer.needs])
+        known = (real.store, name, real.reducers[name], real.shards, real.scores, real.trusted)
+        answers, unmeasured[name] = ask(*known, {"canaries": [ref]}, exclude)
         for column in answers.column_names:
             table = table.append_column(f"{name}.{column}", answers[column])
     return table, unmeasured

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from filters.exact_duplicates import ExactDuplicates
-from filters.hamming import first_equal, leaders
+from filters.hamming import leaders
+from filters.leaders import first_equal
 from filters.lookup import load_reducer
 from filters.near_duplicates import NearDuplicates
 from filters.reduce import run_reducers
