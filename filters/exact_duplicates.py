@@ -1,9 +1,9 @@
 """Pairs whose original image files are the same byte for byte, and those whose pixels are.
 
 `group` is the uid of the group's leader: the earliest pair with these bytes, in the order increment, trusted first,
-uid. Increments answer one after another, so a leader never loses its place to a pair that comes later. A copy in another
-lossless format, or with other metadata, has other bytes and the same pixels: `pixel_group`, of the images as they are
-stored. One dictionary of hashes. A pair without a hash (forgotten, or it doesn't decode) has no group.
+uid. Increments answer one after another, so a leader never loses its place to a pair that comes later. A copy in
+another lossless format, or with other metadata, has other bytes and the same pixels: `pixel_group`, of the images as
+they are stored. One dictionary of hashes. A pair without a hash (forgotten, or it doesn't decode) has no group.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,7 @@
 """Groups of rows by their leaders: each row in turn joins the earliest leader that is near, or becomes a leader.
 
-Rows come in the order increment, trusted first, uid (docs/decisions/0002), so there is no chaining, and what comes later
-changes no earlier answer. What "near" means is the caller's: an index of some rows that yields the near ones among them.
+Rows come in the order increment, trusted first, uid (docs/decisions/0002), so there is no chaining, and what comes
+later changes no earlier answer. What "near" means is the caller's: an index of some rows that yields the near ones.
 Rows are asked block by block: against all leaders so far, then inside the block; memory holds one block's pairs.
 """
 

@@ -1,11 +1,11 @@
 """What a reducer works on: the shards' columns, read shard by shard on the workers, and a place to spill rows to.
 
 A `Part` is one shard's columns, not read yet; it travels to a worker, which reads and condenses it, so that texts and
-embeddings never meet in one process. Small corpora stay in this process: starting Ray takes longer. Results come back in
-the order of the parts, so the number of workers changes no byte.
+embeddings never meet in one process. Small corpora stay in this process: starting Ray takes longer. Results come back
+in the order of the parts, so the number of workers changes no byte.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -31,8 +31,8 @@ SPREAD_BYTES = 64 << 20  # of pair tables, about 200,000 pairs: below it a reduc
 class Part:
     """The columns of one shard: `CORPUS` and what the reducer needs (`columns`: its name → the full name).
 
-    Rows that aren't alive are null. With `made`, columns that the reducer has made, only rows that answers depend on are
-    given: those that lead a group, dead ones too, and members of the groups that `without` leads.
+    Rows that aren't alive are null. With `made`, the columns that the reducer has made, only rows that answers depend
+    on are given: those that lead a group, dead ones too, and members of the groups that `without` leads.
     """
 
     store: Store
@@ -63,7 +63,7 @@ def parts(
     reducer: "Reducer",
     shards: Mapping[str, Sequence[ShardRef]],
     scores: Mapping[str, str],
-    trusted: Sequence[str],
+    trusted: Collection[str],
     own: str = "",
     without: Sequence[str] = (),
 ) -> list[Part]:
