@@ -19,14 +19,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from filters.base import Reducer
-from filters.leaders import both, first_equal, turns
+from filters.leaders import both, first_equal, scatter, turns
 from filters.shingles import normal
 
 
 @dataclass(frozen=True)
 class TextFrequency(Reducer):
-    """`rank`: pairs with this text that come before, from 0. `count`, `images`, `hosts`: pairs, different images and hosts
-    with this text so far, from 1. Null where the text is blank."""
+    """`rank`: pairs with this text that come before, from 0. `count`, `images`, `hosts`: pairs, different original
+    images and their hosts, with this text so far, from 1. Null where the text is blank."""
 
     text: str = "text"  # a column of texts: the pair's first, or filter.column
 
@@ -37,14 +37,12 @@ class TextFrequency(Reducer):
         return (self.text, "sha256", "url")
 
     def condense(self, table: pa.Table) -> pa.Table:
-        values = {
-            name: table[need].to_pylist() for name, need in zip(("text", "image", "url"), self.needs, strict=True)
-        }
-        keys = [[normal(text) for text in values["text"]], values["image"], [_host(url) for url in values["url"]]]
-        made = {name: pa.array([_hash(key) for key in column], pa.uint64())
-                for name, column in zip(("text", "image", "host"), keys, strict=True)}  # fmt: skip
-        kept = table.drop_columns(list(dict.fromkeys(self.needs)))
-        return pa.table({name: kept[name] for name in kept.column_names} | {f"hash.{n}": v for n, v in made.items()})
+        texts, images, urls = (table[need].to_pylist() for need in self.needs)
+        keys = {"text": [normal(text) for text in texts], "image": images, "host": [_host(url) for url in urls]}
+        table = table.drop_columns(list(dict.fromkeys(self.needs)))
+        for name, column in keys.items():
+            table = table.append_column(f"hash.{name}", pa.array([_hash(key) for key in column], pa.uint64()))
+        return table
 
     def reduce(self, existing: pa.Table, new: pa.Table) -> pa.Table:
         turn = turns(existing, new)
@@ -55,10 +53,7 @@ class TextFrequency(Reducer):
         found = {"rank": _rank(code), "count": np.bincount(code)[code] if len(code) else code}
         found |= {"images": _different(code, image[known]), "hosts": _different(code, host[known])}
         columns = {name: pa.array(values[asked], pa.int64()) for name, values in found.items()}
-        place = np.full(new.num_rows, -1, np.int64)
-        place[turn[known][asked] - existing.num_rows] = np.arange(int(asked.sum()))
-        rows = pa.array(place, mask=place < 0)
-        return pa.table({name: values.take(rows) for name, values in columns.items()})
+        return scatter(new.num_rows, turn[known][asked] - existing.num_rows, columns)
 
     def query(self, corpus: pa.Table, queries: pa.Table, exclude: Sequence[str | None]) -> pa.Table:
         wanted = pc.unique(queries["hash.text"].drop_null())
