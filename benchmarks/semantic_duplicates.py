@@ -2,9 +2,9 @@
 [--epsilon 0.01 0.03 0.05 0.1] [--engine inline] [--workers 2]`. Prints a Markdown table.
 
 Made embeddings lie around 2,000 themes, as an image model's do; a tenth are near copies of others at cosine distances
-of 0 to 0.1, and 2 % are one picture ("image not found") with a little noise. They lie in shards of 10,000 in a workspace
-of their own, and the reducer runs on it whole: training, assignment, spilling, solving. Every epsilon has a process and
-a workspace's folder of its own. Memory is the process's greatest (its workers' beside it are not counted, so measure
+of 0 to 0.1, and 2 % are one picture ("image not found") with a little noise. They lie in shards of 10,000 in a
+workspace of their own, and the reducer runs on it whole: training, assignment, spilling, solving. Every epsilon has a
+process of its own. Memory is the process's greatest (its workers' beside it are not counted, so measure
 inline); "wrong" counts rows of 60 clusters, the largest among them, whose leader isn't that of brute force in float64.
 """
 

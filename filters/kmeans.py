@@ -66,9 +66,8 @@ def train(clusters: int, sample_ND: np.ndarray) -> np.ndarray:
 
     k = max(1, min(clusters, len(sample_ND) // SEEN))
     with threadpool_limits(1):
-        means = faiss.Kmeans(
-            sample_ND.shape[1], k, niter=ROUNDS, spherical=True, seed=0, max_points_per_centroid=len(sample_ND)
-        )
+        seen = {"min_points_per_centroid": 1, "max_points_per_centroid": len(sample_ND)}
+        means = faiss.Kmeans(sample_ND.shape[1], k, niter=ROUNDS, spherical=True, seed=0, **seen)
         means.train(unit(sample_ND))
     return np.ascontiguousarray(means.centroids, np.float32)
 

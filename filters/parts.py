@@ -5,8 +5,9 @@ embeddings never meet in one process. Small corpora stay in this process: starti
 in the order of the parts, so the number of workers changes no byte.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.compute import Engine, map_shards
+from cluster.session import ray_session
 from filters.columns import OWN, load_frame
 from filters.leaders import leading
 from pairs.shard import ShardRef
@@ -80,7 +82,8 @@ def parts(
 
 @dataclass(frozen=True)
 class Work:
-    """How a reducer works: `folder` of the store is its own, `batch` the place of what it answers in `order.json`."""
+    """How a reducer works: `folder` of the store is its own, `batch` the place of what it answers in `order.json`; a
+    small corpus stays in this process, whatever the engine."""
 
     store: Store
     folder: str
@@ -88,19 +91,24 @@ class Work:
     engine: Engine = "inline"
     workers: int = 1
 
-    def map(self, function: Callable[[Item], Result], items: Sequence[Item], spread: bool) -> list[Result]:
-        """`function(item)` of each, in order; on the workers where `spread`. Both have to pickle."""
-        engine: Engine = self.engine if spread else "inline"
-        numbered = map_shards(partial(_numbered, function), list(enumerate(items)), engine=engine, workers=self.workers)
-        return [result for _, result in sorted(numbered, key=lambda found: found[0])]
+    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+        """`function(item)` of each, in order. Both have to pickle."""
+        items, numbered = list(enumerate(items)), partial(_numbered, function)
+        found = map_shards(numbered, items, engine=self.engine, workers=self.workers)
+        return [result for _, result in sorted(found, key=lambda one: one[0])]
 
-    def wide(self, some: Sequence[Part]) -> bool:
-        """Whether the parts are worth the workers."""
-        return sum(part.store.size(part.ref.table) for part in some) > SPREAD_BYTES
+    @contextlib.contextmanager
+    def spread(self, shards: Iterable[ShardRef]) -> Iterator["Work"]:
+        """The same on one Ray session, or in this process where the shards aren't worth it."""
+        if self.engine == "inline" or sum(self.store.size(ref.table) for ref in shards) < SPREAD_BYTES:
+            yield replace(self, engine="inline")
+            return
+        with ray_session(self.workers):
+            yield self
 
     def table(self, reducer: "Reducer", some: Sequence[Part]) -> pa.Table:
         """The condensed rows of the parts, one part below the other."""
-        found = self.map(partial(_condensed, reducer), some, self.wide(some))
+        found = self.map(partial(_condensed, reducer), some)
         return pa.concat_tables([table.cast(found[0].schema) for table in found])
 
 

@@ -80,13 +80,14 @@ def _run(
     if all(ref.beside(work.folder) in there for ref in source_of):
         return
     batches = _batches(work.store, f"{work.folder}/order.json", sorted(source_of))
-    for place, batch in enumerate(batches):
-        left = [ref for ref in batch if ref.beside(work.folder) not in there]
-        if left:
-            before = _by_source([ref for earlier in batches[:place] for ref in earlier], source_of)
-            existing = parts(work.store, reducer, before, scores, trusted, own=name)
-            new = parts(work.store, reducer, _by_source(batch, source_of), scores, trusted)
-            _reduce(name, reducer, existing, new, left, replace(work, batch=place))
+    with work.spread(source_of) as spread:
+        for place, batch in enumerate(batches):
+            left = [ref for ref in batch if ref.beside(work.folder) not in there]
+            if left:
+                before = _by_source([ref for earlier in batches[:place] for ref in earlier], source_of)
+                existing = parts(work.store, reducer, before, scores, trusted, own=name)
+                new = parts(work.store, reducer, _by_source(batch, source_of), scores, trusted)
+                _reduce(name, reducer, existing, new, left, replace(spread, batch=place))
 
 
 def _reduce(

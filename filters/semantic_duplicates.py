@@ -13,7 +13,7 @@ change an answer. Null, zero and infinite embeddings have no group.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -63,15 +63,14 @@ class SemanticDuplicates(Reducer):
     def reduce_parts(self, existing: Sequence[Part], new: Sequence[Part], work: Work) -> pa.Table:
         every, folder = [*existing, *new], f"{work.folder}/{SPILL}"
         sizes = [part.store.read_table(part.ref.table, ["uid"]).num_rows for part in every]
-        spread = work.wide(every)
-        centroids_KD = self._centroids(every, sum(sizes), work, spread)
+        centroids_KD = self._centroids(every, sum(sizes), work)
         ranges = max(1, min(sum(sizes) // RANGE_ROWS, len(centroids_KD)))
         work.store.delete(folder, recursive=True)
         items = [(part, number, f"{folder}/{number:05d}.arrow") for number, part in enumerate(every)]
-        work.map(partial(_spill, self.embedding, centroids_KD, ranges), items, spread)
+        work.map(partial(_spill, self.embedding, centroids_KD, ranges), items)
         paths = [path for _, _, path in items]
         solve = partial(_solve, work.store, paths[: len(existing)], paths[len(existing) :], self.epsilon)
-        found = pa.concat_tables(work.map(solve, list(range(ranges)), spread))
+        found = pa.concat_tables(work.map(solve, list(range(ranges))))
         work.store.delete(folder, recursive=True)
         starts = np.cumsum([0, *sizes])
         place = starts[found["part"].to_numpy()] + found["row"].to_numpy() - starts[len(existing)]
@@ -88,7 +87,7 @@ class SemanticDuplicates(Reducer):
         best: dict[int, tuple[Any, ...]] = {}
         if (kept := _kept(work)) and len(vectors_QD):
             hits = partial(_hits, self.embedding, self.epsilon, _read(work.store, kept[-1][2]), vectors_QD)
-            for found in work.map(hits, corpus, work.wide(corpus)):
+            for found in work.map(hits, corpus):
                 for query, order, group, far in found:
                     uid, without = order[-1], left_out[query]
                     if uid != without and group in (uid, without):
@@ -98,17 +97,19 @@ class SemanticDuplicates(Reducer):
         answers |= {"distance": pa.array([one[2] for one in told], pa.float32())}
         return scatter(len(known), np.flatnonzero(known), answers)
 
-    def _centroids(self, some: Sequence[Part], total: int, work: Work, spread: bool) -> np.ndarray:
+    def _centroids(self, some: Sequence[Part], total: int, work: Work) -> np.ndarray:
         """(K, D) fp32: those in force, or newly trained ones, which are published first; K is 0 without embeddings."""
         kept = [one for one in _kept(work) if one[0] <= work.batch]
         if kept and (kept[-1][0] == work.batch or total < GROWTH * kept[-1][1]):
             return _read(work.store, kept[-1][2])
         clusters = max(1, round(total / self.cluster_rows))
         take = partial(_sample, self.embedding, min(1.0, min(256 * clusters, SAMPLE) / max(total, 1)))
-        sample = [part_ND for part_ND in work.map(take, some, spread) if len(part_ND)]
+        sample = [part_ND for part_ND in work.map(take, some) if len(part_ND)]
         if not sample:
             return np.zeros((0, 1), np.float32)
-        centroids_KD: np.ndarray = work.map(partial(train, clusters), [np.concatenate(sample)], False)[0]
+        centroids_KD: np.ndarray = replace(work, engine="inline").map(
+            partial(train, clusters), [np.concatenate(sample)]
+        )[0]
         with work.store.writing(f"{work.folder}/centroids-{work.batch:05d}-{total}.npy") as file:
             np.save(file, centroids_KD)
         return centroids_KD
