@@ -93,8 +93,8 @@ class Work:
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         """`function(item)` of each, in order. Both have to pickle."""
-        items, numbered = list(enumerate(items)), partial(_numbered, function)
-        found = map_shards(numbered, items, engine=self.engine, workers=self.workers)
+        numbered, places = partial(_numbered, function), list(enumerate(items))
+        found = map_shards(numbered, places, engine=self.engine, workers=self.workers)
         return [result for _, result in sorted(found, key=lambda one: one[0])]
 
     @contextlib.contextmanager
