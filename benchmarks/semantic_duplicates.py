@@ -10,7 +10,6 @@ inline); "wrong" counts rows of 60 clusters, the largest among them, whose leade
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ import time
 from typing import Any
 
 import numpy as np
+from near_duplicates import peak_mb
 
 THEMES, PLANTED, ONE, SHARD_ROWS, CHECKED = 2000, 0.1, 0.02, 10_000, 60
 
@@ -67,11 +67,11 @@ def measure(root: str, epsilon: float, engine: str, workers: int) -> dict[str, A
     store, scores = Workspace.open(root).store, {"clip": "scores/clip-aaaaaaaaaaaa"}
     refs = list_shards(store, "pairs")
     reducers = {"semantic_duplicates": SemanticDuplicates(epsilon=epsilon)}
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    before = peak_mb()
     began, worked = time.perf_counter(), time.process_time()
     folder = run_reducers(store, reducers, {"made": refs}, scores, [], engine, workers)["semantic_duplicates"]  # type: ignore[arg-type]
     told = {"seconds": time.perf_counter() - began, "cpu_s": time.process_time() - worked, "before_mb": before}
-    told |= {"mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10}
+    told |= {"mb": peak_mb()}
     return told | check(store, refs, folder, epsilon)
 
 

@@ -20,7 +20,7 @@ from filters import leaders as by_leaders
 from filters.leaders import Ask, Pairs, expand
 
 FEW, MANY = (16, 16, 16, 16), (22, 21, 21)  # widths of the chunks, from the lowest bit on
-MANY_VALUES = 1 << 17
+MANY_VALUES = 1 << 18
 ASKED = 1 << 20  # probes at a time
 
 

@@ -1,15 +1,20 @@
 """Every reducer there is, found by its module: increments change no earlier answer, a cut run ends the same, Ray and
 canaries change no byte. What the answers mean stands in each reducer's own test."""
 
+import contextlib
 import uuid
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.session import ray_session
+from filters import parts, semantic_duplicates
 from filters.base import Reducer
 from filters.lookup import load_reducer, names
 from filters.reduce import ask, run_reducers
@@ -53,10 +58,6 @@ def fill(workspace: Workspace, increment: int, values: Sequence[int | None]) -> 
         texts = [[WORDS[(v or 0) % len(WORDS)]] for v in some]
         refs.append(add(workspace, "web", f"{increment:04d}", members, scored(some), index, texts))
     return refs
-
-
-def answers(workspace: Workspace, found: dict[str, str]) -> dict[str, bytes]:
-    return {p: d for p, d in contents(workspace.store).items() if p.startswith(tuple(found.values()))}
 
 
 def test_all_are_tried() -> None:
@@ -118,3 +119,20 @@ def test_a_query_is_answered_as_a_pair_of_the_next_increment(values: list[int | 
             assert told[name][place] == expected, name
         alone.store.delete("", recursive=True)
     workspace.store.delete("", recursive=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_workers_change_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "SPREAD_BYTES", 0)
+    monkeypatch.setattr(semantic_duplicates, "RANGE_ROWS", 20)
+    chance, found = np.random.default_rng(0), []
+    increments = [chance.integers(0, 16, 50).tolist() for _ in range(3)]
+    for engine, workers in (("inline", 1), ("ray", 2), ("ray", 1)):
+        workspace = Workspace.open(tmp_path / f"{engine}{workers}", create=True)
+        refs = [ref for number, values in enumerate(increments) for ref in fill(workspace, number, values)]
+        with ray_session(workers) if engine == "ray" else contextlib.nullcontext():
+            places = run_reducers(workspace.store, REDUCERS, {"web": refs}, SCORES, [], engine, workers)  # type: ignore[arg-type]
+        found.append({name: d for name, d in contents(workspace.store).items() if name.startswith("scores/")})
+        assert {name.split("/")[1] for name in found[0]} >= {place.split("/")[1] for place in places.values()}
+    assert found[0] == found[1] == found[2] and any(name.endswith(".npy") for name in found[0])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from filters import parts, semantic_duplicates
+from filters import semantic_duplicates
 from filters.kmeans import assigned, train, vectors
 from filters.lookup import load_reducer
 from filters.reduce import run_reducers
@@ -57,9 +57,9 @@ def fill(workspace: Workspace, increment: str, made: np.ndarray, index: int = 0)
     return add(workspace, "web", increment, range(start, start + len(made)), {"clip": {"image": column}}, index)
 
 
-def reduced(workspace: Workspace, refs: list[ShardRef], how: str = "inline", **chosen: Any) -> tuple[str, pa.Table]:
+def reduced(workspace: Workspace, refs: list[ShardRef], **chosen: Any) -> tuple[str, pa.Table]:
     reducers = {"semantic_duplicates": SemanticDuplicates(**chosen)}
-    place = run_reducers(workspace.store, reducers, {"web": refs}, SCORES, [], how, 2)["semantic_duplicates"]  # type: ignore[arg-type]
+    place = run_reducers(workspace.store, reducers, {"web": refs}, SCORES, [])["semantic_duplicates"]
     return place, pa.concat_tables([workspace.store.read_table(ref.beside(place)) for ref in refs])
 
 
@@ -133,17 +133,3 @@ def test_training_is_the_same_every_time() -> None:
 def test_settings_without_meaning_are_refused(chosen: dict[str, Any]) -> None:
     with pytest.raises(PairmillError, match="epsilon"):
         load_reducer("semantic_duplicates", chosen)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(240)
-def test_workers_change_no_byte(tmp_path: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(parts, "SPREAD_BYTES", 0)
-    monkeypatch.setattr(semantic_duplicates, "RANGE_ROWS", 50)
-    made, found = cloud(300, 5, themes=20), []
-    for how in ("inline", "ray"):
-        workspace = Workspace.open(tmp_path / how, create=True)
-        refs = [fill(workspace, f"{number:04d}", part) for number, part in enumerate(np.split(made, 3))]
-        place = reduced(workspace, refs, how, epsilon=0.05, cluster_rows=40)[0]
-        found.append({name: workspace.store.read(name) for name in workspace.store.files(place)})
-    assert found[0] == found[1] and len(found[0]) == 5
