@@ -12,6 +12,7 @@ that come within their error of the threshold are computed again in float64, so 
 change an answer. Null, zero and infinite embeddings have no group.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -169,17 +170,17 @@ def _solve(store: Store, old: list[str], new: list[str], epsilon: float, number:
     """Answers the new rows of one range of clusters: part, row, group, distance."""
     asking = _range(store, new, number)
     before = _range(store, old, number) if old else asking.slice(0, 0)
-    turn = turns(before, asking)
-    rows = pa.concat_tables([before, asking]).take(pa.array(turn))
-    vectors_ND = _unpacked(rows["vector"])
+    turn, both = turns(before, asking), pa.concat_tables([before, asking])
+    vectors_ND = _unpacked(both["vector"])  # never taken as a whole: a cluster may hold most of the memory
+    rows = both.drop_columns(["vector"]).take(pa.array(turn))
     lead = np.arange(len(turn))
     cluster_N = rows["cluster"].to_numpy()
     order = np.argsort(cluster_N, kind="stable")
     for members in np.split(order, np.flatnonzero(np.diff(cluster_N[order])) + 1):
         known = int((turn[members] < before.num_rows).sum())
-        lead[members] = members[cluster_leaders(vectors_ND[members], known, epsilon)]
+        lead[members] = members[cluster_leaders(vectors_ND, turn[members], known, epsilon)]
     fresh = np.flatnonzero(turn >= before.num_rows)
-    far = np.maximum(1 - cosine(vectors_ND, vectors_ND, fresh, lead[fresh]), 0)
+    far = np.maximum(1 - cosine(vectors_ND, vectors_ND, turn[fresh], turn[lead[fresh]]), 0)
     far[lead[fresh] == fresh] = 0
     told = rows.select(["part", "row"]).take(pa.array(fresh))
     told = told.append_column("group", rows["uid"].take(pa.array(lead[fresh])))
@@ -202,29 +203,32 @@ def _unpacked(column: pa.ChunkedArray) -> np.ndarray:
     return data.view(np.float16).reshape(len(flat), width // 2)
 
 
-def cluster_leaders(vectors_ND: np.ndarray, known: int, epsilon: float) -> np.ndarray:
-    """For each row of one cluster the row of its leader; the first `known` lead. Equal rows are asked once."""
+def cluster_leaders(vectors_ND: np.ndarray, members: np.ndarray, known: int, epsilon: float) -> np.ndarray:
+    """For each of the `members` (rows) of one cluster the place among them of its leader; the first `known` lead. Equal
+    vectors are asked once."""
     seen: dict[bytes, int] = {}
-    first = np.array([seen.setdefault(row.tobytes(), place) for place, row in enumerate(vectors_ND)], np.int64)
+    digests = (hashlib.blake2b(vectors_ND[row].tobytes(), digest_size=16).digest() for row in members)
+    first = np.array([seen.setdefault(digest, place) for place, digest in enumerate(digests)], np.int64)
     first[:known] = np.arange(known)
     places = np.unique(first)
-    found = leaders(len(places), known, near_index(vectors_ND[places], epsilon), BLOCK)
+    found = leaders(len(places), known, near_index(vectors_ND, members[places], epsilon), BLOCK)
     return places[found[np.searchsorted(places, first)]]
 
 
-def near_index(vectors_ND: np.ndarray, epsilon: float) -> MakeIndex:
-    """Answers which rows have a cosine above 1 - `epsilon`, from blocks of products."""
+def near_index(vectors_ND: np.ndarray, members: np.ndarray, epsilon: float) -> MakeIndex:
+    """Answers which of the `members` have a cosine above 1 - `epsilon`, from blocks of products."""
 
     def index(rows: np.ndarray) -> Ask:
         def ask(asking: np.ndarray) -> Pairs:
-            unit_AD = unit(vectors_ND[asking])
+            unit_AD = unit(vectors_ND[members[asking]])
             for start in range(0, len(rows) if len(asking) else 0, BLOCK):
-                some = rows[start : start + BLOCK]
+                some = members[rows[start : start + BLOCK]]
                 product_AB = product(unit_AD, unit(vectors_ND[some]))
                 place, row = np.nonzero(product_AB > 1 - epsilon - MARGIN)
                 near = product_AB[place, row] > 1 - epsilon + MARGIN
                 close = np.flatnonzero(~near)
-                near[close] = cosine(vectors_ND, vectors_ND, asking[place[close]], some[row[close]]) > 1 - epsilon
+                told = cosine(vectors_ND, vectors_ND, members[asking[place[close]]], some[row[close]])
+                near[close] = told > 1 - epsilon
                 yield place[near], start + row[near]
 
         return ask
@@ -242,7 +246,8 @@ def _hits(
         return []
     rows, queries = table.filter(pa.array(known)), np.arange(len(vectors_QD))
     cluster_N, cluster_Q = assigned(vectors_ND, centroids_KD), assigned(vectors_QD, centroids_KD)
-    ask = near_index(np.concatenate([vectors_QD, vectors_ND]), epsilon)(len(queries) + np.arange(len(vectors_ND)))
+    both_ND, members = np.concatenate([vectors_QD, vectors_ND]), np.arange(len(queries) + len(vectors_ND))
+    ask = near_index(both_ND, members, epsilon)(members[len(queries) :])
     found = []
     for place, row in ask(queries):
         same = cluster_Q[place] == cluster_N[row]

@@ -46,7 +46,9 @@ def test_leaders_of_a_cluster_are_those_of_brute_force(seed: int, known: int, ep
     vectors_ND = np.unique(cloud(60, seed), axis=0) if known else cloud(60, seed)
     before, semantic_duplicates.BLOCK = semantic_duplicates.BLOCK, block
     try:
-        assert cluster_leaders(vectors_ND, known, epsilon).tolist() == brute(vectors_ND, known, epsilon)
+        assert cluster_leaders(vectors_ND, np.arange(len(vectors_ND)), known, epsilon).tolist() == brute(
+            vectors_ND, known, epsilon
+        )
     finally:
         semantic_duplicates.BLOCK = before
 
