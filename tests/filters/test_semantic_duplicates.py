@@ -44,13 +44,10 @@ def cloud(rows: int, seed: int, width: int = 16, themes: int = 6) -> np.ndarray:
 @given(st.integers(0, 99), st.integers(0, 5), st.sampled_from([0.01, 0.05, 0.3]), st.integers(2, 50))
 def test_leaders_of_a_cluster_are_those_of_brute_force(seed: int, known: int, epsilon: float, block: int) -> None:
     vectors_ND = np.unique(cloud(60, seed), axis=0) if known else cloud(60, seed)
-    before, semantic_duplicates.BLOCK = semantic_duplicates.BLOCK, block
-    try:
-        assert cluster_leaders(vectors_ND, np.arange(len(vectors_ND)), known, epsilon).tolist() == brute(
-            vectors_ND, known, epsilon
-        )
-    finally:
-        semantic_duplicates.BLOCK = before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(semantic_duplicates, "BLOCK", block)
+        found = cluster_leaders(vectors_ND, np.arange(len(vectors_ND)), known, epsilon)
+    assert found.tolist() == brute(vectors_ND, known, epsilon)
 
 
 def fill(workspace: Workspace, increment: str, made: np.ndarray, index: int = 0) -> ShardRef:
