@@ -7,6 +7,7 @@ about 40 µs a caption of 60 characters, most of it the sketch.
 Broder: On the resemblance and containment of documents (1997); 14 buckets of 8 hashes as in datatrove.
 """
 
+import hashlib
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ import numpy as np
 SIZE = 5  # characters of a piece
 BUCKETS, ROWS = 14, 8  # texts of Jaccard 0.72 share a bucket with probability one half; of 0.8, 92 %; of 0.9, 99.9 %
 MOST_CHARS = 10_000  # of a text that count
-CHUNK = 1 << 18  # pieces sketched at a time
+CHUNK = 1 << 18  # characters or pieces handled at a time
 _chance = np.random.default_rng(2303)
 FACTOR_H = _chance.integers(0, 2**64, BUCKETS * ROWS, dtype=np.uint64) | np.uint64(1)
 TERM_H = _chance.integers(0, 2**64, BUCKETS * ROWS, dtype=np.uint64)
@@ -38,9 +39,23 @@ def mixed(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
+def digest(text: str | None) -> int | None:
+    """64 bits that tell texts apart, never 0; None where there is nothing."""
+    found = hashlib.blake2b((text or "").encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return (int.from_bytes(found, "little") or 1) if text else None
+
+
 def shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """The distinct pieces of each normalised text as hashes (uint32), sorted, one text after another, and the
     offsets where texts begin (one more than there are texts). An empty text has none, a short one has one."""
+    batch_N = np.cumsum([len(text) for text in texts], dtype=np.int64) // CHUNK
+    edges = [0, *(np.flatnonzero(np.diff(batch_N)) + 1).tolist(), len(texts)]
+    found = [_shingles(texts[start:end]) for start, end in pairwise(edges)]
+    counts = np.concatenate([counts for _, counts in found])
+    return np.concatenate([pieces for pieces, _ in found]), np.concatenate([[0], np.cumsum(counts)])
+
+
+def _shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     padded = [text.ljust(SIZE, "\0") if text else "" for text in texts]
     length_N = np.array([len(text) for text in padded], np.int64)
     code = np.frombuffer("".join(padded).encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64)
@@ -51,8 +66,7 @@ def shingles(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     last = np.cumsum(length_N)[row] - SIZE  # where the row's last piece begins
     inside = np.arange(len(piece)) <= last
     keys = np.unique((row[inside].astype(np.uint64) << np.uint64(32)) | (piece[inside] >> np.uint64(32)))
-    counts = np.bincount((keys >> np.uint64(32)).astype(np.int64), minlength=len(texts))
-    return keys.astype(np.uint32), np.concatenate([[0], np.cumsum(counts)])
+    return keys.astype(np.uint32), np.bincount((keys >> np.uint64(32)).astype(np.int64), minlength=len(texts))
 
 
 def sketch(piece_P: np.ndarray, offsets: np.ndarray) -> np.ndarray:
@@ -78,7 +92,7 @@ def _buckets(value_P: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
 
 def jaccard(
-    piece_P: np.ndarray, offsets: np.ndarray, left: np.ndarray, right: np.ndarray, most: int = 1 << 22
+    piece_P: np.ndarray, offsets: np.ndarray, left: np.ndarray, right: np.ndarray, most: int = 1 << 21
 ) -> np.ndarray:
     """The shared part of the pieces of the rows `left` and `right`, pair by pair, in [0, 1]; `most` pieces at once."""
     size = np.diff(offsets)

@@ -3,7 +3,7 @@
 Each pair in turn (increment, trusted first, uid) joins the earliest leader whose text is alike, or becomes a leader: no
 chaining, and later increments change no answer. Texts that share one of 14 buckets are compared exactly, so what is
 found is right; of what there is, 92 % are found at a Jaccard of 0.8 and 99.9 % at 0.9. Equal texts are asked once.
-What `shingles` counts as a text; blank texts have no group. Kept per distinct text: 56 bytes and 4 for each piece.
+What `shingles` counts as a text; blank texts have no group. Kept per pair: 64 bytes and 4 for each piece.
 """
 
 from collections.abc import Sequence
@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from filters.base import Reducer
 from filters.columns import list_lengths
 from filters.leaders import Ask, Pairs, both, earliest, expand, first_equal, in_order, leaders, leading, scatter, turns
-from filters.shingles import BUCKETS, jaccard, normal, shingles, sketch
+from filters.shingles import BUCKETS, digest, jaccard, normal, shingles, sketch
 from pairs.errors import PairmillError
 
 
@@ -72,38 +73,40 @@ class TextDuplicates(Reducer):
             )
 
     def condense(self, table: pa.Table) -> pa.Table:
-        piece_P, offsets = shingles([normal(text) for text in table[self.text].to_pylist()])
-        buckets_NB = sketch(piece_P, offsets)
-        pieces = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(piece_P))
-        buckets = pa.FixedSizeListArray.from_arrays(pa.array(buckets_NB.ravel()), BUCKETS)
-        return table.drop_columns([self.text]).append_column("pieces", pieces).append_column("buckets", buckets)
+        texts = [normal(text) for text in table[self.text].to_pylist()]
+        piece_P, offsets = shingles(texts)
+        made = {"pieces": pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(piece_P))}
+        made["buckets"] = pa.FixedSizeListArray.from_arrays(pa.array(sketch(piece_P, offsets).ravel()), BUCKETS)
+        made["digest"] = pa.array(map(digest, texts), pa.uint64())
+        table = table.drop_columns([self.text])
+        for name, values in made.items():
+            table = table.append_column(name, values)
+        return table
 
     def reduce(self, existing: pa.Table, new: pa.Table) -> pa.Table:
         old = leading(existing, ["group"])
-        lists = both(old, new, "pieces")
+        text, digests = _pieces(old, new), pc.fill_null(both(old, new, "digest"), pa.scalar(0, pa.uint64())).to_numpy()
         turn = turns(old, new)
-        turn = turn[list_lengths(lists)[turn] > 0]
+        turn = turn[digests[turn] != 0]
         led = int((turn < old.num_rows).sum())
-        text = _pieces(lists.take(pa.array(turn)), both(old, new, "buckets").take(pa.array(turn)))
-        first = _first_equal(text)
+        first = first_equal(digests[turn, None])
         places = np.unique(first)  # rows that show their text first
 
         def index(rows: np.ndarray) -> Ask:
-            ask = text.index(places[rows], self.min_jaccard)
-            return lambda asking: ask(places[asking])
+            ask = text.index(turn[places[rows]], self.min_jaccard)
+            return lambda asking: ask(turn[places[asking]])
 
         found = leaders(len(places), int((places < led).sum()), index)
-        leader = places[found[np.searchsorted(places, first)]][led:]
-        like = jaccard(text.piece_P, text.offsets, np.arange(led, len(turn)), leader)
-        names = both(old, new, "uid").take(pa.array(turn[leader]))
-        columns = {"group": names, "jaccard": pa.array(like, pa.float32())}
-        return scatter(new.num_rows, turn[led:] - old.num_rows, columns)
+        leader = turn[places[found[np.searchsorted(places, first)]][led:]]
+        like = pa.array(jaccard(text.piece_P, text.offsets, turn[led:], leader), pa.float32())
+        names = both(old, new, "uid").take(pa.array(leader))
+        return scatter(new.num_rows, turn[led:] - old.num_rows, {"group": names, "jaccard": like})
 
     def query(self, corpus: pa.Table, queries: pa.Table, exclude: Sequence[str | None]) -> pa.Table:
         """A row that is left out is represented by the members of its group, under the group's name."""
         corpus = leading(corpus, ["group"], [uid for uid in exclude if uid is not None])
         corpus = corpus.take(in_order(corpus))
-        text = _pieces(both(corpus, queries, "pieces"), both(corpus, queries, "buckets"))
+        text = _pieces(corpus, queries)
         uid_N, group_N = (np.array(corpus[name].to_pylist(), object) for name in ("uid", "group"))
         left_out_Q = np.array(list(exclude), object)
         asked = np.arange(corpus.num_rows, corpus.num_rows + queries.num_rows)
@@ -121,14 +124,8 @@ class TextDuplicates(Reducer):
         return scatter(len(found), hit, {"group": groups, "jaccard": pa.array(like, pa.float32())})
 
 
-def _pieces(lists: pa.ListArray, buckets: pa.FixedSizeListArray) -> Pieces:
+def _pieces(existing: pa.Table, new: pa.Table) -> Pieces:
+    """The pieces of the rows of both tables, one below the other."""
+    lists, buckets = (both(existing, new, name) for name in ("pieces", "buckets"))
     offsets = np.concatenate([[0], np.cumsum(list_lengths(lists))])
     return Pieces(buckets.flatten().to_numpy().reshape(-1, BUCKETS), lists.flatten().to_numpy(), offsets)
-
-
-def _first_equal(text: Pieces) -> np.ndarray:
-    """For each text the first with the same pieces: their number, sum and buckets tell them apart."""
-    padded = np.append(text.piece_P, np.uint32(0)).astype(np.uint64)
-    total = np.add.reduceat(padded * padded, text.offsets[:-1]) if len(text.offsets) > 1 else padded[:0]
-    words = [total, np.diff(text.offsets).astype(np.uint64), *text.buckets_NB.T.astype(np.uint64)]
-    return first_equal(np.stack(words, axis=1))

@@ -8,7 +8,6 @@ increment was reduced, its own pairs included. Texts are compared as `shingles.n
 Kept per pair: three 64-bit hashes.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ import pyarrow.compute as pc
 
 from filters.base import Reducer
 from filters.leaders import both, first_equal, scatter, turns
-from filters.shingles import normal
+from filters.shingles import digest, normal
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class TextFrequency(Reducer):
         keys = {"text": [normal(text) for text in texts], "image": images, "host": [_host(url) for url in urls]}
         table = table.drop_columns(list(dict.fromkeys(self.needs)))
         for name, column in keys.items():
-            table = table.append_column(f"hash.{name}", pa.array([_hash(key) for key in column], pa.uint64()))
+            table = table.append_column(f"hash.{name}", pa.array([digest(key) for key in column], pa.uint64()))
         return table
 
     def reduce(self, existing: pa.Table, new: pa.Table) -> pa.Table:
@@ -81,12 +80,6 @@ def _host(url: str | None) -> str:
         return urlsplit(url or "").hostname or ""
     except ValueError:
         return ""
-
-
-def _hash(key: str | None) -> int | None:
-    """64 bits, never 0; None where there is nothing."""
-    digest = hashlib.blake2b((key or "").encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return (int.from_bytes(digest, "little") or 1) if key else None
 
 
 def _values(existing: pa.Table, new: pa.Table, name: str) -> np.ndarray:
