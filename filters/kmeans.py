@@ -38,7 +38,8 @@ def vectors(column: pa.ChunkedArray, name: str) -> tuple[np.ndarray, np.ndarray]
 def unit(vectors_ND: np.ndarray) -> np.ndarray:
     """The vectors with length 1, fp32."""
     wide = vectors_ND.astype(np.float32)
-    return wide / np.maximum(np.sqrt(np.einsum("nd,nd->n", wide, wide)), 1e-30)[:, None]
+    wide /= np.maximum(np.sqrt(np.einsum("nd,nd->n", wide, wide)), 1e-30)[:, None]
+    return wide
 
 
 def cosine(left_ND: np.ndarray, right_MD: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
