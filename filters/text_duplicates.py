@@ -69,7 +69,7 @@ class TextDuplicates(Reducer):
             raise PairmillError(
                 expected="text_duplicates.min_jaccard from 0.5 to 1",
                 found=str(self.min_jaccard),
-                remedy="0.8 joins captions that differ in a word; below 0.5 few are found",
+                remedy="0.8 joins captions of fifteen words that differ in one; below 0.5 few are found",
             )
 
     def condense(self, table: pa.Table) -> pa.Table:
