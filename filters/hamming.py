@@ -22,6 +22,7 @@ from filters.leaders import Ask, Pairs, expand
 FEW, MANY = (16, 16, 16, 16), (22, 21, 21)  # widths of the chunks, from the lowest bit on
 MANY_VALUES = 1 << 18
 ASKED = 1 << 20  # probes at a time
+SCATTER = sorted(range(64), key=lambda bit: (bit // 8 + bit % 8) % 4)
 
 
 @cache
@@ -74,6 +75,17 @@ class HammingIndex:
             asking, rows = asking[near], rows[near]
             near = sum_of_distances(queries_QW[:, 1:], self.values[:, 1:], asking, rows) <= confirm
             yield asking[near], rows[near]
+
+
+def scattered(values_N: np.ndarray) -> np.ndarray:
+    """The values with their bits in another order, the same for all: each chunk has two bits of every row of an 8×8
+    picture. Pictures on white have blank rows; in chunks of whole rows they would all share a bucket."""
+    found = np.empty_like(values_N)
+    for start in range(0, len(values_N), MANY_VALUES):
+        some = np.ascontiguousarray(values_N[start : start + MANY_VALUES])
+        bits = np.unpackbits(some.view(np.uint8), bitorder="little").reshape(-1, 64)[:, SCATTER]
+        found[start : start + MANY_VALUES] = np.packbits(bits, bitorder="little").view(np.uint64)
+    return found
 
 
 def distance(left_N: np.ndarray, right_N: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from filters.base import Reducer
-from filters.hamming import HammingIndex, distance, leaders
+from filters.hamming import HammingIndex, distance, leaders, scattered
 from filters.leaders import Pairs, both, earliest, first_equal, in_order, leading, scatter, turns
 from pairs.errors import PairmillError
 
@@ -102,6 +102,7 @@ class NearDuplicates(Reducer):
         """`hash` and then the words of `confirm` of the rows of all `tables`, one table below the other: (N, W) uint64,
         and whether a row has them all."""
         hash_N1, known_N = words([table[self.hash] for table in tables], "hash")
+        hash_N1 = scattered(hash_N1[:, 0])[:, None]  # as far from one another as before
         if self.confirm is None:
             return hash_N1, known_N
         confirm_NW, confirmed_N = words([table[self.confirm] for table in tables], "confirm")

@@ -94,6 +94,14 @@ def test_many_values_over_many_blocks() -> None:
     assert leaders(short, 0, 6, block=64).tolist() == obvious([tuple(row) for row in short.tolist()], 0, 6)
 
 
+def test_scattered_bits_are_as_far_apart_and_each_chunk_has_two_of_every_row() -> None:
+    values = np.random.default_rng(0).integers(0, 2**64, 100, dtype=np.uint64)
+    found = hamming.scattered(values)
+    assert (hamming.distance(found[1:], found[:-1]) == hamming.distance(values[1:], values[:-1])).all()
+    rows = hamming.scattered(np.array([0xFF << 8 * row for row in range(8)], np.uint64))
+    assert {(int(row) >> 16 * chunk & 0xFFFF).bit_count() for row in rows for chunk in range(4)} == {2}
+
+
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 1)), max_size=12))
 def test_the_first_equal_row(values: list[Value]) -> None:
     values_NW = np.array(values, np.uint64).reshape(-1, 2)
