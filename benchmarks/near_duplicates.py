@@ -3,7 +3,8 @@
 
 Hashes of chance; in a fifth the first and last two rows of 8 bits are blank, as in pictures on white. A tenth are
 planted: copies of others with up to radius + 2 bits turned. One value holds 5 % of the rows. Every count of rows and
-radius runs in a process of its own, through the reducer; its time is the reduction's, its memory the process's greatest, interpreter and libraries included (their share stands beside it).
+radius runs in a process of its own, through the reducer; its time is the reduction's, its memory the process's
+greatest, interpreter and libraries included (before: what it was when the reduction began).
 A sample of rows is checked by brute force: whether the answer is the earliest leader near, or no leader before is.
 Growth is the exponent of the time: 1 is linear. imagededup (its own environment: benchmarks/peers/imagededup.txt) looks
 for the same pairs at the same radius in 10,000 hashes.

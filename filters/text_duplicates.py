@@ -20,7 +20,7 @@ from filters.leaders import Ask, Pairs, both, earliest, expand, first_equal, in_
 from filters.shingles import BUCKETS, digest, jaccard, normal, shingles, sketch
 from pairs.errors import PairmillError
 
-CROWD = 32  # rows of a bucket that a text is compared with, in each index, the earliest
+CROWD = 8  # rows of a bucket that a text is compared with, in each index, the earliest
 
 
 @dataclass(frozen=True)
@@ -37,22 +37,17 @@ class Pieces:
         sorted_ = [self.buckets_NB[rows[order], bucket] for bucket, order in enumerate(orders)]
 
         def ask(asking: np.ndarray) -> Pairs:
+            pairs = [np.zeros(0, np.int64)]
             for bucket, (order, values) in enumerate(zip(orders, sorted_, strict=True)):
                 wanted = self.buckets_NB[asking, bucket]
                 first = np.searchsorted(values, wanted, "left")
                 counts = np.minimum(np.searchsorted(values, wanted, "right") - first, CROWD)
-                for place, found in expand(first, counts, 1 << 18):
-                    row = order[found]
-                    new = ~self._shared(asking[place], rows[row], bucket)
-                    place, row = place[new], row[new]
-                    near = jaccard(self.piece_P, self.offsets, asking[place], rows[row]) >= minimum
-                    yield place[near], row[near]
+                pairs += [place * len(rows) + order[found] for place, found in expand(first, counts)]
+            place, row = np.divmod(np.unique(np.concatenate(pairs)), max(len(rows), 1))
+            near = jaccard(self.piece_P, self.offsets, asking[place], rows[row]) >= minimum
+            yield place[near], row[near]
 
         return ask
-
-    def _shared(self, left: np.ndarray, right: np.ndarray, before: int) -> np.ndarray:
-        """Whether an earlier bucket has brought the two together."""
-        return (self.buckets_NB[left, :before] == self.buckets_NB[right, :before]).any(axis=1)
 
 
 @dataclass(frozen=True)
