@@ -59,11 +59,13 @@ def fill(root: str, rows: int, width: int) -> None:
 
 def measure(root: str, epsilon: float, engine: str, workers: int) -> dict[str, Any]:
     """One reduction of the whole workspace, and its check."""
+    from filters import parts
     from filters.reduce import run_reducers
     from filters.semantic_duplicates import SemanticDuplicates
     from pairs.shard import list_shards
     from pairs.workspace import Workspace
 
+    parts.SPREAD_BYTES = 0  # the made pair tables are nearly empty
     store, scores = Workspace.open(root).store, {"clip": "scores/clip-aaaaaaaaaaaa"}
     refs = list_shards(store, "pairs")
     reducers = {"semantic_duplicates": SemanticDuplicates(epsilon=epsilon)}
