@@ -121,3 +121,12 @@ def test_a_query_leaves_the_named_row_out_but_not_its_group() -> None:
 def test_settings_without_meaning_are_refused() -> None:
     with pytest.raises(PairmillError, match="min_jaccard"):
         load_reducer("text_duplicates", {"min_jaccard": 0.1})
+
+
+def test_a_template_crowds_no_bucket_and_its_copies_are_still_found() -> None:
+    made = [f"Photo number {number * 7919 % 10_007} in the archive of the town" for number in range(300)]
+    buckets = sketch(*shingles([normal(text) for text in made]))
+    crowd = max(np.unique(buckets[:, bucket], return_counts=True)[1].max() for bucket in range(14))
+    assert crowd > 8, "more than are compared"
+    found = groups([*made, *(text + "!" for text in made)], min_jaccard=0.95)
+    assert found[300:] == found[:300]
