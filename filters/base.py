@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 import pyarrow as pa
 
+from filters.parts import Part, Work, nothing
 from pairs.fingerprint import fingerprint
 from pairs.schemas import PAIRS
 
@@ -90,12 +91,20 @@ class Filter(Measurement):
 
 
 class Reducer(Measurement):
-    """A corpus-wide measurement. It gives groups and counts, not verdicts."""
+    """A corpus-wide measurement. It gives groups and counts, not verdicts.
+
+    Its tables hold `CORPUS` and what is needed, and of earlier rows this reducer's own columns; all of it condensed. Of
+    earlier rows those are given that lead a group (string columns name groups), or all where it makes no groups.
+    A reducer whose condensed rows are too large for one process answers part by part: it overrides the last two.
+    """
+
+    def condense(self, table: pa.Table) -> pa.Table:
+        """The rows of one shard in the form that the others take, small enough to stand beside those of all shards."""
+        return table
 
     def reduce(self, existing: pa.Table, new: pa.Table) -> pa.Table:
         """The columns of the `new` rows, in their order.
 
-        Both tables hold `CORPUS` and what is needed; `existing` also holds this reducer's own earlier columns.
         Rows of `existing` have had their answer: nothing that `new` brings changes it.
         """
         raise NotImplementedError
@@ -104,6 +113,20 @@ class Reducer(Measurement):
         """What the columns of the `queries` would be, each asked alone against `corpus` (which has this reducer's
         columns) without the row whose uid is at the query's place in `exclude`. Changes nothing; for canaries."""
         raise NotImplementedError
+
+    def reduce_parts(self, existing: Sequence[Part], new: Sequence[Part], work: Work) -> pa.Table:
+        """`reduce` of parts, one part's rows below the other's."""
+        asking = work.table(self, new)
+        before = work.table(self, existing) if existing else nothing(self, asking, own=True)
+        return self.reduce(before, asking)
+
+    def query_parts(
+        self, corpus: Sequence[Part], queries: Sequence[Part], exclude: Sequence[str | None], work: Work
+    ) -> pa.Table:
+        """`query` of parts."""
+        asking = work.table(self, queries)
+        before = work.table(self, corpus) if corpus else nothing(self, asking, own=True)
+        return self.query(before, asking, exclude)
 
 
 def class_name(name: str) -> str:

@@ -22,7 +22,7 @@ from filters.canaries import FACTS, facts, reporting
 from filters.canary_figures import noise, precision, roc_auc, roc_points, verdict_auc, wilson, without_noise
 from filters.columns import as_bool, load_frame
 from filters.defects import DEFECTS
-from filters.reduce import corpus
+from filters.reduce import ask
 from filters.rules import Threshold, numbers
 from filters.selection import TEXTS, rule_columns
 from filters.texts import SYNTHETIC, choose_texts, column_names
@@ -129,11 +129,8 @@ def _ask_reducers(
     unmeasured: Masks = {}
     nearness: Masks = {}
     for name, reducer in real.reducers.items():
-        queries = corpus(real.store, reducer, {"canaries": refs}, scored, [])[1]
-        known = corpus(real.store, reducer, real.shards, real.scores, real.trusted, name)[1]
-        answers = reducer.query(known, queries, exclude)
-        missing = [queries[need].is_null().to_numpy() for need in reducer.needs]
-        unmeasured[name] = np.logical_or.reduce(missing)
+        known = (real.store, name, reducer, real.shards, real.scores, real.trusted)
+        answers, unmeasured[name] = ask(*known, {"canaries": refs}, exclude)
         grouped = "group" in answers.column_names
         alone = answers["group"].is_null().to_numpy() if grouped else np.zeros(table.num_rows, bool)
         nearness |= {f"{name}.group": alone.astype(float)} if grouped else {}

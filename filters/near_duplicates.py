@@ -17,9 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from filters.base import Reducer
-from filters.columns import one_chunk
-from filters.exact_duplicates import in_order
-from filters.hamming import HammingIndex, distance, first_equal, leaders
+from filters.hamming import HammingIndex, distance, leaders, scattered
+from filters.leaders import Pairs, both, earliest, first_equal, in_order, leading, scatter, turns
 from pairs.errors import PairmillError
 
 CONFIRM_DISTANCE = 42  # of the 256 bits of image_hash.dhash_256
@@ -64,43 +63,46 @@ class NearDuplicates(Reducer):
             )
 
     def reduce(self, existing: pa.Table, new: pa.Table) -> pa.Table:
-        old = existing.filter(pc.equal(existing["group"], existing["uid"]))
+        old = leading(existing, ["group"])
         values, known = self._values(old, new)
-        turn = np.concatenate([_places(in_order(old)), old.num_rows + _places(in_order(new))])
+        turn = turns(old, new)
         turn = turn[known[turn]]
         values, led = values[turn], int((turn < old.num_rows).sum())
         first = first_equal(values)
         places = np.unique(first)  # rows that show their hashes first
         found = leaders(values[places], int((places < led).sum()), self.max_distance, self.confirm_distance)
         leader = places[found[np.searchsorted(places, first)]][led:]
-        names = pa.concat_arrays([one_chunk(old["uid"]), one_chunk(new["uid"])]).take(pa.array(turn[leader]))
-        rows = turn[led:] - old.num_rows
-        return _scatter(new.num_rows, rows, names, distance(values[led:, 0], values[leader, 0]))
+        names = both(old, new, "uid").take(pa.array(turn[leader]))
+        bits = pa.array(distance(values[led:, 0], values[leader, 0]), pa.int32())
+        return scatter(new.num_rows, turn[led:] - old.num_rows, {"group": names, "distance": bits})
 
     def query(self, corpus: pa.Table, queries: pa.Table, exclude: Sequence[str | None]) -> pa.Table:
         """A row that is left out is represented by the members of its group, under the group's name."""
-        without = pa.array([uid for uid in exclude if uid is not None], pa.string())
-        leads = pc.equal(corpus["group"], corpus["uid"])
-        corpus = corpus.filter(pc.or_kleene(leads, pc.is_in(corpus["group"], without)))
+        corpus = leading(corpus, ["group"], [uid for uid in exclude if uid is not None])
         corpus = corpus.take(in_order(corpus))
         values, known = self._values(corpus, queries)
         uid_N, group_N = (np.array(corpus[name].to_pylist(), object) for name in ("uid", "group"))
         none = len(uid_N)
         corpus_NW, queries_QW, known_N, known_Q = values[:none], values[none:], known[:none], known[none:]
         left_out_Q = np.array(list(exclude), object)
-        found = np.full(queries.num_rows, none, np.int64)
-        for asking, rows in HammingIndex(corpus_NW).within(queries_QW, self.max_distance, self.confirm_distance):
-            stands = (uid_N[rows] == group_N[rows]) | (group_N[rows] == left_out_Q[asking])
-            valid = known_Q[asking] & known_N[rows] & (uid_N[rows] != left_out_Q[asking]) & stands
-            np.minimum.at(found, asking[valid], rows[valid])
-        hit = np.flatnonzero(found < none)
+
+        def standing() -> Pairs:
+            for asking, rows in HammingIndex(corpus_NW).within(queries_QW, self.max_distance, self.confirm_distance):
+                stands = (uid_N[rows] == group_N[rows]) | (group_N[rows] == left_out_Q[asking])
+                valid = known_Q[asking] & known_N[rows] & (uid_N[rows] != left_out_Q[asking]) & stands
+                yield asking[valid], rows[valid]
+
+        found = earliest(standing(), queries.num_rows, none)
+        hit = np.flatnonzero(found >= 0)
+        bits = pa.array(distance(queries_QW[hit, 0], corpus_NW[found[hit], 0]), pa.int32())
         groups = pa.array(group_N[found[hit]].tolist(), pa.string())
-        return _scatter(len(found), hit, groups, distance(queries_QW[hit, 0], corpus_NW[found[hit], 0]))
+        return scatter(len(found), hit, {"group": groups, "distance": bits})
 
     def _values(self, *tables: pa.Table) -> tuple[np.ndarray, np.ndarray]:
         """`hash` and then the words of `confirm` of the rows of all `tables`, one table below the other: (N, W) uint64,
         and whether a row has them all."""
         hash_N1, known_N = words([table[self.hash] for table in tables], "hash")
+        hash_N1 = scattered(hash_N1[:, 0])[:, None]  # as far from one another as before
         if self.confirm is None:
             return hash_N1, known_N
         confirm_NW, confirmed_N = words([table[self.confirm] for table in tables], "confirm")
@@ -140,15 +142,3 @@ def _parse(chunk: pa.StringArray, digits: int, setting: str) -> np.ndarray:
         )
     text = "".join(pc.fill_null(chunk, "0" * digits).to_pylist())
     return np.frombuffer(bytes.fromhex(text), ">u8").astype(np.uint64).reshape(len(chunk), digits // 16)
-
-
-def _places(order: pa.Array) -> np.ndarray:
-    return order.to_numpy().astype(np.int64)
-
-
-def _scatter(count: int, rows: np.ndarray, groups: pa.Array, distance_N: np.ndarray) -> pa.Table:
-    """A table of `count` rows with the values at `rows` and null elsewhere."""
-    take = np.full(count, -1, np.int64)
-    take[rows] = np.arange(len(rows))
-    places = pa.array(take, mask=take < 0)
-    return pa.table({"group": groups.take(places), "distance": pa.array(distance_N, pa.int32()).take(places)})

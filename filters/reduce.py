@@ -2,18 +2,20 @@
 
 `order.json` beside a reducer's tables lists the batches that were reduced together, and is written before their
 tables: a batch that was cut short is reduced again against the batches before it, so its answers are those of a
-run that was never killed. Earlier tables are read, never written. Memory: the needed columns of all shards.
+run that was never killed. Earlier tables are read, never written. Memory: what the reducer condenses rows to.
 """
 
 import json
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 
-from filters.base import CORPUS, Reducer, fingerprint_of, needed_filters
-from filters.columns import OWN, Frame, load_frame
-from pairs.shard import ShardRef, cuts
+from cluster.compute import Engine
+from filters.base import Reducer, fingerprint_of, needed_filters
+from filters.parts import Part, Work, parts
+from pairs.shard import ShardRef
 from pairs.store import Store
 
 Shards = Mapping[str, Sequence[ShardRef]]  # by source
@@ -31,77 +33,78 @@ def reducer_folder(
 
 
 def run_reducers(
-    store: Store, reducers: Mapping[str, Reducer], shards: Shards, scores: Mapping[str, str], trusted: Collection[str]
+    store: Store,
+    reducers: Mapping[str, Reducer],
+    shards: Shards,
+    scores: Mapping[str, str],
+    trusted: Collection[str],
+    engine: Engine = "inline",
+    workers: int = 1,
 ) -> dict[str, str]:
-    """Makes what tables are missing. Returns the folder of each reducer's tables, in the form of `scores`."""
+    """Makes what tables are missing; engine and workers don't change the bytes. Returns the folder of each reducer's
+    tables, in the form of `scores`."""
     folders: dict[str, str] = {}
     for name, reducer in reducers.items():
         known = {**scores, **folders}
         folders[name] = reducer_folder(name, reducer, known, shards, trusted)
-        _run(store, name, reducer, shards, known | {name: folders[name]}, trusted)
+        work = Work(store, folders[name], engine=engine, workers=workers)
+        _run(name, reducer, shards, known | {name: folders[name]}, trusted, work)
     return folders
 
 
-def _run(
-    store: Store, name: str, reducer: Reducer, shards: Shards, scores: Mapping[str, str], trusted: Collection[str]
-) -> None:
-    folder = scores[name]
-    source_of = {ref: source for source, refs in shards.items() for ref in refs}
-    there = set(store.files(folder, ".parquet"))
-    if all(ref.beside(folder) in there for ref in source_of):
-        return
-    batches = _batches(store, f"{folder}/order.json", sorted(source_of))
-    for place, batch in enumerate(batches):
-        left = [ref for ref in batch if ref.beside(folder) not in there]
-        if left:
-            before = [ref for earlier in batches[:place] for ref in earlier]
-            parts = (_by_source(before, source_of), _by_source(batch, source_of))
-            _reduce(store, name, reducer, parts, left, scores, trusted)
-
-
-def _reduce(
+def ask(
     store: Store,
     name: str,
     reducer: Reducer,
-    shards: tuple[Shards, Shards],
-    left: Collection[ShardRef],
+    shards: Shards,
     scores: Mapping[str, str],
     trusted: Collection[str],
+    queries: Shards,
+    exclude: Sequence[str | None],
+) -> tuple[pa.Table, np.ndarray]:
+    """What the reducer would answer the rows of `queries`, each alone, without the uid at its place in `exclude`; and
+    which of them lack what it needs. Changes nothing."""
+    left_out = [uid for uid in exclude if uid is not None]
+    asking = parts(store, reducer, queries, scores, [])
+    corpus = parts(store, reducer, shards, scores, trusted, own=name, without=left_out)
+    answers = reducer.query_parts(corpus, asking, exclude, Work(store, scores[name]))
+    needs = pa.concat_tables([part.load() for part in asking]).select(list(reducer.needs))
+    return answers, np.logical_or.reduce([column.is_null().to_numpy() for column in needs.columns])
+
+
+def _run(
+    name: str, reducer: Reducer, shards: Shards, scores: Mapping[str, str], trusted: Collection[str], work: Work
 ) -> None:
-    """Answers the new shards (second of `shards`) against the existing ones, and writes the tables of `left`."""
-    existing = corpus(store, reducer, shards[0], scores, trusted, own=name)[1]
-    frame, new = corpus(store, reducer, shards[1], scores, trusted)
-    table = reducer.reduce(existing, new).select(list(reducer.columns))
-    assert table.num_rows == new.num_rows, f"{name} gave {table.num_rows} answers for {new.num_rows} pairs"
-    table = table.add_column(0, "uid", frame.table["uid"]).combine_chunks()
-    for place, (_, ref) in enumerate(frame.shards):
-        if ref in left:
-            rows = frame.rows(place)
-            fingerprint = scores[name].rsplit("-", 1)[1]
-            metadata = {"filter": name, "fingerprint": fingerprint, "rows": str(rows.stop - rows.start)}
-            store.write_table(ref.beside(scores[name]), table.slice(rows.start, rows.stop - rows.start), metadata)
+    source_of = {ref: source for source, refs in shards.items() for ref in refs}
+    there = set(work.store.files(work.folder, ".parquet"))
+    if all(ref.beside(work.folder) in there for ref in source_of):
+        return
+    batches = _batches(work.store, f"{work.folder}/order.json", sorted(source_of))
+    with work.spread(source_of) as spread:
+        for place, batch in enumerate(batches):
+            left = [ref for ref in batch if ref.beside(work.folder) not in there]
+            if left:
+                before = _by_source([ref for earlier in batches[:place] for ref in earlier], source_of)
+                existing = parts(work.store, reducer, before, scores, trusted, own=name)
+                new = parts(work.store, reducer, _by_source(batch, source_of), scores, trusted)
+                _reduce(name, reducer, existing, new, left, replace(spread, batch=place))
 
 
-def corpus(
-    store: Store, reducer: Reducer, shards: Shards, scores: Mapping[str, str], trusted: Collection[str], own: str = ""
-) -> tuple[Frame, pa.Table]:
-    """What a reducer is given: `CORPUS` and what it needs, null where a pair isn't alive. With `own` it is also given
-    the columns that it made under that name; a leader that is forgotten later stays one."""
-    full = {need: need if "." in need else f"{OWN}.{need}" for need in reducer.needs}
-    full |= {column: f"{own}.{column}" for column in reducer.columns if own}
-    if not any(shards.values()):
-        types = {name: pa.string() for name in CORPUS} | {"trusted": pa.bool_()}
-        empty = {name: pa.array([], kind) for name, kind in (types | dict.fromkeys(reducer.needs, pa.int64())).items()}
-        made = {name: pa.array([], kind) for name, kind in reducer.columns.items() if own}
-        return load_frame(store, {}, [], scores, trusted), pa.table(empty | made)
-    frame = load_frame(store, shards, full.values(), scores, trusted)
-    counts = np.diff(frame.starts)
-    increments = [name for (_, ref), rows in zip(frame.shards, counts, strict=True) for name in cuts(store, ref, rows)]
-    columns = {"uid": frame.table["uid"], "source": pa.array(frame.source, pa.string())}
-    columns |= {"increment": pa.array(increments, pa.string()), "trusted": pa.array(frame.trusted)}
-    dead = pa.array(np.where(frame.alive, np.arange(len(frame.alive)), 0), mask=~frame.alive)
-    columns |= {name: frame.table[column] if own else frame.table[column].take(dead) for name, column in full.items()}
-    return frame, pa.table(columns)
+def _reduce(
+    name: str, reducer: Reducer, existing: list[Part], new: list[Part], left: Collection[ShardRef], work: Work
+) -> None:
+    """Answers the new parts against the existing ones, and writes the tables of `left`."""
+    uids = [work.store.read_table(part.ref.table, ["uid"]) for part in new]
+    table = reducer.reduce_parts(existing, new, work).select(list(reducer.columns))
+    count = sum(column.num_rows for column in uids)
+    assert table.num_rows == count, f"{name} gave {table.num_rows} answers for {count} pairs"
+    table = table.add_column(0, "uid", pa.concat_tables(uids)["uid"]).combine_chunks()
+    metadata, start = {"filter": name, "fingerprint": work.folder.rsplit("-", 1)[1]}, 0
+    for part, column in zip(new, uids, strict=True):
+        rows = table.slice(start, column.num_rows)
+        start += column.num_rows
+        if part.ref in left:
+            work.store.write_table(part.ref.beside(work.folder), rows, metadata | {"rows": str(rows.num_rows)})
 
 
 def _batches(store: Store, path: str, shards: list[ShardRef]) -> list[list[ShardRef]]:

@@ -145,7 +145,8 @@ def curate(run: Run, number: int, scorer: Facts, shards: Shards) -> Facts:
     scored = score(run, planned, everything, f"score round {number}")
     scores = {one.name: one.folder for one in planned}
     reducers = {name: load_reducer(name, settings) for name, settings in recipe.reducers.items()}
-    scores |= run_reducers(store, reducers, shards, scores, recipe.trusted)
+    how = (run.engine, recipe.workers)
+    scores |= run_reducers(store, reducers, shards, scores, recipe.trusted, *how)  # type: ignore[arg-type]
     given = (recipe.keep, recipe.texts, shards, scores, recipe.trusted)
     chosen = select(store, recipe.name, *given, recalibrate=run.recalibrate, canaries=planted)
     published = publish_training_shards(run.workspace, chosen.folder, shards, recipe.trusted)

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from filters import hamming
 from filters.exact_duplicates import ExactDuplicates
-from filters.hamming import first_equal, leaders
+from filters.hamming import HammingIndex, leaders
+from filters.leaders import first_equal
 from filters.lookup import load_reducer
 from filters.near_duplicates import NearDuplicates
 from filters.reduce import run_reducers
@@ -65,6 +67,18 @@ def test_leaders_are_those_of_the_obvious_loop(cloud: tuple[list[Value], int, in
     assert found.tolist() == obvious(values, known, radius, confirm)
 
 
+@pytest.mark.parametrize("radius", range(13))
+def test_the_tables_of_three_chunks_find_all(radius: int) -> None:
+    chance = np.random.default_rng(radius)
+    values = chance.integers(0, 2**64, (300, 1), dtype=np.uint64)
+    turned = [sum(1 << int(bit) for bit in chance.choice(64, radius, replace=False)) for _ in range(300)]
+    queries = values ^ np.array(turned, np.uint64)[:, None]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hamming, "MANY_VALUES", 0)
+        found = {pair for a, b in HammingIndex(values).within(queries, radius) for pair in zip(a, b, strict=True)}
+    assert found == {(row, row) for row in range(300)}
+
+
 def test_many_values_over_many_blocks() -> None:
     chance = np.random.default_rng(0)
     centres = chance.integers(0, 2**64, (150, 2), dtype=np.uint64)
@@ -74,9 +88,18 @@ def test_many_values_over_many_blocks() -> None:
     chance.shuffle(values)
     for radius, confirm in ((4, 6), (6, 4), (8, 8)):
         expected = obvious([tuple(row) for row in values.tolist()], 0, radius, confirm)
-        assert leaders(values, 0, radius, confirm, 64).tolist() == expected
+        for block in (2, 64):  # blocks grow with the leaders, and are then divided
+            assert leaders(values, 0, radius, confirm, block).tolist() == expected
     short = np.unique(values[:, :1])[:, None]
     assert leaders(short, 0, 6, block=64).tolist() == obvious([tuple(row) for row in short.tolist()], 0, 6)
+
+
+def test_scattered_bits_are_as_far_apart_and_each_chunk_has_two_of_every_row() -> None:
+    values = np.random.default_rng(0).integers(0, 2**64, 100, dtype=np.uint64)
+    found = hamming.scattered(values)
+    assert (hamming.distance(found[1:], found[:-1]) == hamming.distance(values[1:], values[:-1])).all()
+    rows = hamming.scattered(np.array([0xFF << 8 * row for row in range(8)], np.uint64))
+    assert {(int(row) >> 16 * chunk & 0xFFFF).bit_count() for row in rows for chunk in range(4)} == {2}
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 1)), max_size=12))
