@@ -84,6 +84,11 @@ class Filter(Measurement):
         """The precision that the model computes in; empty where there is none."""
         return ""
 
+    @property
+    def gpu(self) -> float:
+        """The share of a GPU, in (0, 1], that one worker needs where there are GPUs; 0 for what the CPU does."""
+        return 0.0
+
     def score(self, batch: Batch) -> Mapping[str, Values]:
         """One value per pair and column; None (or NaN) for what can't be measured."""
         raise NotImplementedError

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.compute import _call, map_shards, one_thread
+from cluster.compute import call, map_shards, one_thread
 from cluster.session import ray_session
 from pairs.errors import PairmillError
 
@@ -73,7 +73,7 @@ def test_an_error_surfaces_inline() -> None:
 
 
 def test_an_error_that_cannot_travel_is_told_in_words() -> None:
-    result, error, trace = pickle.loads(_call(fail_oddly, 1))
+    result, error, trace = pickle.loads(call(fail_oddly, 1))
     assert result is None
     assert isinstance(error, RuntimeError) and str(error) == "Odd: odd"
     assert "fail_oddly" in trace

@@ -10,6 +10,7 @@ import pytest
 
 from cluster.session import ray_session
 from filters import engine as engine_module
+from filters import images
 from filters.base import Batch, Filter, fingerprint_of
 from filters.engine import missing, plan, score_shards
 from filters.lookup import load_filter, names
@@ -153,8 +154,8 @@ def test_tombstones_take_effect_at_once_and_change_no_other_row(store: Store) ->
 def test_each_image_is_decoded_once_for_all_filters(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     refs = write_shards(store)
     decoded: list[int] = []
-    decode = engine_module.cv2.imdecode
-    monkeypatch.setattr(engine_module.cv2, "imdecode", lambda *a: (decoded.append(1), decode(*a))[1])
+    decode = images.cv2.imdecode
+    monkeypatch.setattr(images.cv2, "imdecode", lambda *a: (decoded.append(1), decode(*a))[1])
     filters: dict[str, Filter] = {"a": Sides(4), "b": Sides(3), "c": Sides(2)}
     stats = run(store, filters, refs)
     assert len(decoded) == stats.decoded == 11
