@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from cluster.compute import Engine, map_shards
 from cluster.guard import Guard
@@ -29,7 +30,7 @@ from filters.images import Chunk, Pixels, decoded
 from filters.measure import Ask, FilterStats, empty, here, measure
 from pairs.errors import PairmillError
 from pairs.shard import Shard, ShardRef, read_shard
-from pairs.store import Store, table_metadata
+from pairs.store import Store
 from pairs.strict import nearest
 from pairs.workspace import alive
 
@@ -297,17 +298,26 @@ def _write(store: Store, at: _Pass, shard: Shard, living: Sequence[bool]) -> Non
     places = iter(range(made.num_rows))
     positions = pa.array([next(places) if there else None for there in living], pa.int64())
     table = made.combine_chunks().take(positions).add_column(0, "uid", shard.table["uid"].combine_chunks())
+    errors = {why: [r for r in sorted(at.failed) if at.failed[r] == why] for why in sorted(set(at.failed.values()))}
+    nulls = {name: made[name].null_count for name in made.column_names if made[name].null_count}
     metadata = {"filter": at.one.name, "fingerprint": at.one.fingerprint, "rows": str(table.num_rows)}
-    store.write_table(shard.ref.beside(at.one.folder), table, metadata | _errors(at.failed))
+    told = {name: json.dumps(facts) for name, facts in (("nulls", nulls), ("errors", errors)) if facts}
+    store.write_table(shard.ref.beside(at.one.folder), table, metadata | told)
 
 
-def _errors(failed: Mapping[int, str]) -> dict[str, str]:
-    if not failed:
-        return {}
-    rows = {why: [row for row in sorted(failed) if failed[row] == why] for why in sorted(set(failed.values()))}
-    return {"errors": json.dumps(rows, ensure_ascii=False)}
-
-
-def errors_of(table: pa.Table) -> dict[str, list[int]]:
+def errors_of(schema: pa.Schema) -> dict[str, list[int]]:
     """Why rows of a score table couldn't be measured: reason → rows."""
-    return dict(json.loads(table_metadata(table).get("errors", "{}")))
+    return dict(json.loads((schema.metadata or {}).get(b"errors", b"{}")))
+
+
+def told_by_tables(store: Store, folder: str, shards: Iterable[ShardRef]) -> tuple[int, Counter[str], Counter[str]]:
+    """Rows, nulls by column (among living pairs) and errors by reason of a filter's tables; reads their footers alone."""
+    rows, nulls, errors = 0, Counter[str](), Counter[str]()
+    for ref in shards:
+        with store.fs.open(store.full(ref.beside(folder))) as file:
+            schema = pq.read_schema(file)
+        facts = schema.metadata or {}
+        rows += int(facts.get(b"rows", 0))
+        nulls.update(json.loads(facts.get(b"nulls", b"{}")))
+        errors.update({why: len(at) for why, at in errors_of(schema).items()})
+    return rows, nulls, errors

@@ -149,8 +149,8 @@ def test_a_suspect_shard_is_scored_inline_with_the_culprits_null_and_told(tmp_pa
     assert not stats.filters["sturdy"].errors, "the right filter is blamed"
     found, expected = tables(dying, refs, FILTERS), tables(raising, refs, tame)
     assert [t.to_pylist() for t in found] == [t.to_pylist() for t in expected]
-    assert errors_of(found[0]) == {"crashed: SIGSEGV": [5], "crashed: SIGKILL, out of memory?": [6]}
-    assert errors_of(found[1]) == {}
+    assert errors_of(found[0].schema) == {"crashed: SIGSEGV": [5], "crashed: SIGKILL, out of memory?": [6]}
+    assert errors_of(found[1].schema) == {}
     assert not dying.files(SCORING)
 
 
@@ -172,7 +172,7 @@ def test_an_image_that_kills_the_decoder_is_one_that_does_not_decode(
     fragile, sturdy = tables(store, refs, filters)
     assert sturdy["height"].to_pylist() == [48, 48, None, None, 48, 48, None, 48]
     assert fragile["n"].null_count == 1, "the forgotten one"
-    assert errors_of(sturdy) == {"crashed: SIGSEGV while decoding": [6]} and errors_of(fragile) == {}
+    assert errors_of(sturdy.schema) == {"crashed: SIGSEGV while decoding": [6]} and errors_of(fragile.schema) == {}
     assert (stats.undecodable, stats.crashes) == (2, {"crashed: SIGSEGV": 1})
 
 
@@ -192,6 +192,7 @@ def run_inline(store: Store) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", INLINE, store.root], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_inline_dies_once_and_the_same_command_goes_on(tmp_path: Path) -> None:
     store = Store(tmp_path)
     refs = write_shards(store, (8, 5))
