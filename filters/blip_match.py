@@ -32,6 +32,7 @@ class BlipMatch(Filter):
 
     columns = {"probability": pa.list_(pa.float32()), "cosine": pa.list_(pa.float32()), "cut": pa.int32()}
     dtype = "fp32"
+    gpu = 0.2
 
     @property
     def needs(self) -> tuple[str, ...]:
