@@ -105,8 +105,12 @@ def _serve(connection: Connection) -> None:
     with contextlib.suppress(EOFError):
         connection.send_bytes(b"ready")
         while True:
-            function, arguments, named = pickle.loads(connection.recv_bytes())
-            connection.send_bytes(call(lambda _: function(*arguments, **named), None))
+            connection.send_bytes(call(_asked, pickle.loads(connection.recv_bytes())))
+
+
+def _asked(question: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]) -> Any:
+    function, arguments, named = question
+    return function(*arguments, **named)
 
 
 if __name__ == "__main__":

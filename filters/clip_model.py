@@ -52,7 +52,7 @@ class Loaded:
 
 
 def _bounded(text: str) -> str:
-    """A text's beginning, more than any model's context holds: tokenizers take time and memory for all they are given."""
+    """A text's beginning, more than any model's context holds: tokenizers take time for all that they are given."""
     return text if len(text) <= LONGEST else " ".join(text[: 10 * LONGEST].split())[:LONGEST]
 
 

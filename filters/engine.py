@@ -10,7 +10,6 @@ table's metadata say why (`errors`: rows by reason), and the run goes on. A proc
 and leaves a mark in `scoring/`; the same command then begins that shard under the guard.
 """
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +19,6 @@ from functools import partial
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cluster.compute import Engine, map_shards
 from cluster.guard import Guard
@@ -28,6 +26,7 @@ from filters.base import PIXELS, Batch, Filter, fingerprint_of, needed_filters, 
 from filters.columns import check_same_pairs
 from filters.images import Chunk, Pixels, decoded
 from filters.measure import Ask, FilterStats, empty, here, measure
+from filters.score_tables import write_scores
 from pairs.errors import PairmillError
 from pairs.shard import Shard, ShardRef, read_shard
 from pairs.store import Store
@@ -148,7 +147,9 @@ Item = tuple[ShardRef, list[str]]
 
 def _by_gpu(left: Left) -> list[Left]:
     """The shards that need no GPU, and those that do."""
-    parts = [{ref: f for ref, f in left.items() if any(one.filter.gpu for one in f) is needs} for needs in (False, True)]
+    parts = [
+        {ref: f for ref, f in left.items() if any(one.filter.gpu for one in f) is needs} for needs in (False, True)
+    ]
     return [part for part in parts if part]
 
 
@@ -196,7 +197,8 @@ def _score_shard(store: Store, planned: list[PlannedFilter], dead: Dead, item: I
             pixels.pop(row, None)
     for at in passes.values():
         _refuse_if_all_failed(at.one, ref, stats.filters[at.one.name])
-        _write(store, at, shard, living)
+        table = pa.concat_tables([empty(at.one.filter), *at.tables])
+        write_scores(store, ref, at.one.folder, shard.table["uid"], living, table, at.failed)
     return stats
 
 
@@ -291,33 +293,3 @@ def _refuse_if_all_failed(one: PlannedFilter, ref: ShardRef, stats: FilterStats)
             found=f"an error at every one: {reason}",
             remedy="mend the filter or its settings, then run the same command again",
         )
-
-
-def _write(store: Store, at: _Pass, shard: Shard, living: Sequence[bool]) -> None:
-    made = pa.concat_tables([empty(at.one.filter), *at.tables])
-    places = iter(range(made.num_rows))
-    positions = pa.array([next(places) if there else None for there in living], pa.int64())
-    table = made.combine_chunks().take(positions).add_column(0, "uid", shard.table["uid"].combine_chunks())
-    errors = {why: [r for r in sorted(at.failed) if at.failed[r] == why] for why in sorted(set(at.failed.values()))}
-    nulls = {name: made[name].null_count for name in made.column_names if made[name].null_count}
-    metadata = {"filter": at.one.name, "fingerprint": at.one.fingerprint, "rows": str(table.num_rows)}
-    told = {name: json.dumps(facts) for name, facts in (("nulls", nulls), ("errors", errors)) if facts}
-    store.write_table(shard.ref.beside(at.one.folder), table, metadata | told)
-
-
-def errors_of(schema: pa.Schema) -> dict[str, list[int]]:
-    """Why rows of a score table couldn't be measured: reason → rows."""
-    return dict(json.loads((schema.metadata or {}).get(b"errors", b"{}")))
-
-
-def told_by_tables(store: Store, folder: str, shards: Iterable[ShardRef]) -> tuple[int, Counter[str], Counter[str]]:
-    """Rows, nulls by column (among living pairs) and errors by reason of a filter's tables; reads their footers alone."""
-    rows, nulls, errors = 0, Counter[str](), Counter[str]()
-    for ref in shards:
-        with store.fs.open(store.full(ref.beside(folder))) as file:
-            schema = pq.read_schema(file)
-        facts = schema.metadata or {}
-        rows += int(facts.get(b"rows", 0))
-        nulls.update(json.loads(facts.get(b"nulls", b"{}")))
-        errors.update({why: len(at) for why, at in errors_of(schema).items()})
-    return rows, nulls, errors

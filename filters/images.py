@@ -35,7 +35,7 @@ class Chunk:
 
 
 def decoded(shard: Shard, rows: Sequence[int], ahead_rows: int, ask: Ask) -> Iterator[Chunk]:
-    """The images of `rows`, in their order; at most `ahead_rows` (or one chunk) are decoded before they are asked for."""
+    """The images of `rows`, in order; at most `ahead_rows` (or one chunk) are decoded before they are asked for."""
     columns = (shard.table[name].to_pylist() for name in ("image_offset", "image_size", "width", "height"))
     places = list(zip(*columns, strict=True))
     work = partial(_chunk, shard, places, ask)

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
-from filters.engine import errors_of
+from filters.score_tables import errors_of
 from pairs.errors import PairmillError
 from pairs.shard import ShardRef, list_shards
 from pairs.verify import verify
@@ -162,7 +162,8 @@ def trace(workspace: Workspace, uid: str) -> dict[str, Any]:
         facts[kind] = {name: _row(workspace, path, row) for name, path in tables.items() if store.has(path)}
     for name, values in facts["scores"].items():
         schema = store.read_table(ref.beside(f"scores/{name}"), ["uid"]).schema
-        values |= {"error": why for why, rows in errors_of(schema).items() if row in rows}
+        told = [why for why, rows in errors_of(schema).items() if row in rows]
+        facts["scores"][name] = values | ({"error": told[0]} if told else {})
     facts["training"] = _training(workspace, full)
     return facts
 

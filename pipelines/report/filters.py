@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from filters.engine import Stats, told_by_tables
+from filters.engine import Stats
+from filters.score_tables import told_by_tables
 from pairs.shard import ShardRef
 from pipelines.run import Run
 

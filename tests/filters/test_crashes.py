@@ -19,8 +19,9 @@ from cluster import guard
 from cluster.guard import Crashed, Guard
 from cluster.session import ray_session
 from filters.base import Batch, Filter
-from filters.engine import SCORING, errors_of, plan, score_shards
+from filters.engine import SCORING, plan, score_shards
 from filters.measure import FilterStats, as_table, here, measure
+from filters.score_tables import errors_of
 from pairs.shard import ShardRef
 from pairs.store import Store
 from tests.filters.shards import write_shards
@@ -135,7 +136,10 @@ def test_crashes_are_isolated_by_halving_and_the_others_are_measured_as_if_they_
     assert table["n"].to_pylist() == [9, None, 9, 9, 9, 9, 10, 10]
     assert len(deaths) == 4, "log2 of the batch, and the first"
     assert asked[-1] == 7, "the others together"
-    assert as_table(Fragile(kills=()), batch.take([0, *range(2, 8)]))["n"].to_pylist() == table["n"].drop_null().to_pylist()
+    assert (
+        as_table(Fragile(kills=()), batch.take([0, *range(2, 8)]))["n"].to_pylist()
+        == table["n"].drop_null().to_pylist()
+    )
 
 
 def test_a_suspect_shard_is_scored_inline_with_the_culprits_null_and_told(tmp_path: Path) -> None:

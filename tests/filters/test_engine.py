@@ -274,7 +274,12 @@ def test_images_are_decoded_ahead_while_a_filter_looks_and_no_further_than_a_bat
     ends = [min(sum(n for s, n in SEEN[: i + 1] if s == 32), 199) for i, (s, _) in enumerate(SEEN) if s == 32]
     assert all(end <= at <= end + 100 + 2 * images.CHUNK_ROWS for end, at in zip(ends, small_at, strict=True))
     assert sum(looked) == 2 * 199
-    assert column(store, {"look": Look(32), "wide": Look(100)}, refs[0], "wide", "there")[:4] == [True, True, False, None]
+    assert column(store, {"look": Look(32), "wide": Look(100)}, refs[0], "wide", "there")[:4] == [
+        True,
+        True,
+        False,
+        None,
+    ]
 
 
 def test_few_big_images_are_decoded_ahead(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
