@@ -1,18 +1,18 @@
 """A child process for work that may kill its process: a decoder's segfault, a filter that takes all memory.
 
 The parent asks it one call after another and survives its death: that is raised as `Crashed`, with the signal, and the
-next question starts another child. It computes as every worker does (one thread), dies with its parent, and is killed
-when it takes more than `SHARE` of the memory that was free at its start, so that the kernel's choice of a victim never
-falls on the parent. Starting costs about 0.5 s, and whatever the asked function loads.
+next question starts another child; after `DEATHS` in a row the fault isn't a pair's, and the run stops. It computes as
+every worker does (one thread), dies with its parent, and is killed when it takes more than `SHARE` of the memory that
+was free at its start, so that the kernel's choice of a victim never falls on the parent. Starting costs about 0.5 s,
+and whatever the asked function loads.
 """
 
 import contextlib
 import os
-import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -20,10 +20,12 @@ from typing import Any, ParamSpec, TypeVar
 import psutil
 
 from cluster.compute import call, result
+from pairs.errors import PairmillError
 from pairs.process import child
 
 P = ParamSpec("P")
 T = TypeVar("T")
+DEATHS = 32
 SHARE = 0.7
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # torch reads them; importing it here would cost 2 s
 LOOK_S = 0.05  # how often its memory is looked at
@@ -40,6 +42,7 @@ class Guard:
     def __init__(self) -> None:
         self._stack = contextlib.ExitStack()
         self._asked: tuple[subprocess.Popen[bytes], Connection, int] | None = None
+        self._deaths = 0  # in a row
 
     def __enter__(self) -> "Guard":
         return self
@@ -55,9 +58,14 @@ class Guard:
             while not connection.poll(LOOK_S):
                 if psutil.Process(process.pid).memory_info().rss > limit:
                     process.kill()
-            return result(connection.recv_bytes(), "a guarded process")  # type: ignore[no-any-return]
+            told, self._deaths = connection.recv_bytes(), 0
+            return result(told, "a guarded process")  # type: ignore[no-any-return]
         except (EOFError, ConnectionError, psutil.NoSuchProcess):
-            raise Crashed(f"crashed: {_cause(process.wait())}") from None
+            self._deaths += 1
+            cause = _cause(process.wait())
+            if self._deaths >= DEATHS:
+                raise _broken(function, arguments, cause) from None
+            raise Crashed(f"crashed: {cause}") from None
         finally:
             if process.poll() is not None:
                 self._stop()
@@ -78,6 +86,15 @@ class Guard:
     def _stop(self) -> None:
         self._asked = None
         self._stack.close()
+
+
+def _broken(function: Callable[..., object], arguments: Sequence[object], cause: str) -> PairmillError:
+    what = " of ".join([getattr(function, "__name__", str(function)), *(type(one).__name__ for one in arguments[:1])])
+    return PairmillError(
+        expected=f"a process that survives one in {DEATHS} calls ({what})",
+        found=f"{cause} at every one",
+        remedy="mend the filter, its settings or its libraries, then run the same command again",
+    )
 
 
 def _cause(code: int) -> str:
@@ -105,7 +122,7 @@ def _serve(connection: Connection) -> None:
     with contextlib.suppress(EOFError):
         connection.send_bytes(b"ready")
         while True:
-            connection.send_bytes(call(_asked, pickle.loads(connection.recv_bytes())))
+            connection.send_bytes(call(_asked, connection.recv()))
 
 
 def _asked(question: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]) -> Any:

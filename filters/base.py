@@ -29,8 +29,8 @@ class Batch:
     """Some pairs of one shard, in the shard's order.
 
     `columns` holds what the filter needs by name, one value per pair: `text` is str or None, `texts` a list of dicts
-    (text, kind, language), `filter.column` that filter's value. `pixels` are HxWx3 uint8 RGB arrays, None where
-    an image doesn't decode. Forgotten pairs never reach a filter.
+    (text, kind, language), `filter.column` that filter's value (a vector of fp16 as a numpy array). `pixels` are HxWx3
+    uint8 RGB arrays, None where an image doesn't decode. Forgotten pairs never reach a filter.
     """
 
     uids: list[str]

@@ -26,7 +26,7 @@ from filters.base import PIXELS, Batch, Filter, fingerprint_of, needed_filters, 
 from filters.columns import check_same_pairs
 from filters.images import Chunk, Pixels, decoded
 from filters.measure import Ask, FilterStats, empty, here, measure
-from filters.score_tables import write_scores
+from filters.score_tables import values_of, write_scores
 from pairs.errors import PairmillError
 from pairs.shard import Shard, ShardRef, read_shard
 from pairs.store import Store
@@ -260,7 +260,7 @@ def _advance(
         at.tables.append(table)
         at.failed |= {rows[place]: why for place, why in failed.items()}
         for column in (name for name in table.column_names if f"{at.one.name}.{name}" in columns):
-            for row, value in zip(rows, table[column].to_pylist(), strict=True):
+            for row, value in zip(rows, values_of(table[column]), strict=True):
                 columns[f"{at.one.name}.{column}"][row] = value
 
 
@@ -280,7 +280,7 @@ def _needed_columns(
             path = shard.ref.beside(one.folder)
             table = store.read_table(path, ["uid", *(need.partition(".")[2] for need in needed)])
             check_same_pairs(shard.ref, shard.table["uid"], table, path)
-            columns |= {need: table[need.partition(".")[2]].to_pylist() for need in needed}
+            columns |= {need: values_of(table[need.partition(".")[2]]) for need in needed}
     return columns
 
 

@@ -7,10 +7,12 @@ can say what happened, whichever run made them.
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from filters.columns import one_chunk
 from pairs.shard import ShardRef
 from pairs.store import Store
 
@@ -30,6 +32,18 @@ def write_scores(
     told = {key: json.dumps(facts) for key, facts in (("nulls", nulls), ("errors", errors)) if facts}
     metadata = {"filter": name, "fingerprint": fingerprint, "rows": str(table.num_rows)}
     store.write_table(ref.beside(folder), table, metadata | told)
+
+
+def values_of(column: pa.ChunkedArray) -> list[Any]:
+    """What a filter is given of a column, row by row: a vector of fp16 as a numpy array, all else as Python has it."""
+    if column.type != pa.list_(pa.float16()):
+        return list(column.to_pylist())
+    lists = one_chunk(column)
+    flat, ends = lists.values.to_numpy(zero_copy_only=False), lists.offsets.to_numpy()
+    return [
+        flat[start:end] if there else None
+        for start, end, there in zip(ends, ends[1:], lists.is_valid().to_pylist(), strict=False)
+    ]
 
 
 def errors_of(schema: pa.Schema) -> dict[str, list[int]]:

@@ -22,6 +22,7 @@ from filters.base import Batch, Filter
 from filters.engine import SCORING, plan, score_shards
 from filters.measure import FilterStats, as_table, here, measure
 from filters.score_tables import errors_of
+from pairs.errors import PairmillError
 from pairs.shard import ShardRef
 from pairs.store import Store
 from tests.filters.shards import write_shards
@@ -109,6 +110,20 @@ def test_a_child_that_dies_is_told_by_its_signal_and_the_next_question_gets_anot
             one.ask(divmod, 1, 0)
         assert one.ask(os.getpid) != first
         assert one.ask(threads) == (1, 1)
+
+
+def test_a_filter_that_always_dies_is_no_pairs_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "DEATHS", 3)
+    with Guard() as one:
+        for _ in range(2):
+            with pytest.raises(Crashed):
+                one.ask(os.abort)
+        assert one.ask(int, 5) == 5
+        for _ in range(2):
+            with pytest.raises(Crashed, match="SIGABRT"):
+                one.ask(os.abort)
+        with pytest.raises(PairmillError, match="SIGABRT at every one"):
+            one.ask(os.abort)
 
 
 def test_a_child_that_takes_too_much_memory_is_killed_before_the_machine_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,11 @@
 """The engine on filters made for the purpose: order, needs, isolation of bad pairs, tombstones, equal bytes."""
 
-import threading
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -188,6 +187,33 @@ def test_a_table_of_other_pairs_is_refused(store: Store) -> None:
         run(store, filters, refs)
 
 
+def test_vectors_reach_a_filter_as_arrays_fresh_or_read(store: Store) -> None:
+    @dataclass(frozen=True)
+    class Vector(Filter):
+        needs = ("text",)
+        columns = {"v": pa.list_(pa.float16())}
+
+        def score(self, batch: Batch) -> Mapping[str, list[Any]]:
+            return {"v": [None if not text else np.full(len(text), 0.5, np.float16) for text in batch["text"]]}
+
+    @dataclass(frozen=True)
+    class Sum(Filter):
+        needs = ("vector.v",)
+        columns = {"sum": pa.float32()}
+
+        def score(self, batch: Batch) -> Mapping[str, list[Any]]:
+            assert all(v is None or v.dtype == np.float16 for v in batch["vector.v"])
+            return {"sum": [None if v is None else float(v.sum()) for v in batch["vector.v"]]}
+
+    refs = write_shards(store, (8, 0))
+    filters: dict[str, Filter] = {"vector": Vector(), "sum": Sum()}
+    run(store, filters, refs)
+    assert column(store, filters, refs[0], "sum", "sum") == (expected := [13, 6, 15, None, None, 2, 2, 13])
+    store.delete(plan(filters)[1].folder, recursive=True)
+    run(store, filters, refs)
+    assert column(store, filters, refs[0], "sum", "sum") == expected
+
+
 def test_an_empty_shard_gets_empty_tables(store: Store) -> None:
     refs = write_shards(store, (0,))
     filters: dict[str, Filter] = {"length": Length(), "sides": Sides()}
@@ -225,71 +251,6 @@ def test_shards_without_a_gpu_filter_go_to_workers_without_one(store: Store, mon
         (0.0, [(0, ["length", "twice"])]),
         (0.25, [(1, ["length", "heavy", "twice"]), (2, ["length", "heavy", "twice"])]),
     ]
-
-
-@dataclass(frozen=True)
-class Look(Filter):
-    """Notes when it looks at which rows."""
-
-    size: int = 32
-    needs = ("pixels", "text")
-    columns = {"there": pa.bool_()}
-
-    @property
-    def batch_size(self) -> int:
-        return self.size
-
-    def score(self, batch: Batch) -> Mapping[str, list[Any]]:
-        SEEN.append((self.size, len(batch)))
-        DECODED_AT.append(len(DECODED))
-        time.sleep(0.02)
-        return {"there": [look is not None for look in batch.pixels]}
-
-
-SEEN: list[tuple[int, int]] = []
-DECODED: list[int] = []
-DECODED_AT: list[int] = []
-
-
-def test_images_are_decoded_ahead_while_a_filter_looks_and_no_further_than_a_batch(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    refs = write_shards(store, (200,))
-    real, main = images.decode, threading.get_ident()
-    threads = set()
-
-    def decode(data: Any) -> Any:
-        DECODED.append(1)
-        threads.add(threading.get_ident())
-        return real(data)
-
-    monkeypatch.setattr(images, "decode", decode)
-    SEEN.clear(), DECODED.clear(), DECODED_AT.clear()
-    run(store, {"look": Look(32), "wide": Look(100)}, refs)
-    assert main not in threads
-    assert [n for size, n in SEEN if size == 32] == [31, 32, 32, 32, 32, 32, 8], "one pair is forgotten"
-    assert [n for size, n in SEEN if size == 100] == [99, 100]
-    looked = [n for size, n in SEEN]
-    small_at = [at for (size, _), at in zip(SEEN, DECODED_AT, strict=True) if size == 32]
-    ends = [min(sum(n for s, n in SEEN[: i + 1] if s == 32), 199) for i, (s, _) in enumerate(SEEN) if s == 32]
-    assert all(end <= at <= end + 100 + 2 * images.CHUNK_ROWS for end, at in zip(ends, small_at, strict=True))
-    assert sum(looked) == 2 * 199
-    assert column(store, {"look": Look(32), "wide": Look(100)}, refs[0], "wide", "there")[:4] == [
-        True,
-        True,
-        False,
-        None,
-    ]
-
-
-def test_few_big_images_are_decoded_ahead(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    refs = write_shards(store, (96,))
-    monkeypatch.setattr(images, "AHEAD_BYTES", 40 * 3 * 64 * 48)
-    SEEN.clear(), DECODED.clear(), DECODED_AT.clear()
-    real = images.decode
-    monkeypatch.setattr(images, "decode", lambda data: (DECODED.append(1), real(data))[1])
-    run(store, {"look": Look(32)}, refs)
-    assert all(at <= 31 + i * 32 + 2 * 32 for i, at in enumerate(DECODED_AT))
 
 
 @pytest.mark.slow
