@@ -1,6 +1,6 @@
 """The engine: what is left to score, and the loop that scores it, shard by shard, inline or on Ray.
 
-A shard is read once and each of its images decoded at most once, ahead of the filters that look at it, however many do.
+A shard is read once and each of its images decoded at most once, however many filters look at it, ahead of models.
 Each filter takes a batch as soon as its rows are decoded and measured by those it needs; batches start at multiples of
 its own batch size, whatever else runs beside it, so memory holds about two of the longest batches of pixels, not a
 shard's. One table per filter and shard; a table that exists is never made again.
@@ -54,7 +54,7 @@ class PlannedFilter:
 @dataclass
 class Stats:
     """What a run of the engine did. `undecodable` counts images that no filter could look at, `crashes` those of them
-    that killed the decoder; `waited_s` is how long filters waited for images."""
+    that killed the decoder; `waited_s` is how long models waited for images."""
 
     shards: int = 0
     decoded: int = 0
@@ -213,10 +213,10 @@ def _images(
 ) -> Iterator[int]:
     """Puts decoded images into `pixels`, a chunk at a time; yields how many rows are ready, at last all of them."""
     rows = [row for row, there in enumerate(living) if there] if looking else []
-    ahead = max((one.filter.batch_size for one in looking), default=0)
+    ahead = max((one.filter.batch_size for one in looking if one.filter.gpu), default=0)
     asked = time.perf_counter()
     for chunk in decoded(shard, rows, ahead, ask):
-        stats.waited_s += time.perf_counter() - asked
+        stats.waited_s += time.perf_counter() - asked if ahead else 0.0
         _count(chunk, stats)
         pixels |= chunk.pixels
         for one in looking:

@@ -1,9 +1,10 @@
 """A shard's images as pixels, decoded ahead in a thread while a model looks at those before (OpenCV lets others run).
 
 What is decoded and not yet looked at is bounded by the longest batch and by `AHEAD_BYTES`, as the pair table tells the
-sizes: a model finds its next batch ready, and memory holds about two of them, not a shard's. About 0.6 ms an image of
-256 px. With a guard (`cluster/guard.py`) chunks are decoded in its process, one at a time; an image that kills
-it is one that doesn't decode.
+sizes: a model finds its next batch ready, and memory holds about two of them, not a shard's. About 0.4 ms an image of
+256 px. Without a model nothing is decoded ahead: where filters are cheap, handing pixels from thread to thread costs
+0.15 ms an image and saves nothing while other workers have the other cores. With a guard (`cluster/guard.py`) chunks
+are decoded in its process, one at a time; an image that kills it is one that doesn't decode.
 """
 
 import time
@@ -35,12 +36,12 @@ class Chunk:
 
 
 def decoded(shard: Shard, rows: Sequence[int], ahead_rows: int, ask: Ask) -> Iterator[Chunk]:
-    """The images of `rows`, in order; at most `ahead_rows` (or one chunk) are decoded before they are asked for."""
+    """The images of `rows`, in order; at most `ahead_rows` (and one chunk) are decoded before they are asked for."""
     columns = (shard.table[name].to_pylist() for name in ("image_offset", "image_size", "width", "height"))
     places = list(zip(*columns, strict=True))
     work = partial(_chunk, shard, places, ask)
     chunks = [rows[i : i + CHUNK_ROWS] for i in range(0, len(rows), CHUNK_ROWS)]
-    if ask is not here:  # a guard answers one question at a time
+    if not ahead_rows or ask is not here:  # a guard answers one question at a time
         yield from map(work, chunks)
         return
     sizes = [sum(3 * (places[i][2] or 0) * (places[i][3] or 0) for i in chunk) for chunk in chunks]

@@ -31,8 +31,8 @@ def keep(run: Run, stats: Stats) -> None:
         run.console.say(f"  {name:<18} {', '.join(told)}")
         sums = before.get(name, {"pairs": 0, "seconds": 0.0})
         before[name] = {"pairs": sums["pairs"] + pairs, "seconds": sums["seconds"] + seconds}
-    if stats.waited_s > 0.05 * stats.decode_s + 1:
-        run.console.say(f"  filters waited {stats.waited_s:.1f} s for images")
+    if stats.waited_s > 1 + 0.05 * sum(one.seconds for one in stats.filters.values()):
+        run.console.say(f"  models waited {stats.waited_s:.1f} s for images")
     run.write(SPEED, before)
 
 

@@ -23,15 +23,20 @@ def store(memory_store: Store) -> Store:
 
 @dataclass(frozen=True)
 class Look(Filter):
-    """Notes when it looks at which rows."""
+    """Notes when it looks at how many rows."""
 
     size: int = 32
+    model: bool = True
     needs = ("pixels", "text")
     columns = {"there": pa.bool_()}
 
     @property
     def batch_size(self) -> int:
         return self.size
+
+    @property
+    def gpu(self) -> float:
+        return 0.1 * self.model
 
     def score(self, batch: Batch) -> Mapping[str, list[Any]]:
         SEEN.append((self.size, len(batch)))
@@ -74,6 +79,14 @@ def test_images_are_decoded_ahead_while_a_filter_looks_and_no_further_than_a_bat
         False,
         None,
     ]
+
+
+def test_without_a_model_nothing_is_decoded_ahead(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    refs, real = write_shards(store, (96,)), images.decode
+    SEEN.clear(), DECODED.clear(), DECODED_AT.clear()
+    monkeypatch.setattr(images, "decode", lambda data: (DECODED.append(1), real(data))[1])
+    run(store, {"look": Look(32, model=False)}, refs)
+    assert DECODED_AT == [32, 64, 95]
 
 
 def test_few_big_images_are_decoded_ahead(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
