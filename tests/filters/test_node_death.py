@@ -46,11 +46,12 @@ def curate(store: Store, refs: list[ShardRef], **settings: Any) -> None:
     run_reducers(store, reducers, {"web": refs}, scores, [])
 
 
-def spread_and_kill(store: Store, refs: list[ShardRef]) -> None:
+def main() -> None:
     """Curates on a cluster and kills a node at the fourth shard. In a process of its own: Ray reads once in a process
     whether it asks for a token, and this cluster doesn't."""
     from ray.cluster_utils import Cluster
 
+    store = Store(sys.argv[1])
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False} | STORE)
     victim = [cluster.add_node(num_cpus=1, **STORE) for _ in range(2)][-1]
     os.environ["RAY_ADDRESS"] = cluster.address
@@ -62,7 +63,7 @@ def spread_and_kill(store: Store, refs: list[ShardRef]) -> None:
 
     try:
         with ray_session(3):
-            curate(store, refs, engine="ray", workers=3, progress=kill)
+            curate(store, list_shards(store, "pairs"), engine="ray", workers=3, progress=kill)
     finally:
         cluster.shutdown()
 
@@ -74,13 +75,9 @@ def test_a_node_that_dies_in_mid_curation_changes_no_byte(tmp_path: Path) -> Non
     refs = write_shards(inline, (6,) * 15) and write_shards(spread, (6,) * 15)
     curate(inline, refs, engine="inline", workers=1)
     here = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_USAGE_STATS_ENABLED": "0"}
-    command = [sys.executable, "-m", "tests.filters.test_node_death", spread.root]
+    here |= {"PYTHONPATH": os.pathsep.join(place for place in sys.path if place)}
+    command = [sys.executable, "-c", "from tests.filters import test_node_death as one; one.main()", spread.root]
     told = subprocess.run(command, env=here, capture_output=True, text=True)
     assert told.returncode == 0 and "killed a node of 15 shards" in told.stdout, told.stderr[-3000:]
     assert inline.files("scores") == spread.files("scores") and len(inline.files("scores")) > 15 * 5
     assert [path for path in inline.files("scores") if inline.read(path) != spread.read(path)] == []
-
-
-if __name__ == "__main__":
-    workspace = Store(sys.argv[1])
-    spread_and_kill(workspace, list_shards(workspace, "pairs"))
