@@ -109,6 +109,7 @@ def _on_ray(attempts: Sequence[Callable[[Any], Any]], items: Sequence[Any], work
         left, tries = list(reversed(range(len(items)))), Counter[int]()
         starting = {actor.ready.remote(): actor for actor in pool}  # a cluster may give fewer than were asked for
         running: dict[Any, tuple[Any, int]] = {}
+        idle: list[Any] = []
         while left or running:
             done, _ = ray.wait([*starting, *running], num_returns=1, timeout=None if running else START_S)
             if not done:
@@ -125,13 +126,16 @@ def _on_ray(attempts: Sequence[Callable[[Any], Any]], items: Sequence[Any], work
                 if tries[item] >= len(attempts) + (len(pool) if item < 0 else 0):  # idle ones may all have died
                     raise _died(items[item] if item >= 0 else "its start", tries[item], died) from died
                 left += [item] * (item >= 0)
-                pool[pool.index(actor)] = actor = new()
-                starting[actor.ready.remote()] = actor
-                continue
-            if item >= 0:
-                yield result(told, "a Ray actor")
-            if left:
-                item = left.pop()
+                pool.remove(actor)
+                if not idle:  # another may have nowhere to start while idle ones hold the CPUs
+                    pool.append(new())
+                    starting[pool[-1].ready.remote()] = pool[-1]
+            else:
+                idle.append(actor)
+                if item >= 0:
+                    yield result(told, "a Ray actor")
+            while idle and left:
+                actor, item = idle.pop(), left.pop()
                 running[actor.run.remote(shared[tries[item]], items[item])] = (actor, item)
 
 
