@@ -5,8 +5,8 @@ thread per process, because a sum's order, and so its last bits, depends on the 
 OMP_NUM_THREADS is ignored when a worker is reused (ray #30496). A failure surfaces as the exception that was raised.
 
 The actors live as long as their Ray session, so what a filter has loaded stays loaded: importing torch, open_clip and
-transformers costs each of them about 12 s of CPU, once. Where there are GPUs each holds its share of them and ends with
-the call, because training needs them next; on a cluster too, whose CPUs others wait for. See docs/decisions/0007.
+transformers costs each of them about 12 s of CPU, once. Those that hold a share of a GPU end with the call, because
+training needs it next; on a cluster all do, whose CPUs others wait for. See docs/decisions/0007.
 """
 
 import contextlib
@@ -50,16 +50,23 @@ def map_shards(
     *,
     engine: Engine,
     workers: int,
+    gpu: float = 0.0,
+    rescue: Callable[[Item], Result] | None = None,
 ) -> Iterator[Result]:
     """Yields `function(item)` for every item, in the order in which they finish.
 
-    `workers` actors (one process each, with its share of the GPUs) on "ray"; "inline" uses this process alone.
-    Function and items have to pickle. What the function raises surfaces; an item whose actor dies is tried by another
-    one, `RETRIES` times, before that is a PairmillError.
+    `workers` actors (one process each) on "ray"; "inline" uses this process alone. `gpu` is the share of a GPU, in
+    [0, 1], that one worker needs at least: where the session has GPUs no more actors run than they have room for, and
+    they share all of it; with 0 they hold none. Function and items have to pickle. What the function raises surfaces;
+    an item whose actor dies is tried by another one, `RETRIES` times, before that is a PairmillError. With `rescue`
+    that is called, in an actor, for an item that two actors died of.
     """
     if not items:
         return iter(())
-    return _inline(function, items) if engine == "inline" else _on_ray(function, items, workers)
+    if engine == "inline":
+        return _inline(function, items)
+    attempts = [function, function, *([rescue, rescue] if rescue else [function] * (RETRIES - 1))]
+    return _on_ray(attempts, items, workers, gpu)
 
 
 def _inline(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
@@ -77,10 +84,11 @@ class _Actor:
 
     def run(self, function: Callable[[Any], Any], item: Any) -> bytes:
         with one_thread():
-            return _call(function, item)
+            return call(function, item)
 
 
-def _call(function: Callable[[Any], Any], item: Any) -> bytes:
+def call(function: Callable[[Any], Any], item: Any) -> bytes:
+    """The pickled (result, error, traceback) of `function(item)`; `result` opens it in another process."""
     try:
         return pickle.dumps((function(item), None, ""))
     except Exception as error:
@@ -92,13 +100,16 @@ def _call(function: Callable[[Any], Any], item: Any) -> bytes:
         return pickle.dumps((None, error, trace))
 
 
-def _on_ray(function: Callable[[Any], Any], items: Sequence[Any], workers: int) -> Iterator[Any]:
-    with ray_session(workers), _actors(min(workers, len(items)), workers) as pool:
+def _on_ray(attempts: Sequence[Callable[[Any], Any]], items: Sequence[Any], workers: int, gpu: float) -> Iterator[Any]:
+    """`attempts` are the functions of an item's first, second, … try."""
+    with ray_session(workers), _actors(len(items), workers, gpu) as (pool, new):
         import ray
 
-        shared, left, tries = ray.put(function), list(reversed(range(len(items)))), Counter[int]()
+        shared = [ray.put(function) for function in attempts]
+        left, tries = list(reversed(range(len(items)))), Counter[int]()
         starting = {actor.ready.remote(): actor for actor in pool}  # a cluster may give fewer than were asked for
         running: dict[Any, tuple[Any, int]] = {}
+        idle: list[Any] = []
         while left or running:
             done, _ = ray.wait([*starting, *running], num_returns=1, timeout=None if running else START_S)
             if not done:
@@ -112,60 +123,62 @@ def _on_ray(function: Callable[[Any], Any], items: Sequence[Any], workers: int) 
                 told = ray.get(done[0])
             except ray.exceptions.RayError as died:  # out of memory, a crash, a lost node
                 tries[item] += 1
-                if tries[item] > RETRIES + (len(pool) if item < 0 else 0):  # idle ones may all have died meanwhile
-                    raise _died(items[item] if item >= 0 else "its start", died) from died
+                if tries[item] >= len(attempts) + (len(pool) if item < 0 else 0):  # idle ones may all have died
+                    raise _died(items[item] if item >= 0 else "its start", tries[item], died) from died
                 left += [item] * (item >= 0)
-                pool[pool.index(actor)] = actor = _new(workers)
-                starting[actor.ready.remote()] = actor
-                continue
-            if item >= 0:
-                yield _result(told)
-            if left:
-                item = left.pop()
-                running[actor.run.remote(shared, items[item])] = (actor, item)
+                pool.remove(actor)
+                if not idle:  # another may have nowhere to start while idle ones hold the CPUs
+                    pool.append(new())
+                    starting[pool[-1].ready.remote()] = pool[-1]
+            else:
+                idle.append(actor)
+                if item >= 0:
+                    yield result(told, "a Ray actor")
+            while idle and left:
+                actor, item = idle.pop(), left.pop()
+                running[actor.run.remote(shared[tries[item]], items[item])] = (actor, item)
 
 
-def _result(told: bytes) -> Any:
-    result, error, trace = pickle.loads(told)
+def result(told: bytes, where: str) -> Any:
+    """What `call` gave, or its error with the traceback of `where`."""
+    value, error, trace = pickle.loads(told)
     if error is not None:
-        error.add_note(f"raised in a Ray actor:\n{trace}")
+        error.add_note(f"raised in {where}:\n{trace}")
         raise error
-    return result
+    return value
 
 
-def _died(item: object, died: Exception) -> PairmillError:
+def _died(item: object, times: int, died: Exception) -> PairmillError:
     return PairmillError(
         expected=f"a Ray worker to finish {str(item)[:200]}",
-        found=f"{RETRIES + 1} died of it: {' '.join(str(died).split())[:300]}",
+        found=f"{times} died of it: {' '.join(str(died).split())[:300]}",
         remedy="give it more memory or take fewer `workers`, then run the same command again: what is done stays",
     )
 
 
-def _new(workers: int) -> Any:
-    """An actor with a CPU and, where the session has GPUs, its share of them."""
-    import ray
-
-    gpus = ray.cluster_resources().get("GPU", 0.0)
-    return ray.remote(_Actor).options(num_cpus=1, num_gpus=min(1.0, gpus / workers)).remote()
-
-
 @contextlib.contextmanager
-def _actors(count: int, workers: int) -> Iterator[list[Any]]:
-    """`count` actors of this session. On a machine of our own without a GPU they stay for the next call; elsewhere, and
-    where the block failed, they end with it."""
+def _actors(items: int, workers: int, gpu: float) -> Iterator[tuple[list[Any], Callable[[], Any]]]:
+    """At most one actor per item, and what makes another. On a machine of our own those without a GPU stay for the next
+    call; elsewhere, and where the block failed, they end with it."""
     import ray
 
+    gpus = ray.cluster_resources().get("GPU", 0.0) if gpu else 0.0
+    share = min(1.0, max(gpu, gpus / workers)) if gpus else 0.0
+    count = min(workers, items, max(1, int(gpus / share)) if share else workers)
+    new = ray.remote(_Actor).options(num_cpus=1, num_gpus=share).remote
     context = ray.get_runtime_context()
     session = f"{context.get_node_id()} {context.get_job_id()}"
     for gone in [name for name in _pools if name != session]:
         del _pools[gone]
     kept, whole = _pools.pop(session, []), False
-    actors = kept[:count] + [_new(workers) for _ in range(count - len(kept))]
+    while share and kept:
+        ray.kill(kept.pop())  # the CPUs that they hold are needed
+    actors = kept[:count] + [new() for _ in range(count - len(kept))]
     try:
-        yield actors
+        yield actors, new
         whole = True
     finally:
-        if whole and "RAY_ADDRESS" not in os.environ and not ray.cluster_resources().get("GPU"):
+        if whole and "RAY_ADDRESS" not in os.environ and not share:
             _pools[session] = actors + kept[count:]
         else:
             for actor in actors:

@@ -30,8 +30,8 @@ class Batch:
     """Some pairs of one shard, in the shard's order.
 
     `columns` holds what the filter needs by name, one value per pair: `text` is str or None, `texts` a list of dicts
-    (text, kind, language), `filter.column` that filter's value. `pixels` are HxWx3 uint8 RGB arrays, None where
-    an image doesn't decode. Forgotten pairs never reach a filter.
+    (text, kind, language), `filter.column` that filter's value (a vector of fp16 as a numpy array). `pixels` are HxWx3
+    uint8 RGB arrays, None where an image doesn't decode. Forgotten pairs never reach a filter.
     """
 
     uids: list[str]
@@ -84,6 +84,11 @@ class Filter(Measurement):
     def dtype(self) -> str:
         """The precision that the model computes in; empty where there is none."""
         return ""
+
+    @property
+    def gpu(self) -> float:
+        """The share of a GPU, in (0, 1], that one worker needs where there are GPUs; 0 for what the CPU does."""
+        return 0.0
 
     def score(self, batch: Batch) -> Mapping[str, Values]:
         """One value per pair and column; None (or NaN) for what can't be measured."""

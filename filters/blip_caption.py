@@ -38,6 +38,7 @@ class BlipCaption(Filter):
     needs = ("pixels",)
     columns = {"texts": pa.list_(pa.string()), "reason": pa.string()}
     dtype = "fp32"
+    gpu = 0.2
 
     def content_hashes(self) -> dict[str, str]:
         return blip_hashes(self.weights, blip.CAPTIONS)

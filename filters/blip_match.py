@@ -19,6 +19,8 @@ from filters.weights import blip_hashes
 if TYPE_CHECKING:
     import torch
 
+LONGEST = 10_000  # characters that the tokenizer is given, many times what the model takes
+
 
 @dataclass(frozen=True)
 class BlipMatch(Filter):
@@ -32,6 +34,7 @@ class BlipMatch(Filter):
 
     columns = {"probability": pa.list_(pa.float32()), "cosine": pa.list_(pa.float32()), "cut": pa.int32()}
     dtype = "fp32"
+    gpu = 0.2
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -54,7 +57,7 @@ class BlipMatch(Filter):
             with torch.inference_mode():
                 looks = [image for i in seen if (image := batch.pixels[i]) is not None]
                 images = model.vision_model(blip.pictures(processor, looks, model.device))[0]
-                ids = processor.tokenizer([texts[i][j] for i, j in places], verbose=False)["input_ids"]
+                ids = processor.tokenizer([str(texts[i][j])[:LONGEST] for i, j in places], verbose=False)["input_ids"]
                 for (i, _), row in zip(places, ids, strict=True):
                     cut[i] += len(row) > self.max_tokens
                 ids = [row if len(row) <= self.max_tokens else [*row[: self.max_tokens - 1], row[-1]] for row in ids]

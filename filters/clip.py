@@ -6,6 +6,7 @@ uint8 instead of PIL's (within one grey level of it). Cost is the model's forwar
 an image. CLIP: arXiv 2103.00020; filtering by its cosine: LAION-400M, arXiv 2111.02114.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -19,8 +20,9 @@ from filters.weights import clip_hashes
 
 @dataclass(frozen=True)
 class Clip(Filter):
-    """`cosine` of the first text and `cosines` of all texts, in [-1, 1]; `image` and `text` (the first) the normalised
-    embeddings in fp16. Blank texts and images that don't decode have none.
+    """`cosine` of the first text and `cosines` of all texts, in [-1, 1], as fp32 embeddings give them; `image` and
+    `text` (the first) the normalised embeddings in fp16. Blank texts and images that don't decode have none, nor has
+    what the model makes no numbers of.
 
     `weights` is one of the model's tags, a folder in open_clip's format (which then names the model), or null
     for random weights, which serve benchmarks alone.
@@ -32,6 +34,7 @@ class Clip(Filter):
     batch_size: int = 64
 
     needs = ("pixels", "texts")
+    gpu = 0.1
     columns = {
         "cosine": pa.float32(),
         "cosines": pa.list_(pa.float32()),
@@ -53,9 +56,9 @@ class Clip(Filter):
         looks = {i: image for i, image in enumerate(batch.pixels) if image is not None}
         images = dict(zip(looks, model.embed_images(list(looks.values()), self.batch_size), strict=True))
         texts = [[entry["text"] for entry in entries or []] for entries in batch["texts"]]
-        written = {(i, j): t for i, row in enumerate(texts) for j, t in enumerate(row) if t and t.strip()}
-        embedded = dict(zip(written, model.embed_texts(list(written.values()), self.batch_size), strict=True))
-        aligned = [[embedded.get((i, j)) for j in range(len(row))] for i, row in enumerate(texts)]
+        written = list(dict.fromkeys(text for row in texts for text in row if text and text.strip()))
+        embedded = dict(zip(written, model.embed_texts(written, self.batch_size), strict=True))
+        aligned = [[embedded.get(text) for text in row] for row in texts]
         cosines = [_cosines(images.get(i), row) for i, row in enumerate(aligned)]
         return {
             "cosine": [row[0] if row else None for row in cosines],
@@ -68,7 +71,8 @@ class Clip(Filter):
 def _cosines(image_D: np.ndarray | None, texts: Sequence[np.ndarray | None]) -> list[float | None] | None:
     if image_D is None:
         return None
-    return [None if text_D is None else float(np.clip(image_D @ text_D, -1, 1)) for text_D in texts]
+    found = [None if text_D is None else float(image_D @ text_D) for text_D in texts]
+    return [None if value is None or math.isnan(value) else max(-1.0, min(1.0, value)) for value in found]
 
 
 def _half(vector_D: np.ndarray | None) -> np.ndarray | None:

@@ -1,32 +1,39 @@
 """The engine: what is left to score, and the loop that scores it, shard by shard, inline or on Ray.
 
-A shard is read once and each of its images decoded at most once, however many filters look at it. The rows pass in
-windows, whose length is the least common multiple of the filters' batch sizes: so every filter's batches start at
-multiples of its own batch size, whatever else runs beside it, and memory holds one window of pixels, not a
+A shard is read once and each of its images decoded at most once, however many filters look at it, ahead of models.
+Each filter takes a batch as soon as its rows are decoded and measured by those it needs; batches start at multiples of
+its own batch size, whatever else runs beside it, so memory holds about two of the longest batches of pixels, not a
 shard's. One table per filter and shard; a table that exists is never made again.
+
+A shard that kills its process twice is scored under a guard (`cluster/guard.py`): the pairs at fault become null, the
+table's metadata say why (`errors`: rows by reason), and the run goes on. A process that runs inline dies of it once,
+and leaves a mark in `scoring/`; the same command then begins that shard under the guard.
 """
 
-import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
-import cv2
-import numpy as np
 import pyarrow as pa
 
 from cluster.compute import Engine, map_shards
+from cluster.guard import Guard
 from filters.base import PIXELS, Batch, Filter, fingerprint_of, needed_filters, pair_fields
 from filters.columns import check_same_pairs
-from filters.measure import FilterStats, measure
+from filters.images import Chunk, Pixels, decoded
+from filters.measure import Ask, FilterStats, empty, here, measure
+from filters.score_tables import values_of, write_scores
 from pairs.errors import PairmillError
 from pairs.shard import Shard, ShardRef, read_shard
 from pairs.store import Store
 from pairs.strict import nearest
 from pairs.workspace import alive
 
+SCORING = "scoring"  # marks of shards that an inline process is at
 Dead = Mapping[str, AbstractSet[str]]  # tombstoned ids by kind, as `Workspace.tombstones` gives them
 
 
@@ -46,19 +53,21 @@ class PlannedFilter:
 
 @dataclass
 class Stats:
-    """What a run of the engine did. `undecodable` counts images that no filter could look at."""
+    """What a run of the engine did. `undecodable` counts images that no filter could look at, `crashes` those of them
+    that killed the decoder; `waited_s` is how long models waited for images."""
 
     shards: int = 0
     decoded: int = 0
     undecodable: int = 0
     decode_s: float = 0.0
+    waited_s: float = 0.0
+    crashes: Counter[str] = field(default_factory=Counter)
     filters: dict[str, FilterStats] = field(default_factory=dict)
 
     def add(self, other: "Stats") -> None:
-        self.shards += other.shards
-        self.decoded += other.decoded
-        self.undecodable += other.undecodable
-        self.decode_s += other.decode_s
+        for name in ("shards", "decoded", "undecodable", "decode_s", "waited_s"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.crashes += other.crashes
         for name, stats in other.filters.items():
             self.filters.setdefault(name, FilterStats()).add(stats)
 
@@ -116,106 +125,163 @@ def score_shards(
     """Makes every missing table of the planned filters for the `shards`; engine and workers don't change the bytes.
 
     `progress(done, all)` is called after each shard; `dead` are tombstones, whose rows become null. Canary shards are
-    shards like any other.
+    shards like any other. Shards that lack no filter with a GPU are scored first, by workers that hold none.
     """
-    left = missing(store, planned, shards)
-    total = Stats()
-    if not left:
-        return total
-    items = [(ref, [one.name for one in filters]) for ref, filters in left.items()]
-    score = partial(_score_shard, store, list(planned), dead or {})
-    for done, stats in enumerate(map_shards(score, items, engine=engine, workers=workers), start=1):
-        total.add(stats)
-        if progress:
-            progress(done, len(items))
+    left, done, total = missing(store, planned, shards), 0, Stats()
+    for group in _by_gpu(left):
+        gpu = max(one.filter.gpu for filters in group.values() for one in filters)
+        items = [(ref, [one.name for one in filters]) for ref, filters in group.items()]
+        score = partial(_marked if engine == "inline" else _score_shard, store, list(planned), dead or {})
+        rescue = partial(_guarded, store, list(planned), dead or {})
+        for stats in map_shards(score, items, engine=engine, workers=workers, gpu=gpu, rescue=rescue):
+            total.add(stats)
+            done += 1
+            if progress:
+                progress(done, len(left))
     return total
 
 
-def _score_shard(store: Store, planned: list[PlannedFilter], dead: Dead, item: tuple[ShardRef, list[str]]) -> Stats:
+Left = Mapping[ShardRef, list[PlannedFilter]]
+Item = tuple[ShardRef, list[str]]
+
+
+def _by_gpu(left: Left) -> list[Left]:
+    """The shards that need no GPU, and those that do."""
+    parts = [
+        {ref: f for ref, f in left.items() if any(one.filter.gpu for one in f) is needs} for needs in (False, True)
+    ]
+    return [part for part in parts if part]
+
+
+def _marked(store: Store, planned: list[PlannedFilter], dead: Dead, item: Item) -> Stats:
+    """Scores a shard inline. A mark that is there already was left by a process that died at this shard."""
+    mark = item[0].beside(SCORING).removesuffix(".parquet")
+    suspect = store.has(mark)
+    store.write(mark, "")
+    try:
+        return (_guarded if suspect else _score_shard)(store, planned, dead, item)
+    finally:
+        store.delete(mark)
+
+
+def _guarded(store: Store, planned: list[PlannedFilter], dead: Dead, item: Item) -> Stats:
+    with Guard() as guard:
+        return _score_shard(store, planned, dead, item, guard.ask)
+
+
+@dataclass
+class _Pass:
+    """A filter on its way over a shard: the rows behind it, their tables, and why rows failed."""
+
+    one: PlannedFilter
+    done: int = 0
+    tables: list[pa.Table] = field(default_factory=list)
+    failed: dict[int, str] = field(default_factory=dict)
+
+
+def _score_shard(store: Store, planned: list[PlannedFilter], dead: Dead, item: Item, ask: Ask = here) -> Stats:
     """Scores one shard with the filters named in `item`, and writes their tables."""
     ref, names = item
     filters = [one for one in planned if one.name in names]
-    wants_pixels = any(PIXELS in one.filter.needs for one in filters)
-    shard = read_shard(store, ref) if wants_pixels else Shard(ref, store.read_table(ref.table), b"")
+    looking = [one for one in filters if PIXELS in one.filter.needs]
+    shard = read_shard(store, ref) if looking else Shard(ref, store.read_table(ref.table), b"")
     stats = Stats(shards=1, filters={one.name: FilterStats() for one in filters})
-    columns = _needed_columns(store, planned, filters, shard)
-    made = {one.name: [pa.schema(list(one.filter.columns.items())).empty_table()] for one in filters}
-    wanted = {need for one in filters for need in one.filter.needs}
+    columns = {"uid": shard.table["uid"].to_pylist()} | _needed_columns(store, planned, filters, shard)
     living = alive(shard.table, dead).to_pylist()
-    window = math.lcm(*(one.filter.batch_size for one in filters))
-    for start in range(0, shard.table.num_rows, window):
-        rows = [i for i in range(start, min(start + window, shard.table.num_rows)) if living[i]]
-        pixels = _decode(shard, rows, stats) if wants_pixels else {}
-        for one in filters:
-            table = _score_window(one, shard, columns, pixels, rows, stats.filters[one.name])
-            made[one.name].append(table)
-            for column in (name for name in table.column_names if f"{one.name}.{name}" in wanted):
-                whole = columns.setdefault(f"{one.name}.{column}", [None] * shard.table.num_rows)
-                for i, value in zip(rows, table[column].to_pylist(), strict=True):
-                    whole[i] = value
-    for one in filters:
-        _refuse_if_all_failed(one, ref, stats.filters[one.name])
-        _write(store, one, shard, living, pa.concat_tables(made[one.name]))
+    passes = {one.name: _Pass(one) for one in filters}
+    pixels: Pixels = {}
+    for seen in _images(shard, living, looking, pixels, passes, stats, ask):
+        for at in passes.values():
+            _advance(at, passes, columns, pixels, living, seen, stats.filters[at.one.name], ask)
+        for row in range(min(pixels, default=0), min((passes[one.name].done for one in looking), default=0)):
+            pixels.pop(row, None)
+    for at in passes.values():
+        _refuse_if_all_failed(at.one, ref, stats.filters[at.one.name])
+        table = pa.concat_tables([empty(at.one.filter), *at.tables])
+        write_scores(store, ref, at.one.folder, shard.table["uid"], living, table, at.failed)
     return stats
+
+
+def _images(
+    shard: Shard,
+    living: Sequence[bool],
+    looking: Sequence[PlannedFilter],
+    pixels: Pixels,
+    passes: Mapping[str, _Pass],
+    stats: Stats,
+    ask: Ask,
+) -> Iterator[int]:
+    """Puts decoded images into `pixels`, a chunk at a time; yields how many rows are ready, at last all of them."""
+    rows = [row for row, there in enumerate(living) if there] if looking else []
+    ahead = max((one.filter.batch_size for one in looking if one.filter.gpu), default=0)
+    asked = time.perf_counter()
+    for chunk in decoded(shard, rows, ahead, ask):
+        stats.waited_s += time.perf_counter() - asked if ahead else 0.0
+        _count(chunk, stats)
+        pixels |= chunk.pixels
+        for one in looking:
+            passes[one.name].failed |= {row: f"{why} while decoding" for row, why in chunk.failed.items()}
+        if (ready := max(chunk.pixels) + 1) <= rows[-1]:
+            yield ready
+        asked = time.perf_counter()
+    yield len(living)
+
+
+def _count(chunk: Chunk, stats: Stats) -> None:
+    stats.decoded += len(chunk.pixels)
+    stats.undecodable += sum(image is None for image in chunk.pixels.values())
+    stats.crashes.update(chunk.failed.values())
+    stats.decode_s += chunk.seconds
+
+
+def _advance(
+    at: _Pass,
+    passes: Mapping[str, _Pass],
+    columns: dict[str, list[Any]],
+    pixels: Pixels,
+    living: Sequence[bool],
+    seen: int,
+    stats: FilterStats,
+    ask: Ask,
+) -> None:
+    """Measures the batches that are ready. They are cut at fixed positions of the shard, so that a forgotten pair
+    changes no other pair's batch."""
+    filter_, size = at.one.filter, at.one.filter.batch_size
+    ready = [passes[name].done for name in needed_filters(filter_) if name in passes]
+    limit = min([seen if PIXELS in filter_.needs else len(living), *ready])
+    while at.done < limit and (at.done + size <= limit or limit == len(living)):
+        rows = [row for row in range(at.done, min(at.done + size, limit)) if living[row]]
+        at.done = min(at.done + size, limit)
+        if not rows:
+            continue
+        needs = {name: [columns[name][row] for row in rows] for name in filter_.needs if name != PIXELS}
+        looks = [pixels[row] for row in rows] if PIXELS in filter_.needs else []
+        table, failed = measure(filter_, Batch([columns["uid"][row] for row in rows], needs, looks), stats, ask)
+        at.tables.append(table)
+        at.failed |= {rows[place]: why for place, why in failed.items()}
+        for column in (name for name in table.column_names if f"{at.one.name}.{name}" in columns):
+            for row, value in zip(rows, values_of(table[column]), strict=True):
+                columns[f"{at.one.name}.{column}"][row] = value
 
 
 def _needed_columns(
     store: Store, planned: list[PlannedFilter], filters: list[PlannedFilter], shard: Shard
-) -> dict[str, list[object]]:
-    """Whole columns of the shard by name: pair fields, and what filters made in earlier runs."""
-    fields = {need for one in filters for need in pair_fields(one.filter)}
-    columns = {name: shard.table[name].to_pylist() for name in sorted(fields)}
+) -> dict[str, list[Any]]:
+    """Whole columns of the shard by name: pair fields, what filters made in earlier runs, and room for what is made
+    in this one."""
+    wanted = sorted({need for one in filters for need in one.filter.needs if need != PIXELS})
     running = {one.name for one in filters}
+    columns = {name: [] if "." in name else shard.table[name].to_pylist() for name in wanted}
     for one in planned:
-        needed = sorted({n for other in filters for n in other.filter.needs if n.partition(".")[0] == one.name})
-        if not needed or one.name in running:
-            continue
-        path = shard.ref.beside(one.folder)
-        table = store.read_table(path, ["uid", *(need.partition(".")[2] for need in needed)])
-        check_same_pairs(shard.ref, shard.table["uid"], table, path)
-        columns |= {need: table[need.partition(".")[2]].to_pylist() for need in needed}
+        needed = [need for need in wanted if need.partition(".")[0] == one.name]
+        if one.name in running:
+            columns |= {need: [None] * shard.table.num_rows for need in needed}
+        elif needed:
+            path = shard.ref.beside(one.folder)
+            table = store.read_table(path, ["uid", *(need.partition(".")[2] for need in needed)])
+            check_same_pairs(shard.ref, shard.table["uid"], table, path)
+            columns |= {need: values_of(table[need.partition(".")[2]]) for need in needed}
     return columns
-
-
-def _decode(shard: Shard, rows: Sequence[int], stats: Stats) -> dict[int, np.ndarray | None]:
-    """Row → HxWx3 uint8 RGB, or None where the image doesn't decode."""
-    started = time.perf_counter()
-    offsets, sizes = (shard.table[name].to_pylist() for name in ("image_offset", "image_size"))
-    pixels: dict[int, np.ndarray | None] = {}
-    for i in rows:
-        try:
-            encoded = np.frombuffer(shard.tar, np.uint8, sizes[i], offsets[i])
-            bgr = cv2.imdecode(encoded, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-        except (cv2.error, ValueError):
-            bgr = None
-        pixels[i] = None if bgr is None else cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
-        stats.undecodable += bgr is None
-    stats.decoded += len(rows)
-    stats.decode_s += time.perf_counter() - started
-    return pixels
-
-
-def _score_window(
-    one: PlannedFilter,
-    shard: Shard,
-    columns: Mapping[str, list[object]],
-    pixels: Mapping[int, np.ndarray | None],
-    rows: Sequence[int],
-    stats: FilterStats,
-) -> pa.Table:
-    """The filter's columns for `rows`. Batches are cut at fixed positions of the shard, so that a forgotten pair
-    changes no other pair's batch."""
-    uids = shard.table["uid"].to_pylist()
-    names = [need for need in one.filter.needs if need != PIXELS]
-    batches: dict[int, list[int]] = {}
-    for i in rows:
-        batches.setdefault(i // one.filter.batch_size, []).append(i)
-    tables = []
-    for members in batches.values():
-        values = {name: [columns[name][i] for i in members] for name in names}
-        looks = [pixels[i] for i in members] if PIXELS in one.filter.needs else []
-        tables.append(measure(one.filter, Batch([uids[i] for i in members], values, looks), stats))
-    return pa.concat_tables(tables) if tables else pa.schema(list(one.filter.columns.items())).empty_table()
 
 
 def _refuse_if_all_failed(one: PlannedFilter, ref: ShardRef, stats: FilterStats) -> None:
@@ -227,11 +293,3 @@ def _refuse_if_all_failed(one: PlannedFilter, ref: ShardRef, stats: FilterStats)
             found=f"an error at every one: {reason}",
             remedy="mend the filter or its settings, then run the same command again",
         )
-
-
-def _write(store: Store, one: PlannedFilter, shard: Shard, living: Sequence[bool], made: pa.Table) -> None:
-    places = iter(range(made.num_rows))
-    positions = pa.array([next(places) if there else None for there in living], pa.int64())
-    table = made.combine_chunks().take(positions).add_column(0, "uid", shard.table["uid"].combine_chunks())
-    metadata = {"filter": one.name, "fingerprint": one.fingerprint, "rows": str(table.num_rows)}
-    store.write_table(shard.ref.beside(one.folder), table, metadata)

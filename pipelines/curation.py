@@ -30,6 +30,7 @@ from pairs.strict import nearest
 from pairs.uid_lists import load_uid_list
 from pipelines import scorer as scorer_in_force
 from pipelines.models import model_folder
+from pipelines.report import filters as filters_report
 from pipelines.run import Run
 from pipelines.training_shards import publish_training_shards
 from training.launch import NVIDIA
@@ -183,7 +184,7 @@ def score(run: Run, planned: Sequence[PlannedFilter], refs: Sequence[ShardRef], 
     engine = "inline" if alone else run.engine
     if engine == "ray":
         run.hold("ray", ray_session(run.recipe.workers))
-    score_shards(
+    stats = score_shards(
         store,
         planned,
         refs,
@@ -192,6 +193,7 @@ def score(run: Run, planned: Sequence[PlannedFilter], refs: Sequence[ShardRef], 
         progress=lambda done, total: show(done, total, "shards"),
         dead=run.workspace.tombstones(),
     )
+    filters_report.keep(run, stats)
     return len(left)
 
 

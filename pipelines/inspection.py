@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
+from filters.score_tables import errors_of
 from pairs.errors import PairmillError
 from pairs.shard import ShardRef, list_shards
 from pairs.verify import verify
@@ -161,6 +162,10 @@ def trace(workspace: Workspace, uid: str) -> dict[str, Any]:
     for kind in ("scores", "selections"):
         tables = {name: ref.beside(f"{kind}/{name}") for name in store.folders(kind)}
         facts[kind] = {name: _row(workspace, path, row) for name, path in tables.items() if store.has(path)}
+    for name, values in facts["scores"].items():
+        schema = store.read_table(ref.beside(f"scores/{name}"), ["uid"]).schema
+        told = [why for why, rows in errors_of(schema).items() if row in rows]
+        facts["scores"][name] = values | ({"error": told[0]} if told else {})
     facts["training"] = _training(workspace, full)
     return facts
 

@@ -18,6 +18,7 @@ from pairs.recipe import Recipe, Rule
 from pairs.schemas import SELECTION
 from pipelines import stages, training_jobs
 from pipelines.models import trained
+from pipelines.report import filters
 from pipelines.report.samples import Sampler
 from pipelines.run import Run
 
@@ -74,6 +75,7 @@ def _rounds(run: Run) -> Iterator[Facts]:
             ],
             "promotion": (run.read(f"round-{number}/promotion.json") or {}).get("told"),
             **_canaries(curated["canaries"]),
+            "filters": filters.rows(run, curated["scores"], [r for refs in stages.shards(run).values() for r in refs]),
             **_measured(run, curated, manifest),
             "training": _training(run, number),
         }

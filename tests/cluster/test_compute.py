@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.compute import _call, map_shards, one_thread
+from cluster import session
+from cluster.compute import call, map_shards, one_thread
 from cluster.session import ray_session
 from pairs.errors import PairmillError
 
@@ -73,7 +74,7 @@ def test_an_error_surfaces_inline() -> None:
 
 
 def test_an_error_that_cannot_travel_is_told_in_words() -> None:
-    result, error, trace = pickle.loads(_call(fail_oddly, 1))
+    result, error, trace = pickle.loads(call(fail_oddly, 1))
     assert result is None
     assert isinstance(error, RuntimeError) and str(error) == "Odd: odd"
     assert "fail_oddly" in trace
@@ -103,3 +104,29 @@ def test_ray_gives_the_same_and_ends_what_it_started(tmp_path: Path) -> None:
         assert ray.is_initialized()
     assert not ray.is_initialized()
     assert "RAY_AUTH_TOKEN" not in os.environ
+
+
+def held(number: int) -> tuple[int, list[str]]:
+    import ray
+
+    return os.getpid(), [str(gpu) for gpu in ray.get_gpu_ids()]
+
+
+def with_a_gpu(workers: int) -> None:
+    import ray
+
+    ray.init(address="local", num_cpus=workers, num_gpus=1, include_dashboard=False, object_store_memory=100 << 20)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_workers_hold_a_gpu_only_for_what_needs_it_and_no_more_than_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "_start", with_a_gpu)
+    with ray_session(2):
+        alone = list(map_shards(held, range(4), engine="ray", workers=2))
+        assert {tuple(gpus) for _, gpus in alone} == {()}
+        wide = list(map_shards(held, range(4), engine="ray", workers=2, gpu=0.6))
+        assert len({pid for pid, _ in wide}) == 1 and {tuple(gpus) for _, gpus in wide} == {("0",)}
+        narrow = list(map_shards(held, range(4), engine="ray", workers=2, gpu=0.1))
+        assert {tuple(gpus) for _, gpus in narrow} == {("0",)}
+        assert not {pid for pid, _ in wide} & {pid for pid, _ in narrow}, "they end with their call"

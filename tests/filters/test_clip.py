@@ -10,7 +10,7 @@ from PIL import Image
 
 from filters.base import Batch
 from filters.clip import Clip
-from filters.clip_model import prepare
+from filters.clip_model import Loaded, prepare
 from pairs.errors import PairmillError
 from tests.filters.scoring import fresh_folder, small
 from tests.filters.shards import draw
@@ -50,6 +50,22 @@ def test_lists_are_aligned_with_the_texts_and_null_without_image_or_text() -> No
     assert found["image"][1] is None and found["image"][2] is not None
     assert found["text"][1] is not None and found["text"][2] is None
     assert all(-1 <= value <= 1 for value in found["cosines"][0] if value is not None)
+
+
+def test_texts_are_embedded_once_and_long_ones_by_their_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = small("clip")
+    assert isinstance(clip, Clip)
+    long = "a red boat on  the\nlake " * 200
+    texts = [[{"text": t} for t in row] for row in ([long, "a cat"], ["a cat", long], ["a cat"])]
+    asked: list[int] = []
+    real = Loaded.embed_texts
+    monkeypatch.setattr(Loaded, "embed_texts", lambda s, some, n: (asked.append(len(some)), real(s, some, n))[1])
+    found: Any = clip.score(Batch(["a", "b", "c"], {"texts": texts}, [draw(1), draw(1), None]))
+    assert asked == [2]
+    assert found["cosines"][0] == found["cosines"][1][::-1]
+    assert np.array_equal(found["text"][1], found["text"][2])
+    short: Any = clip.score(Batch(["a"], {"texts": [[{"text": long[:400]}]]}, [draw(1)]))
+    assert np.array_equal(short["text"][0], found["text"][0]), "what passes the context changes nothing"
 
 
 @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from cluster.session import ray_session
 from filters import engine as engine_module
+from filters import images
 from filters.base import Batch, Filter, fingerprint_of
 from filters.engine import missing, plan, score_shards
 from filters.lookup import load_filter, names
@@ -153,8 +155,8 @@ def test_tombstones_take_effect_at_once_and_change_no_other_row(store: Store) ->
 def test_each_image_is_decoded_once_for_all_filters(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     refs = write_shards(store)
     decoded: list[int] = []
-    decode = engine_module.cv2.imdecode
-    monkeypatch.setattr(engine_module.cv2, "imdecode", lambda *a: (decoded.append(1), decode(*a))[1])
+    decode = images.cv2.imdecode
+    monkeypatch.setattr(images.cv2, "imdecode", lambda *a: (decoded.append(1), decode(*a))[1])
     filters: dict[str, Filter] = {"a": Sides(4), "b": Sides(3), "c": Sides(2)}
     stats = run(store, filters, refs)
     assert len(decoded) == stats.decoded == 11
@@ -185,6 +187,33 @@ def test_a_table_of_other_pairs_is_refused(store: Store) -> None:
         run(store, filters, refs)
 
 
+def test_vectors_reach_a_filter_as_arrays_fresh_or_read(store: Store) -> None:
+    @dataclass(frozen=True)
+    class Vector(Filter):
+        needs = ("text",)
+        columns = {"v": pa.list_(pa.float16())}
+
+        def score(self, batch: Batch) -> Mapping[str, list[Any]]:
+            return {"v": [None if not text else np.full(len(text), 0.5, np.float16) for text in batch["text"]]}
+
+    @dataclass(frozen=True)
+    class Sum(Filter):
+        needs = ("vector.v",)
+        columns = {"sum": pa.float32()}
+
+        def score(self, batch: Batch) -> Mapping[str, list[Any]]:
+            assert all(v is None or v.dtype == np.float16 for v in batch["vector.v"])
+            return {"sum": [None if v is None else float(v.sum()) for v in batch["vector.v"]]}
+
+    refs = write_shards(store, (8, 0))
+    filters: dict[str, Filter] = {"vector": Vector(), "sum": Sum()}
+    run(store, filters, refs)
+    assert column(store, filters, refs[0], "sum", "sum") == (expected := [13, 6, 15, None, None, 2, 2, 13])
+    store.delete(plan(filters)[1].folder, recursive=True)
+    run(store, filters, refs)
+    assert column(store, filters, refs[0], "sum", "sum") == expected
+
+
 def test_an_empty_shard_gets_empty_tables(store: Store) -> None:
     refs = write_shards(store, (0,))
     filters: dict[str, Filter] = {"length": Length(), "sides": Sides()}
@@ -198,6 +227,30 @@ def test_names_are_found_without_a_registry() -> None:
         load_filter("text_stat", {})
     with pytest.raises(PairmillError, match="precision"):
         load_filter("clip", {"precison": "bf16"})
+
+
+def test_shards_without_a_gpu_filter_go_to_workers_without_one(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True)
+    class Heavy(Length):
+        gpu = 0.25
+
+    asked = []
+
+    def note(function: Any, items: Any, *, gpu: float, rescue: Any, **settings: Any) -> list[engine_module.Stats]:
+        asked.append((gpu, [(ref.index, names) for ref, names in items]))
+        return [function(item) for item in items]
+
+    monkeypatch.setattr(engine_module, "map_shards", note)
+    refs = write_shards(store, (4, 4, 4))
+    filters: dict[str, Filter] = {"length": Length(), "heavy": Heavy(), "twice": Twice()}
+    store.delete(plan(filters)[1].folder, recursive=True)
+    run(store, {"heavy": Heavy()}, refs[:1])
+    asked.clear()
+    run(store, filters, refs)
+    assert asked == [
+        (0.0, [(0, ["length", "twice"])]),
+        (0.25, [(1, ["length", "heavy", "twice"]), (2, ["length", "heavy", "twice"])]),
+    ]
 
 
 @pytest.mark.slow

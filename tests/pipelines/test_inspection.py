@@ -8,8 +8,12 @@ from typing import Any
 
 import pytest
 
+from filters.engine import plan, score_shards
 from pairs.shard import list_shards
 from pairs.workspace import Workspace
+from pipelines.inspection import trace
+from tests.filters.shards import write_shards
+from tests.filters.test_engine import Length
 from tests.pipelines import flow
 from tests.pipelines.conftest import Finished
 
@@ -156,3 +160,12 @@ def test_a_uid_that_begins_two_pairs_is_told(finished: Finished, say: Say) -> No
     first = next(a[0] for a, b in itertools.pairwise(uids) if a[0] == b[0])
     answer = say("trace", first, "--workspace", finished.workspace)
     assert answer.code == 2 and "more digits" in answer.err
+
+
+def test_trace_tells_why_a_filter_has_no_score(workspace: Workspace) -> None:
+    (ref,) = write_shards(workspace.store, (8,))
+    score_shards(workspace.store, plan({"length": Length(bad=4)}), [ref], engine="inline", workers=1)
+    uids = workspace.store.read_table(ref.table)["uid"].to_pylist()
+    (bad,), (good,) = (trace(workspace, uids[row])["scores"].values() for row in (5, 0))
+    assert bad == {"uid": uids[5], "n": None, "error": "ValueError: this text can't be read"}
+    assert good == {"uid": uids[0], "n": 26}

@@ -99,6 +99,16 @@ def test_the_page_shows_the_same_numbers(finished: Finished) -> None:
     assert finished.run.folder in text and "zero-shot accuracy" in text
 
 
+def test_each_filter_tells_its_speed_its_nulls_and_its_errors(finished: Finished) -> None:
+    (told,) = finished.report["rounds"]
+    rows = {row["filter"]: row for row in told["filters"]}
+    total = next(row["left"] for row in told["funnel"] if row["step"] == "pairs")
+    assert {row["pairs"] for row in rows.values()} == {total}
+    assert all(row["pairs_per_s"] > 0 for row in rows.values())
+    assert not any(row["error"] for row in rows.values())
+    assert "pairs/s a worker" in page_of(finished)
+
+
 def test_the_page_loads_nothing_and_runs_nothing(finished: Finished) -> None:
     assert_harmless(page_of(finished))
 

@@ -1,0 +1,64 @@
+"""A filter's table of a shard: row i is the shard's pair i, null where it is forgotten or couldn't be measured.
+
+Its metadata tell `nulls` (by column, among living pairs) and `errors` (rows by reason), so that whoever has the tables
+can say what happened, whichever run made them.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from filters.columns import one_chunk
+from pairs.shard import ShardRef
+from pairs.store import Store
+
+
+def write_scores(
+    store: Store, ref: ShardRef, folder: str, uids: pa.ChunkedArray, living: Sequence[bool], made: pa.Table,
+    failed: Mapping[int, str],
+) -> None:  # fmt: skip
+    """Publishes the rows `made` of the living pairs below `folder` (`scores/<filter>-<fingerprint>`); `failed` says why
+    rows of the shard couldn't be measured."""
+    places = iter(range(made.num_rows))
+    positions = pa.array([next(places) if there else None for there in living], pa.int64())
+    table = made.combine_chunks().take(positions).add_column(0, "uid", uids.combine_chunks())
+    name, _, fingerprint = folder.rpartition("/")[2].rpartition("-")
+    errors = {why: [row for row in sorted(failed) if failed[row] == why] for why in sorted(set(failed.values()))}
+    nulls = {column: made[column].null_count for column in made.column_names if made[column].null_count}
+    told = {key: json.dumps(facts) for key, facts in (("nulls", nulls), ("errors", errors)) if facts}
+    metadata = {"filter": name, "fingerprint": fingerprint, "rows": str(table.num_rows)}
+    store.write_table(ref.beside(folder), table, metadata | told)
+
+
+def values_of(column: pa.ChunkedArray) -> list[Any]:
+    """What a filter is given of a column, row by row: a vector of fp16 as a numpy array, all else as Python has it."""
+    if column.type != pa.list_(pa.float16()):
+        return list(column.to_pylist())
+    lists = one_chunk(column)
+    flat, ends = lists.values.to_numpy(zero_copy_only=False), lists.offsets.to_numpy()
+    return [
+        flat[start:end] if there else None
+        for start, end, there in zip(ends, ends[1:], lists.is_valid().to_pylist(), strict=False)
+    ]
+
+
+def errors_of(schema: pa.Schema) -> dict[str, list[int]]:
+    """Why rows of a score table couldn't be measured: reason → rows."""
+    return dict(json.loads((schema.metadata or {}).get(b"errors", b"{}")))
+
+
+def told_by_tables(store: Store, folder: str, shards: Iterable[ShardRef]) -> tuple[int, Counter[str], Counter[str]]:
+    """Rows, nulls by column (of living pairs) and errors by reason of a filter's tables; reads only their footers."""
+    rows, nulls, errors = 0, Counter[str](), Counter[str]()
+    for ref in shards:
+        with store.fs.open(store.full(ref.beside(folder))) as file:
+            schema = pq.read_schema(file)
+        facts = schema.metadata or {}
+        rows += int(facts.get(b"rows", 0))
+        nulls.update(json.loads(facts.get(b"nulls", b"{}")))
+        errors.update({why: len(at) for why, at in errors_of(schema).items()})
+    return rows, nulls, errors
