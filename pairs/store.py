@@ -137,9 +137,10 @@ class Store:
         return len(left)
 
     def read_table(self, path: str, columns: list[str] | None = None) -> pa.Table:
-        data = io.BytesIO(self.read(path))
+        data = pa.BufferReader(self.read(path))  # no Python file: Arrow's threads would call it, even while Python ends
         try:
             table = pq.read_table(data, columns=columns, page_checksum_verification=True)
+            data.seek(0)
             rows = pq.read_metadata(data).num_rows
             if table.num_rows != rows and table.num_columns:  # a damaged page can end a column early
                 raise pa.ArrowInvalid(f"{table.num_rows} rows where its footer says {rows}")
@@ -152,7 +153,7 @@ class Store:
         try:
             with self._reader(path) as reader:
                 left = reader.metadata.num_rows
-                for batch in reader.iter_batches(rows, columns=columns):
+                for batch in reader.iter_batches(rows, columns=columns, use_threads=False):
                     yield pa.Table.from_batches([batch])
                     left -= batch.num_rows
                 if left:
