@@ -16,7 +16,8 @@ from yarl import URL
 from pairs.errors import PairmillError
 from pairs.recipe import BlockSpec
 from pairs.workspace import Dead
-from pipelines.fetch.client import Failure, Permit
+from pipelines.fetch.client import Permit
+from pipelines.fetch.failures import Failure
 from pipelines.sources import forgotten
 
 HOST = re.compile(r"[^\s/:@]+|\[[0-9a-f:.]+\]")

@@ -17,7 +17,8 @@ from pairs.recipe import FetchSpec
 from pairs.schemas import LEDGER
 from pairs.workspace import KINDS, Dead, refused
 from pipelines.fetch.blocklists import Blocklists
-from pipelines.fetch.client import NO_HEADERS, Answer, Client, Failure, Headers, Limits, Permit, Response
+from pipelines.fetch.client import Answer, Client, Limits, Permit, Response
+from pipelines.fetch.failures import NO_HEADERS, Failure, Headers
 from pipelines.fetch.ledger import Settled
 from pipelines.fetch.pool import Decode
 from pipelines.fetch.robots import opted_out

@@ -8,31 +8,25 @@ hold a connection longer. What goes wrong is a `Failure` with a class and a stab
 import asyncio
 import ipaddress
 import re
-import socket
-import ssl
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 from urllib.parse import urljoin, urlsplit
 
 import aiohttp
 from aiohttp.abc import AbstractResolver
-from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from pairs.errors import PairmillError
-from pairs.identity import unit_hash
-from pipelines.fetch.guard import EgressRefused, Network, guarded_connector, refuse_url
+from pipelines.fetch.failures import Failure, Headers, bad_status, classify, pause
+from pipelines.fetch.guard import Network, guarded_connector, refuse_url
 
 BUFFER_BYTES = 1 << 18  # of a body, before its connection is read no further: most images come in one piece
 CONNECT_S = 10.0
 HELD_BYTES = 256 << 20
 DEAD_AFTER = 8  # connections in a row that a host which never answered may refuse, before it is left alone
-BACK_OFF_S, BACK_OFF_MAX_S = 0.5, 8.0
-RETRY_STATUS = frozenset({408, 425, 429})
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 CONDITIONS = frozenset({"If-None-Match", "If-Modified-Since"})
 PLAIN = re.compile(r"[!-~]*")
@@ -42,8 +36,6 @@ RESTING = frozenset({429, 503})  # with Retry-After, these speak for the whole h
 CONTACT = re.compile(r"[^\s@]+@[^\s@]+|https?://[^\s/]+")
 ANY: Mapping[str, str] = {"Accept": "*/*"}
 
-Headers = CIMultiDictProxy[str]
-NO_HEADERS: Headers = CIMultiDictProxy(CIMultiDict())
 Judge = Callable[[Headers], "Failure | None"]
 
 
@@ -54,15 +46,6 @@ class Response(NamedTuple):
     status: int
     headers: Headers
     body: bytes
-
-
-class Failure(NamedTuple):
-    """`transient` may succeed later, `permanent` won't, `refused` is ours or the site's decision."""
-
-    status: Literal["transient", "permanent", "refused"]
-    reason: str
-    http_status: int | None = None
-    retry_after_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -162,11 +145,11 @@ class Client:
             result = await self._follow(url, limits, budget, permit, judge, ask)
             if not isinstance(result, Failure) or result.status != "transient" or attempts >= limits.attempts:
                 return Answer(result, attempts)
-            pause = _pause(result, url, attempts)
-            if pause >= budget.left_s:
+            wait_s = pause(result, url, attempts)
+            if wait_s >= budget.left_s:
                 return Answer(result, attempts)
-            budget.left_s -= pause
-            await asyncio.sleep(pause)
+            budget.left_s -= wait_s
+            await asyncio.sleep(wait_s)
 
     async def _follow(
         self, start: str, limits: Limits, budget: "Budget", permit: Permit, judge: Judge, ask: Mapping[str, str]
@@ -215,7 +198,7 @@ class Client:
                     async with asyncio.timeout(budget.left_s):
                         result = await self._request(url, limits, judge, ask)
                 except Exception as error:
-                    result = _classify(error)
+                    result = classify(error)
                 budget.left_s -= time.monotonic() - began
                 connected = isinstance(result, Response) or result.reason not in CONNECTING
                 host.answered |= connected
@@ -230,7 +213,7 @@ class Client:
         async with self.session.get(url, headers=headers, allow_redirects=False) as answer:
             if answer.status in REDIRECTS or (answer.status == 304 and not CONDITIONS.isdisjoint(ask)):
                 return Response(str(url), answer.status, answer.headers, b"")
-            if failure := _bad_status(answer) or judge(answer.headers):
+            if failure := bad_status(answer) or judge(answer.headers):
                 answer.close()
                 return failure._replace(http_status=answer.status)
             if (answer.content_length or 0) > limits.max_bytes and not limits.cut:
@@ -319,56 +302,3 @@ def any_headers(headers: Headers) -> Failure | None:
 async def any_url(url: URL) -> Failure | None:
     """A permit for every URL."""
     return None
-
-
-def _bad_status(answer: aiohttp.ClientResponse) -> Failure | None:
-    if answer.status == 200:
-        return None
-    later = answer.status in RETRY_STATUS or answer.status >= 500
-    wait = _retry_after(answer.headers) if later else None
-    return Failure("transient" if later else "permanent", f"http_{answer.status}", answer.status, wait)
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds of a Retry-After header, as a number or as a date."""
-    value = headers.get("Retry-After", "").strip()
-    if value.isdecimal() and len(value) < 9:
-        return float(value)
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError):
-        return None
-
-
-def _pause(failure: Failure, url: str, attempt: int) -> float:
-    """Seconds before the next attempt: what the server asked for, or an exponential back-off with jitter."""
-    jitter = 0.5 + unit_hash("back-off", url, attempt)
-    return max(failure.retry_after_s or 0.0, min(BACK_OFF_MAX_S, BACK_OFF_S * 2 ** (attempt - 1)) * jitter)
-
-
-def _classify(error: Exception) -> Failure:
-    """The class and reason of what a request raised; the first kind that fits."""
-    if isinstance(error, EgressRefused):
-        return Failure("refused", error.reason)
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
-        gone = isinstance(error.os_error, socket.gaierror) and error.os_error.errno == socket.EAI_NONAME
-        return Failure("permanent", "no_such_host") if gone else Failure("transient", "dns")
-    for kind, failure in KINDS:
-        if isinstance(error, kind):
-            return failure
-    raise error
-
-
-KINDS: list[tuple[type[Exception] | tuple[type[Exception], ...], Failure]] = [
-    (aiohttp.ConnectionTimeoutError, Failure("transient", "connect_timeout")),
-    (TimeoutError, Failure("transient", "deadline")),
-    (aiohttp.ClientConnectorCertificateError, Failure("permanent", "certificate")),
-    ((aiohttp.ClientSSLError, ssl.SSLError), Failure("transient", "tls")),
-    (aiohttp.ClientConnectorError, Failure("transient", "connect")),
-    ((aiohttp.InvalidURL, ValueError), Failure("permanent", "bad_url")),
-    (aiohttp.ContentTypeError, Failure("permanent", "bad_response")),
-    (aiohttp.ClientPayloadError, Failure("transient", "cut_body")),
-    (aiohttp.ServerDisconnectedError, Failure("transient", "disconnected")),
-    (aiohttp.ClientResponseError, Failure("permanent", "bad_response")),
-    ((aiohttp.ClientError, OSError), Failure("transient", "connection")),
-]

@@ -17,7 +17,8 @@ import numpy as np
 from aiohttp import web
 
 from pairs.errors import PairmillError
-from pipelines.fetch.client import Failure, Limits, any_headers, any_url, open_client
+from pipelines.fetch.client import Limits, any_headers, any_url, open_client
+from pipelines.fetch.failures import Failure
 from pipelines.fetch.guard import networks
 from pipelines.fetch.pool import Decode
 

@@ -14,7 +14,8 @@ import pyarrow as pa
 
 from pairs.errors import PairmillError
 from pairs.store import Store
-from pipelines.fetch.client import Client, Failure, Limits, Permit, Response, any_headers, any_url
+from pipelines.fetch.client import Client, Limits, Permit, Response, any_headers, any_url
+from pipelines.fetch.failures import Failure
 
 PATH = "cache/policies.parquet"
 KEPT_S = 24 * 3600.0

@@ -18,8 +18,8 @@ from itertools import islice
 from typing import NamedTuple
 
 from pairs.process import ROOT, dies_with_us
-from pipelines.fetch.client import Failure
 from pipelines.fetch.decode import FRAME, Decoded, DecodeSpec
+from pipelines.fetch.failures import Failure
 
 DECODE_S = 60.0
 DEPTH = 4  # images that one process has been sent

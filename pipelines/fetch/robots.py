@@ -26,7 +26,8 @@ from urllib.parse import quote
 from protego import Protego
 from yarl import URL
 
-from pipelines.fetch.client import Client, Failure, Permit, any_url
+from pipelines.fetch.client import Client, Permit, any_url
+from pipelines.fetch.failures import Failure
 from pipelines.fetch.policies import Policies
 
 OPT_OUT = frozenset({"noai", "noimageai", "noml", "noindex", "noimageindex", "none", "unavailable_after"})

@@ -26,7 +26,8 @@ from pairs.identity import canonical_url
 from pairs.store import FULL
 from pairs.workspace import Workspace
 from pipelines.fetch.blocklists import Blocklists
-from pipelines.fetch.client import REDIRECTS, Client, Failure, Headers, Limits, any_headers, open_client
+from pipelines.fetch.client import REDIRECTS, Client, Limits, any_headers, open_client
+from pipelines.fetch.failures import Failure, Headers
 from pipelines.fetch.guard import networks
 from pipelines.fetch.policies import load_policies, save_policies
 from pipelines.fetch.robots import Robots

@@ -20,8 +20,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from pipelines.fetch.client import Failure, Limits, any_headers, any_url, open_client
+from pipelines.fetch.client import Limits, any_headers, any_url, open_client
 from pipelines.fetch.decode import Decoded, DecodeSpec
+from pipelines.fetch.failures import Failure
 from pipelines.fetch.guard import networks
 from pipelines.fetch.pool import decoders
 from tests.pipelines.small_web import ALLOW, picture

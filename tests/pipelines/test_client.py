@@ -15,15 +15,14 @@ from pipelines.fetch.client import (
     HELD_BYTES,
     Answer,
     Client,
-    Failure,
     Limits,
     Response,
-    _retry_after,
     _verbatim,
     any_headers,
     any_url,
     open_client,
 )
+from pipelines.fetch.failures import Failure, retry_after
 from pipelines.fetch.guard import networks
 from pipelines.fetch.robots import Robots, directives, opt_out
 from tests.pipelines.small_web import ALLOW, redirect, small_web, with_headers
@@ -202,7 +201,7 @@ def test_opt_out_words() -> None:
 
 def test_retry_after_takes_seconds_and_dates() -> None:
     def parse(value: str) -> float | None:
-        return _retry_after(CIMultiDictProxy(CIMultiDict({"Retry-After": value})))
+        return retry_after(CIMultiDictProxy(CIMultiDict({"Retry-After": value})))
 
     assert parse("7") == 7.0
     assert parse("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0

@@ -32,8 +32,8 @@ from pairs.store import Store
 from pairs.verify import verify
 from pairs.workspace import Workspace
 from pipelines.candidates import cut_increment, part
-from pipelines.fetch.client import Failure
 from pipelines.fetch.decode import Decoded, DecodeSpec, decode, load_resizer
+from pipelines.fetch.failures import Failure
 from pipelines.fetch.ledger import FetchCounts, fetch_fingerprint
 from pipelines.fetch.pool import decoders
 from pipelines.fetch.shards import fetch_increment

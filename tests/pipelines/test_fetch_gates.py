@@ -22,8 +22,8 @@ from pairs.workspace import Workspace
 from pipelines.candidates import part
 from pipelines.fetch import gates, shards
 from pipelines.fetch.blocklists import load_blocklists
-from pipelines.fetch.client import Failure
 from pipelines.fetch.decode import DecodeSpec, decode, load_resizer
+from pipelines.fetch.failures import Failure
 from pipelines.fetch.gates import FIRST, SuccessGate, preflight
 from pipelines.fetch.ledger import Passing, Settled, due, fetch_fingerprint, passing_failures, settled
 from pipelines.fetch.shards import fetch_increment

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from pipelines.fetch.client import Failure, Response, any_headers, any_url, open_client
+from pipelines.fetch.client import Response, any_headers, any_url, open_client
+from pipelines.fetch.failures import Failure
 from pipelines.fetch.guard import networks
 from tests.pipelines.hostile import AGENT, LIMITS, SERVERS, URLS, body, cost, raw_server, redirect, sends
 from tests.pipelines.small_web import picture

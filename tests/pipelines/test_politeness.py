@@ -17,7 +17,16 @@ from pairs.workspace import KINDS, Dead, Workspace
 from pipelines.candidates import cut_increment
 from pipelines.fetch import policies
 from pipelines.fetch.blocklists import Blocklists
-from pipelines.fetch.client import Answer, Client, Failure, Limits, any_headers, any_url, open_client, require_contact
+from pipelines.fetch.client import (
+    Answer,
+    Client,
+    Limits,
+    any_headers,
+    any_url,
+    open_client,
+    require_contact,
+)
+from pipelines.fetch.failures import Failure
 from pipelines.fetch.guard import networks
 from pipelines.fetch.policies import Policies, load_policies, save_policies
 from pipelines.fetch.robots import Robots, _matches, opt_out, opted_out
