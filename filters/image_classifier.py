@@ -60,6 +60,10 @@ class ImageClassifier(Filter):
     needs = ("pixels",)
 
     @property
+    def gpu(self) -> float:
+        return 0.1 if self.kind == "timm" else 0.0  # onnxruntime's package is the CPU's
+
+    @property
     def columns(self) -> Mapping[str, pa.DataType]:
         top = {"labels": pa.list_(pa.string()), "probabilities": pa.list_(pa.float32())}
         return top | ({"probability": pa.float32()} if self.named else {})
