@@ -3,7 +3,7 @@
     PEER/bin/python benchmarks/data_juicer_peer.py RECIPE.json REPEATS
 
 Prints one JSON object: the seconds of each run (load, process, export), the names of the kept images, and the
-peak memory of the process with its children. Belongs to `benchmarks/data_juicer.py`.
+peak memory of the process with its children. Belongs to `benchmarks/against_data_juicer.py`.
 """
 
 import json

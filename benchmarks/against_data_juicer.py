@@ -2,7 +2,7 @@
 
     python benchmarks/real_pairs.py packages PAIRS
     uv venv PEER && uv pip install --python PEER/bin/python -r benchmarks/peers/data_juicer.txt
-    python benchmarks/data_juicer.py PAIRS FOLDER --peer PEER/bin/python [--repeats 5]
+    python benchmarks/against_data_juicer.py PAIRS FOLDER --peer PEER/bin/python [--repeats 5]
 
 Ours: score, reduce and select over shards; theirs: its executor from JSONL to JSONL over the images as files, plain and
 with each of its fusion strategies, of which the fastest counts. Both decode pictures of the same sides and format
@@ -15,6 +15,7 @@ import json
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ def ours(pairs: Path, folder: Path, repeats: int) -> dict[str, Any]:
         "reducers": {"near_duplicates": {"hash": "image_hash.phash", "max_distance": 0, "confirm": None}},
     }  # fmt: skip
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    subprocess.run(["pairmill", "fetch", str(folder / "recipe.yaml"), "--workspace", str(folder / "space")], check=True)
+    command = str(Path(sys.executable).parent / "pairmill")
+    subprocess.run([command, "fetch", str(folder / "recipe.yaml"), "--workspace", str(folder / "space")], check=True)
     seconds, kept = [], []
     told, peak = Recipe.model_validate(recipe), Peak()
     run = open_run(folder / "recipe.yaml", workspace=str(folder / "space"))
