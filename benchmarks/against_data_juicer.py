@@ -63,7 +63,7 @@ def ours(pairs: Path, folder: Path, repeats: int) -> dict[str, Any]:
     recipe = {
         "name": "peer", "sources": {"real": {"kind": "folder", "path": str(pairs)}}, "workers": 2, "keep": KEEP,
         "fetch": {"side_px": 512, "quality": 95, "shard_pairs": 1000},
-        "filters": {name: {} for name in ("image_stats", "text_stats", "image_hash")},
+        "filters": {"image_stats": {"looks": False}, "text_stats": {}, "image_hash": {"only": ["phash"]}},
         "reducers": {"near_duplicates": {"hash": "image_hash.phash", "max_distance": 0, "confirm": None}},
     }  # fmt: skip
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -90,7 +90,7 @@ def ours(pairs: Path, folder: Path, repeats: int) -> dict[str, Any]:
         for ref in refs:
             names = store.read_table(ref.table, ["url"])["url"].to_pylist()
             verdicts = store.read_table(ref.beside(chosen.folder), ["kept"])["kept"].to_pylist()
-            kept += [Path(name).name for name, there in zip(names, verdicts, strict=True) if there]
+            kept += [name.rpartition(":")[2] for name, there in zip(names, verdicts, strict=True) if there]
     return {"seconds": seconds[1:], "kept": sorted(kept), "peak_bytes": peak.bytes}
 
 

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 
-from filters.base import Batch, Filter
+from filters.base import PIXELS, Batch, Filter
 
 MEASURED = ("entropy", "sharpness", "blankness", "borders", "colourfulness")
 ENOUGH = 1 << 14
@@ -28,34 +28,35 @@ class ImageStats(Filter):
     """`*_px` sides as found, `aspect` longer over shorter (≥ 1), `size_bytes` as found; `entropy` of the grey histogram
     in bits, [0, 8]; `sharpness` variance of the Laplacian, ≥ 0; `blankness` share of the commonest grey, (0, 1];
     `borders` share of the area in rows and columns of one colour along the edges, [0, 1]; `colourfulness` 0 for grey,
-    about 110 for the most vivid photographs."""
+    about 110 for the most vivid photographs. With `looks: false` no image is decoded for it, and only sides, `aspect`
+    and `size_bytes` are there."""
+
+    looks: bool = True
 
     version = 2
-    needs = ("pixels", "original_width", "original_height", "original_bytes")
-    columns = {
-        "width_px": pa.int32(),
-        "height_px": pa.int32(),
-        "shorter_side_px": pa.int32(),
-        "aspect": pa.float32(),
-        "size_bytes": pa.int64(),
-        "entropy": pa.float32(),
-        "sharpness": pa.float32(),
-        "blankness": pa.float32(),
-        "borders": pa.float32(),
-        "colourfulness": pa.float32(),
-    }
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return (*((PIXELS,) if self.looks else ()), "original_width", "original_height", "original_bytes")
+
+    @property
+    def columns(self) -> Mapping[str, pa.DataType]:
+        sides = dict.fromkeys(("width_px", "height_px", "shorter_side_px"), pa.int32())
+        shape = sides | {"aspect": pa.float32(), "size_bytes": pa.int64()}
+        return shape | (dict.fromkeys(MEASURED, pa.float32()) if self.looks else {})
 
     def score(self, batch: Batch) -> Mapping[str, list[Any]]:
         widths, heights = batch["original_width"], batch["original_height"]
         sides = [sorted((w, h)) if w and h else None for w, h in zip(widths, heights, strict=True)]
         looks = [(None,) * len(MEASURED) if image is None else look(image) for image in batch.pixels]
-        return {
+        shape = {
             "width_px": widths,
             "height_px": heights,
             "shorter_side_px": [s[0] if s else None for s in sides],
             "aspect": [s[1] / s[0] if s else None for s in sides],
             "size_bytes": batch["original_bytes"],
-        } | {name: [values[i] for values in looks] for i, name in enumerate(MEASURED)}
+        }
+        return shape | {name: [values[i] for values in looks] for i, name in enumerate(MEASURED) if self.looks}
 
 
 def look(image: np.ndarray) -> tuple[float, ...]:

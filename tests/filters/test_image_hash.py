@@ -3,9 +3,12 @@
 import cv2
 import imagehash
 import numpy as np
+import pytest
 from PIL import Image
 
-from filters.image_hash import hashes
+from filters.base import Batch
+from filters.image_hash import ImageHash, hashes
+from pairs.errors import PairmillError
 from tests.filters.shards import draw, encode
 
 LONG = ("phash_256", "dhash_256", "sha256")
@@ -75,3 +78,13 @@ def test_distances_agree_with_imagehash() -> None:
         image = draw(seed, 192, 256)
         theirs = str(imagehash.phash(Image.fromarray(image)))
         assert distance(theirs, hashes(image)["phash"]) <= 6
+
+
+def test_only_what_is_wanted_is_made() -> None:
+    some = ImageHash(only=("sha256", "phash"))
+    assert list(some.columns) == ["phash", "sha256"]
+    image = draw(3)
+    made = some.score(Batch(["a", "b"], {}, [image, None]))
+    assert made == {name: [hashes(image)[name], None] for name in some.columns}
+    with pytest.raises(PairmillError, match="ahash"):
+        ImageHash(only=("ahash",))

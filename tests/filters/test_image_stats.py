@@ -63,3 +63,11 @@ def test_sides_are_those_of_the_image_as_found() -> None:
     assert found["aspect"][0] == 1.5
     assert found["size_bytes"][0] == 1234
     assert found["aspect"][1] is None and found["entropy"][1] is None
+
+
+def test_without_looking_sides_are_told_and_no_image_is_needed() -> None:
+    blind = ImageStats(looks=False)
+    assert "pixels" not in blind.needs and "entropy" not in blind.columns
+    columns = {"original_width": [640, None], "original_height": [320, None], "original_bytes": [9, None]}
+    made = blind.score(Batch(["a", "b"], columns))
+    assert set(made) == set(blind.columns) and made["aspect"] == [2.0, None] and made["shorter_side_px"] == [320, None]
