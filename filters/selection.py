@@ -4,9 +4,9 @@ Rules commute, so each is asked of all rows at once; a pair's `dropped_by` is th
 order of steps is: forgotten, held_out, held_out_twin, the rules, texts, then `one_per` among the survivors.
 Thresholds found by a quantile or by canaries are pinned before the first table is written, and reused by later ones;
 `recalibrate` finds them anew and, where they moved, starts another folder, because published tables never change.
-Trusted pairs are never dropped by rules, and a held-out one is never kept, but its look-alikes go as those of any
-trusted pair do. A trusted pair that shares its bytes, or a group of a `one_per`, with a held-out one isn't kept either
-(held_out_twin): what evaluates must not be trained on under another name.
+Trusted pairs are dropped by no rules but those with `quarantine`; a held-out one is never kept, but its look-alikes
+go as those of any trusted pair do. A trusted pair that shares its bytes, or a group of a `one_per`, with a held-out one
+isn't kept either (held_out_twin): what evaluates must not be trained on under another name.
 Cost: a million rows take seconds; the memory is that of the columns that rules read.
 """
 
@@ -181,7 +181,9 @@ def _verdicts(
     bare = ~as_bool(pc.greater(pc.list_value_length(texts), 0))
     masks = {FORGOTTEN: ~frame.alive, HELD_OUT: frame.held_out & frame.alive}
     masks[HELD_OUT_TWIN] = _held_out_twins(keep, frame)
-    masks |= {name: mask & free for name, mask in drops.items()} | {TEXTS: bare & frame.alive}
+    unsafe = {rule.name for rule in keep if rule.quarantine}  # nobody vouches for what a safety score flags
+    judges = {name: mask & (frame.alive if name in unsafe else free) for name, mask in drops.items()}
+    masks |= judges | {TEXTS: bare & frame.alive}
     survives = ~judged & ~np.logical_or.reduce(list(masks.values()))
     for rule in (rule for rule in keep if rule.one_per is not None):
         masks[rule.name] = _others(rule, frame, survives, incumbent)

@@ -1,8 +1,7 @@
 """Samples for a report: which pairs are shown for a rule, and their thumbnails as data in the page.
 
 Chosen by hash of the uid; forgotten pairs are never shown. A thumbnail costs one range request. What a rule with
-`quarantine: true` would drop has none, whichever rule it is shown for; neither has a trusted pair then, which rules
-don't judge.
+`quarantine: true` would drop has none, whichever rule it is shown for.
 """
 
 import base64
@@ -36,9 +35,7 @@ class Sampler:
         self.kept = np.array(selection["kept"].to_pylist(), bool)
         self.first = selection["dropped_by"].to_pylist()
         self.texts = selection["texts"].to_pylist()
-        self.withheld = _withheld(selection["would_drop"].to_pylist(), keep) | (
-            frame.trusted & any(rule.quarantine for rule in keep)
-        )
+        self.withheld = _withheld(selection["would_drop"].to_pylist(), keep)
         self._places: dict[int, Facts] = {}
 
     def of_rule(self, name: str, values: np.ndarray | None, limit: float | None) -> Facts:

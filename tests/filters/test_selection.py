@@ -146,6 +146,13 @@ def test_trusted_pairs_stay_and_their_look_alikes_go(workspace: Workspace) -> No
     assert result.funnel["sources"]["clean"]["trusted"] == 4
 
 
+def test_quarantine_judges_trusted_pairs_too(workspace: Workspace) -> None:
+    safe = Rule.model_validate({"column": "clip.cosine", "max": 0.5, "quarantine": True})
+    trusted = add(workspace, "clean", "0000", numbers(3), clip([0.9, 0.1, None], [99] * 3))
+    result = run(workspace, [KEEP[1], safe], [], [trusted])
+    assert verdicts(workspace, result, trusted) == [safe.name, None, safe.name]  # what has no score isn't known safe
+
+
 def test_held_out_pairs_are_behind_no_threshold(workspace: Workspace) -> None:
     keep = [Rule(column="clip.cosine", top_fraction=0.5)]
     web = add(workspace, "web", "0000", range(2), clip([0.1, 0.2]))
