@@ -48,6 +48,7 @@ class SemanticDuplicates(Reducer):
     cluster_rows: int = 1000  # rows of a cluster in the mean
 
     columns = {"group": pa.string(), "distance": pa.float32()}  # type: ignore[assignment]
+    takes = {"embedding": pa.list_(pa.float32())}
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -228,11 +228,17 @@ def test_a_target_recall_is_fitted_to_the_half_that_never_reports(workspace: Wor
     assert (told["rule"], told["recall"]["value"]) == (rule.name, 0.0), "the fitting half doesn't report"
     scored(0.2)
     assert chosen().folder == result.folder and chosen().manifest["thresholds"] == pins
+    none = chosen(canaries=[])
+    (kept,) = none.manifest["thresholds"].values()
+    assert (none.folder, kept["value"], kept["now"], kept["rows_now"]) == (result.folder, pin["value"], None, 0)
     moved = chosen(again=True)
     (new,) = moved.manifest["thresholds"].values()
     assert new["value"] == pytest.approx(pin["value"] + 0.2, abs=1e-6) and moved.folder != result.folder
     with pytest.raises(PairmillError, match="no canaries"):
         chosen(again=True, canaries=[])
+    workspace.store.delete("selections", recursive=True)
+    with pytest.raises(PairmillError, match="no canaries"):
+        chosen(canaries=[])
 
 
 def test_copies_are_made_as_their_names_say(workspace: Workspace) -> None:
