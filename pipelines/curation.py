@@ -181,15 +181,15 @@ def curate(run: Run, number: int, scorer: Facts, shards: Shards) -> Facts:
     scored = score(run, planned, everything, f"score round {number}")
     scores = {one.name: one.folder for one in planned}
     reducers = {name: load_reducer(name, settings) for name, settings in recipe.reducers.items()}
-    how = (run.engine, recipe.workers)
-    scores |= run_reducers(store, reducers, shards, scores, recipe.trusted, *how)  # type: ignore[arg-type]
+    how: Any = (run.engine, recipe.workers)
+    scores |= run_reducers(store, reducers, shards, scores, recipe.trusted, *how)
     given = (recipe.keep, recipe.texts, shards, scores, recipe.trusted)
     chosen = select(store, recipe.name, *given, recalibrate=run.recalibrate, canaries=planted)
     published = publish_training_shards(run.workspace, chosen.folder, shards, recipe.trusted)
     origins = canaries.set_apart(store, planted)
     apart = published.count(store, origins)
     pins = chosen.manifest["thresholds"]
-    real = Judged(store, shards, recipe.trusted, scores, reducers, recipe.keep, recipe.texts, chosen.folder, pins)
+    real = Judged(store, shards, recipe.trusted, scores, reducers, recipe.keep, recipe.texts, chosen.folder, pins, *how)
     told = report(planted, real)
     recalls = {name: facts["rules"][-1]["recall"]["value"] for name, facts in told["defects"].items()}
     return {
