@@ -191,7 +191,7 @@ def curate(run: Run, number: int, scorer: Facts, shards: Shards) -> Facts:
     pins = chosen.manifest["thresholds"]
     real = Judged(store, shards, recipe.trusted, scores, reducers, recipe.keep, recipe.texts, chosen.folder, pins, *how)
     told = report(planted, real)
-    recalls = {name: facts["rules"][-1]["recall"]["value"] for name, facts in told["defects"].items()}
+    recalls = {name: facts["rules"][-1]["recall"] for name, facts in told["defects"].items()}
     return {
         "selection": chosen.folder,
         "kept": chosen.kept,
