@@ -101,7 +101,10 @@ class Reducer(Measurement):
     Its tables hold `CORPUS` and what is needed, and of earlier rows this reducer's own columns; all of it condensed. Of
     earlier rows those are given that lead a group (string columns name groups), or all where it makes no groups.
     A reducer whose condensed rows are too large for one process answers part by part: it overrides the last two.
+    `takes`: settings that name a column, with the type that it must have (floats of any width are alike).
     """
+
+    takes: ClassVar[Mapping[str, pa.DataType]] = {}
 
     def condense(self, table: pa.Table) -> pa.Table:
         """The rows of one shard in the form that the others take, small enough to stand beside those of all shards."""

@@ -2,7 +2,8 @@
 
 The rules are asked with the thresholds that the selection pinned (overrides of a source left aside, and lists of uids,
 which canaries aren't on), and only the reporting half is counted. Reducers are queried, each once for all canaries, so
-a canary changes no real row; how each defect is asked stands in `filters.defects`. A duplicate's canary is caught where
+a canary changes no real row, and not again where only thresholds move; how each defect is asked stands in
+`filters.defects`. A duplicate's canary is caught where
 a group is found for it, since its original is there; any other row where a pair of its group is kept. Precision depends
 on how common a defect is, so it stands beside a prevalence. Canaries of pairs that nobody vouched for are corrected for
 their noise (`filters.canary_figures`).
@@ -17,12 +18,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cluster.compute import Engine
 from filters.base import Reducer
 from filters.canaries import FACTS, facts, reporting
 from filters.canary_figures import noise, precision, roc_auc, roc_points, verdict_auc, wilson, without_noise
 from filters.columns import as_bool, load_frame
 from filters.defects import DEFECTS
-from filters.reduce import ask
+from filters.reduce import asked
 from filters.rules import Threshold, numbers
 from filters.selection import TEXTS, rule_columns
 from filters.texts import SYNTHETIC, choose_texts, column_names
@@ -50,6 +52,8 @@ class Judged:
     texts: TextsSpec
     selection: str  # folder
     thresholds: Mapping[str, Mapping[str, Any]]  # the selection's manifest's
+    engine: Engine = "inline"  # of the reducers' queries
+    workers: int = 1
 
 
 def report(canaries: Sequence[ShardRef], real: Judged, prevalence: float = 0.1) -> dict[str, Any]:
@@ -130,7 +134,7 @@ def _ask_reducers(
     nearness: Masks = {}
     for name, reducer in real.reducers.items():
         known = (real.store, name, reducer, real.shards, real.scores, real.trusted)
-        answers, unmeasured[name] = ask(*known, {"canaries": refs}, exclude)
+        answers, unmeasured[name] = asked(*known, {"canaries": refs}, exclude, real.engine, real.workers)
         grouped = "group" in answers.column_names
         alone = answers["group"].is_null().to_numpy() if grouped else np.zeros(table.num_rows, bool)
         nearness |= {f"{name}.group": alone.astype(float)} if grouped else {}
@@ -166,8 +170,8 @@ def _taken(
 ) -> np.ndarray:
     """Whether a pair among `kept` is in each query's group, the excluded one left aside."""
     frame = load_frame(real.store, real.shards, [column], real.scores, real.trusted)
-    asked = pc.is_in(frame.table[column], pc.drop_null(groups.unique()))
-    part = frame.table.filter(pc.and_(pc.is_in(frame.table["uid"], kept), asked))
+    met = pc.is_in(frame.table[column], pc.drop_null(groups.unique()))
+    part = frame.table.filter(pc.and_(pc.is_in(frame.table["uid"], kept), met))
     count = Counter(part[column].to_pylist())
     group_of = dict(zip(part["uid"].to_pylist(), part[column].to_pylist(), strict=True))
     return np.array(

@@ -24,6 +24,8 @@ class ExactDuplicates(Reducer):
 
     pixels: str | None = None
 
+    takes = {"pixels": pa.string()}
+
     @property
     def needs(self) -> tuple[str, ...]:
         return ("sha256",) if self.pixels is None else ("sha256", self.pixels)

@@ -34,6 +34,8 @@ class NearDuplicates(Reducer):
     confirm: str | None = "image_hash.dhash_256"  # hashes of any number of 64-bit words; null: no second stage
     confirm_distance: int = CONFIRM_DISTANCE
 
+    takes = {"hash": pa.string(), "confirm": pa.string()}
+
     @property
     def needs(self) -> tuple[str, ...]:
         return (self.hash,) if self.confirm is None else (self.hash, self.confirm)

@@ -15,9 +15,13 @@ import pyarrow as pa
 from cluster.compute import Engine
 from filters.base import Reducer, fingerprint_of, needed_filters
 from filters.parts import Part, Work, parts
+from pairs.fingerprint import fingerprint
 from pairs.shard import ShardRef
 from pairs.store import Store
+from pairs.workspace import Workspace
 
+ASKED = "asked"  # a folder of the workspace: what reducers answered about canaries
+LACKING = ".lacking"  # no reducer's column: names have no dot
 Shards = Mapping[str, Sequence[ShardRef]]  # by source
 
 
@@ -61,15 +65,45 @@ def ask(
     trusted: Collection[str],
     queries: Shards,
     exclude: Sequence[str | None],
+    engine: Engine = "inline",
+    workers: int = 1,
 ) -> tuple[pa.Table, np.ndarray]:
     """What the reducer would answer the rows of `queries`, each alone, without the uid at its place in `exclude`; and
     which of them lack what it needs. Changes nothing."""
     left_out = [uid for uid in exclude if uid is not None]
     asking = parts(store, reducer, queries, scores, [])
     corpus = parts(store, reducer, shards, scores, trusted, own=name, without=left_out)
-    answers = reducer.query_parts(corpus, asking, exclude, Work(store, scores[name]))
+    work = Work(store, scores[name], engine=engine, workers=workers)
+    with work.spread(part.ref for part in corpus) as spread:
+        answers = reducer.query_parts(corpus, asking, exclude, spread)
     needs = pa.concat_tables([part.load() for part in asking]).select(list(reducer.needs))
     return answers, np.logical_or.reduce([column.is_null().to_numpy() for column in needs.columns])
+
+
+def asked(
+    store: Store,
+    name: str,
+    reducer: Reducer,
+    shards: Shards,
+    scores: Mapping[str, str],
+    trusted: Collection[str],
+    queries: Shards,
+    exclude: Sequence[str | None],
+    engine: Engine = "inline",
+    workers: int = 1,
+) -> tuple[pa.Table, np.ndarray]:
+    """As `ask`, which is called once: the answers stay in `asked/` for as long as the corpus and the queries are the
+    same. No threshold changes them."""
+    both = {"corpus": shards, "queries": queries}
+    listed = {of: {s: [ref.table for ref in refs] for s, refs in some.items()} for of, some in both.items()}
+    dead = {kind: sorted(ids) for kind, ids in Workspace(store).tombstones().items()}
+    mark = fingerprint({**listed, "exclude": list(exclude), "tombstones": dead})
+    path = f"{ASKED}/{scores[name].removeprefix('scores/')}-{mark}.parquet"
+    if not store.has(path):
+        answers, lacking = ask(store, name, reducer, shards, scores, trusted, queries, exclude, engine, workers)
+        store.write_table(path, answers.append_column(LACKING, pa.array(lacking)))
+    table = store.read_table(path)
+    return table.drop_columns([LACKING]), table[LACKING].to_numpy()
 
 
 def _run(

@@ -23,7 +23,7 @@ from filters.columns import Frame, as_bool, load_frame, read_columns
 from filters.funnel import fetch_counts, rule_counts, total
 from filters.rules import nulls, numbers
 from filters.texts import choose_texts, column_names
-from filters.thresholds import Thresholds, current, drops, found, pin, told
+from filters.thresholds import Thresholds, current, drops, found, pin, pinned, told
 from pairs.fingerprint import fingerprint
 from pairs.recipe import Rule, TextsSpec
 from pairs.schemas import SELECTION
@@ -91,7 +91,7 @@ def select(
         return done
     twins = [SHA256] if set(trusted) & set(shards) else []  # only a held-out pair has twins to look for
     frame = load_frame(store, shards, dict.fromkeys([*rule_columns(keep), *twins]), scores, trusted)
-    now = found(store, keep, frame, scores, canaries)
+    now = found(store, keep, frame, scores, canaries, () if recalibrate else pinned(store, folder))
     folder, pins = pin(store, base, folder, now, recalibrate)
     there = set(store.files(folder, ".parquet"))
     old = {r: store.read_table(r.beside(folder)).cast(SELECTION) for _, r in frame.shards if r.beside(folder) in there}

@@ -48,6 +48,7 @@ class SemanticDuplicates(Reducer):
     cluster_rows: int = 1000  # rows of a cluster in the mean
 
     columns = {"group": pa.string(), "distance": pa.float32()}  # type: ignore[assignment]
+    takes = {"embedding": pa.list_(pa.float32())}
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -87,7 +88,9 @@ class SemanticDuplicates(Reducer):
         left_out = [uid for uid, there in zip(exclude, known, strict=True) if there]
         best: dict[int, tuple[Any, ...]] = {}
         if (kept := _kept(work)) and len(vectors_QD):
-            hits = partial(_hits, self.embedding, self.epsilon, _read(work.store, kept[-1][2]), vectors_QD)
+            centroids_KD = _read(work.store, kept[-1][2])
+            asking = (vectors_QD, assigned(vectors_QD, centroids_KD))
+            hits = partial(_hits, self.embedding, self.epsilon, centroids_KD, *asking)
             for found in work.map(hits, corpus):
                 for query, order, group, far in found:
                     uid, without = order[-1], left_out[query]
@@ -237,24 +240,28 @@ def near_index(vectors_ND: np.ndarray, members: np.ndarray, epsilon: float) -> M
 
 
 def _hits(
-    embedding: str, epsilon: float, centroids_KD: np.ndarray, vectors_QD: np.ndarray, part: Part
+    embedding: str, epsilon: float, centroids_KD: np.ndarray, vectors_QD: np.ndarray, cluster_Q: np.ndarray, part: Part
 ) -> list[tuple[int, tuple[Any, ...], str, float]]:
     """What of the part is near a query in the query's cluster: query, place in the order, group, distance."""
     table = part.load()
     vectors_ND, known = vectors(table[embedding], embedding)
     if not len(vectors_ND):
         return []
-    rows, queries = table.filter(pa.array(known)), np.arange(len(vectors_QD))
-    cluster_N, cluster_Q = assigned(vectors_ND, centroids_KD), assigned(vectors_QD, centroids_KD)
-    both_ND, members = np.concatenate([vectors_QD, vectors_ND]), np.arange(len(queries) + len(vectors_ND))
-    ask = near_index(both_ND, members, epsilon)(members[len(queries) :])
-    found = []
-    for place, row in ask(queries):
-        same = cluster_Q[place] == cluster_N[row]
-        place, row = place[same], row[same]
+    rows, found = table.filter(pa.array(known)), []
+    cluster_N, both_ND = assigned(vectors_ND, centroids_KD), np.concatenate([vectors_QD, vectors_ND])
+    index = near_index(both_ND, np.arange(len(both_ND)), epsilon)
+    for place, row in _by_cluster(index, cluster_Q, cluster_N):
         far = np.maximum(1 - cosine(vectors_QD, vectors_ND, place, row), 0).tolist()
         told = rows.select(["increment", "trusted", "uid", "group"]).take(pa.array(row)).to_pylist()
         for query, one, away in zip(place.tolist(), told, far, strict=True):
             order = (one["increment"], not one["trusted"], one["uid"])
             found.append((query, order, one["group"], away))
     return found
+
+
+def _by_cluster(index: MakeIndex, cluster_Q: np.ndarray, cluster_N: np.ndarray) -> Pairs:
+    """What lies near of each query in its own cluster (query, row), of an index of the queries and then the rows."""
+    for cluster in np.intersect1d(cluster_Q, cluster_N):
+        queries, rows = np.flatnonzero(cluster_Q == cluster), np.flatnonzero(cluster_N == cluster)
+        for place, row in index(len(cluster_Q) + rows)(queries):
+            yield queries[place], rows[row]

@@ -58,6 +58,7 @@ class TextDuplicates(Reducer):
     min_jaccard: float = 0.8
 
     columns = {"group": pa.string(), "jaccard": pa.float32()}  # type: ignore[assignment]
+    takes = {"text": pa.string()}
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ class TextFrequency(Reducer):
     text: str = "text"  # a column of texts: the pair's first, or filter.column
 
     columns = dict.fromkeys(("rank", "count", "images", "hosts"), pa.int64())  # type: ignore[assignment]
+    takes = {"text": pa.string()}
 
     @property
     def needs(self) -> tuple[str, ...]:

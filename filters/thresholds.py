@@ -6,7 +6,7 @@ names. Rules with another condition for some sources are judged, and their thres
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from filters.canaries import fitting
 from filters.columns import Frame
-from filters.rules import Threshold, fit_recall, passes, quantile
+from filters.rules import Threshold, fit_recall, nulls, passes, quantile
 from pairs.fingerprint import fingerprint
 from pairs.recipe import Rule
 from pairs.shard import ShardRef
@@ -51,10 +51,16 @@ def _cases(rule: Rule, source: np.ndarray | None, count: int) -> Iterator[tuple[
 
 
 def found(
-    store: Store, keep: Sequence[Rule], frame: Frame, scores: Mapping[str, str], canaries: Sequence[ShardRef]
+    store: Store,
+    keep: Sequence[Rule],
+    frame: Frame,
+    scores: Mapping[str, str],
+    canaries: Sequence[ShardRef],
+    pinned: Collection[str] = (),
 ) -> Thresholds:
     """What each fitted test is now: a quantile over all real scored rows that the rule judges but the held-out ones,
-    `target_recall` over the canaries that may fit. Nothing is fitted to a corpus without rows."""
+    `target_recall` over the canaries that may fit; without such canaries nothing where it is `pinned`, else an error.
+    Nothing is fitted to a corpus without rows."""
     counts = frame.alive & ~frame.held_out
     thresholds: Thresholds = {}
     for rule in (rule for rule in keep if counts.any() and rule.column is not None):
@@ -62,19 +68,24 @@ def found(
             if case is None or not case.fitted:
                 continue
             if case.target_recall is not None:
-                thresholds[name] = fit_recall(
-                    case, fitting(store, canaries, str(case.defect), str(case.column), scores)
-                )
+                column = fitting(store, canaries, str(case.defect), str(case.column), scores)
+                if name not in pinned or not nulls(column).all():
+                    thresholds[name] = fit_recall(case, column)
             elif threshold := quantile(case, frame.table[case.column], counts & rows):
                 thresholds[name] = threshold
     return thresholds
 
 
-def pin(store: Store, base: str, folder: str, now: Thresholds, recalibrate: bool) -> tuple[str, Thresholds]:
-    """The folder to write to and the thresholds in force. What was never pinned (nothing was scored) is pinned now."""
+def pinned(store: Store, folder: str) -> Thresholds:
+    """The thresholds that a selection's folder holds already."""
     path = f"{folder}/pins.json"
     written = json.loads(store.read(path)) if store.has(path) else {}
-    pins = {name: Threshold(**fields) for name, fields in written.items()}
+    return {name: Threshold(**fields) for name, fields in written.items()}
+
+
+def pin(store: Store, base: str, folder: str, now: Thresholds, recalibrate: bool) -> tuple[str, Thresholds]:
+    """The folder to write to and the thresholds in force. What was never pinned (nothing was scored) is pinned now."""
+    path, pins = f"{folder}/pins.json", pinned(store, folder)
     if recalibrate and any(_ends(pins[name]) != _ends(now[name]) for name in pins if name in now):
         pins = pins | now
         values = {name: _ends(threshold) for name, threshold in pins.items()}

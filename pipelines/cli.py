@@ -258,7 +258,7 @@ def _lines(path: Path) -> list[str]:
 @app.command("export-uids")
 def export_uids(
     workspace: SpaceArg,
-    selection: Annotated[str, typer.Argument(help="A selection: its folder's name, or the recipe's.")],
+    selection: Annotated[str, typer.Argument(help="A selection's folder, or a recipe's name (its latest run's).")],
     file: Annotated[Path, typer.Argument(help="Where the list is written (.npy, type u8,u8, sorted).")],
     column: Annotated[str, typer.Option(help="source_uid (DataComp's own uids) or uid (ours).")] = "source_uid",
     source: Annotated[str | None, typer.Option(help="Only the pairs of this source.")] = None,

@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from cluster.session import ray_session
 from filters import canaries
 from filters.base import Filter, Reducer
 from filters.canary_figures import recall_at_false_drops
 from filters.canary_report import Judged, report
+from filters.columns import OWN
 from filters.defects import DEFECTS
 from filters.engine import PlannedFilter, missing, plan, score_shards
 from filters.lookup import load_filter, load_reducer
 from filters.reduce import run_reducers
-from filters.selection import rule_columns, select
+from filters.selection import select
 from filters.texts import column_names
 from pairs.errors import PairmillError
 from pairs.recipe import Recipe, TextsSpec
@@ -44,21 +46,9 @@ FALSE_DROPS = 0.05  # at which two scorers are compared
 
 def check(recipe: Recipe) -> None:
     """Names every filter, setting or column that doesn't exist, before anything runs."""
-    made: list[str] = [f"pairs.{name}" for name in PAIRS.names]
     loaded: dict[str, Filter | Reducer] = {name: load_filter(name, s) for name, s in recipe.filters.items()}
     loaded |= {name: load_reducer(name, s) for name, s in recipe.reducers.items()}
-    for name, one in loaded.items():
-        made += [f"{name}.{column}" for column in one.columns]
-    wanted = [("keep", column) for column in rule_columns(recipe.keep)]
-    wanted += [("texts", column) for column in column_names(recipe.texts)]
-    wanted += [(name, need) for name, one in loaded.items() for need in one.needs if "." in need]
-    for where, column in wanted:
-        if column not in made:
-            raise PairmillError(
-                expected=f"a column that a filter or reducer of the recipe makes, at {where}",
-                found=f"{column!r}, which none makes",
-                remedy=nearest(column, made),
-            )
+    _check_columns(recipe, loaded)
     matcher = loaded.get((recipe.texts.match or "").partition(".")[0])
     if (of := getattr(matcher, "of", None)) and list(of) != recipe.texts.sources:
         raise PairmillError(
@@ -82,6 +72,51 @@ def check(recipe: Recipe) -> None:
                 found=f"{PREVIOUS!r}, and no first_filter that trains a {ROLES[name]}",
                 remedy="add first_filter to the recipe, or name published weights or a folder",
             )
+
+
+def _check_columns(recipe: Recipe, loaded: Mapping[str, Filter | Reducer]) -> None:
+    """Every column that is named is made, is of the type that a reducer's setting takes, and makes groups for
+    `one_per`."""
+    made = {f"{OWN}.{field.name}": field.type for field in PAIRS}
+    made |= {f"{name}.{column}": kind for name, one in loaded.items() for column, kind in one.columns.items()}
+    reducers = {name: one for name, one in loaded.items() if isinstance(one, Reducer)}
+    groups = [c for c, kind in made.items() if c.partition(".")[0] in reducers and pa.types.is_string(kind)]
+    wanted = [("keep", column) for rule in recipe.keep for column in (rule.column, rule.best) if column is not None]
+    wanted += [("texts", column) for column in column_names(recipe.texts)]
+    wanted += [(name, need) for name, one in loaded.items() for need in one.needs if "." in need]
+    takes = []
+    for name, setting, kind in ((name, *taken) for name, one in reducers.items() for taken in one.takes.items()):
+        if (column := getattr(loaded[name], setting)) is not None:
+            takes.append((f"reducers.{name}.{setting}", column if "." in column else f"{OWN}.{column}", kind))
+    for where, column in [*wanted, *((where, column) for where, column, _ in takes)]:
+        if column not in made:
+            raise PairmillError(
+                expected=f"a column that a filter or reducer of the recipe makes, at {where}",
+                found=f"{column!r}, which none makes",
+                remedy=nearest(column, [*made]),
+            )
+    for where, column, kind in takes:
+        if not _alike(made[column], kind):
+            raise PairmillError(
+                expected=f"a column of type {kind} at {where}",
+                found=f"{column!r}, of type {made[column]}",
+                remedy="use one of: " + (", ".join(c for c in made if _alike(made[c], kind)) or "none is made yet"),
+            )
+    for column in (rule.one_per for rule in recipe.keep if rule.one_per is not None):
+        if column not in groups:
+            raise PairmillError(
+                expected="a column of groups that a reducer of the recipe makes, at one_per in keep",
+                found=f"{column!r}" + (f", which {column.partition('.')[0]} makes" if column in made else ""),
+                remedy=nearest(column, groups) if groups else "add a reducer, such as exact_duplicates",
+            )
+
+
+def _alike(kind: pa.DataType, wanted: pa.DataType) -> bool:
+    """Floats of any width are alike, and so are lists of them."""
+    if pa.types.is_list(wanted):
+        lists = pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind)
+        return lists and _alike(kind.value_type, wanted.value_type)
+    return bool(kind == wanted or (pa.types.is_floating(kind) and pa.types.is_floating(wanted)))
 
 
 def _check_rules(recipe: Recipe) -> None:
@@ -146,17 +181,17 @@ def curate(run: Run, number: int, scorer: Facts, shards: Shards) -> Facts:
     scored = score(run, planned, everything, f"score round {number}")
     scores = {one.name: one.folder for one in planned}
     reducers = {name: load_reducer(name, settings) for name, settings in recipe.reducers.items()}
-    how = (run.engine, recipe.workers)
-    scores |= run_reducers(store, reducers, shards, scores, recipe.trusted, *how)  # type: ignore[arg-type]
+    how: Any = (run.engine, recipe.workers)
+    scores |= run_reducers(store, reducers, shards, scores, recipe.trusted, *how)
     given = (recipe.keep, recipe.texts, shards, scores, recipe.trusted)
     chosen = select(store, recipe.name, *given, recalibrate=run.recalibrate, canaries=planted)
     published = publish_training_shards(run.workspace, chosen.folder, shards, recipe.trusted)
     origins = canaries.set_apart(store, planted)
     apart = published.count(store, origins)
     pins = chosen.manifest["thresholds"]
-    real = Judged(store, shards, recipe.trusted, scores, reducers, recipe.keep, recipe.texts, chosen.folder, pins)
+    real = Judged(store, shards, recipe.trusted, scores, reducers, recipe.keep, recipe.texts, chosen.folder, pins, *how)
     told = report(planted, real)
-    recalls = {name: facts["rules"][-1]["recall"]["value"] for name, facts in told["defects"].items()}
+    recalls = {name: facts["rules"][-1]["recall"] for name, facts in told["defects"].items()}
     return {
         "selection": chosen.folder,
         "kept": chosen.kept,

@@ -166,7 +166,7 @@ def curate(run: Run, number: int, current: Facts) -> Facts:
 def gates(run: Run, number: int, picked: Facts) -> None:
     """Stops before pretraining where the selection isn't what the recipe asks for."""
     limits = run.recipe.gates
-    with run.stage(f"round-{number}/gates"):
+    with run.stage(f"round-{number}/gates") as facts:
         if picked["kept_untrusted"] < limits.min_pairs:
             raise PairmillError(
                 expected=f"at least {limits.min_pairs} kept pairs beside the trusted ones (gates.min_pairs)",
@@ -174,11 +174,12 @@ def gates(run: Run, number: int, picked: Facts) -> None:
                 remedy="loosen `keep` or the gate; the funnel (funnel.json there) names the rule that drops most",
             )
         if limits.min_canary_recall:
-            _canary_gate(limits.min_canary_recall, picked["canary_recall"])
+            facts["note"] = _canary_gate(limits.min_canary_recall, picked["canary_recall"])
 
 
-def _canary_gate(wanted: float | dict[str, float], recalls: dict[str, float | None]) -> None:
-    """A figure that is missing fails too: nobody has measured what the gate asks for."""
+def _canary_gate(wanted: float | dict[str, float], figures: dict[str, Facts]) -> str:
+    """A figure that is missing fails too: nobody has measured what the gate asks for. Returns what it passed with."""
+    recalls: dict[str, float | None] = {defect: figure["value"] for defect, figure in figures.items()}
     floors = wanted if isinstance(wanted, dict) else dict.fromkeys(recalls, wanted)
     asked = ", ".join(f"{floor:.0%} of {defect}" for defect, floor in floors.items()) or f"{wanted:.0%} of every defect"
     missing = [defect for defect in floors if recalls.get(defect) is None]
@@ -189,13 +190,14 @@ def _canary_gate(wanted: float | dict[str, float], recalls: dict[str, float | No
             remedy="mark a larger source as trusted (canaries are made of its pairs), raise canaries.per_defect and "
             "canaries.max_fraction, or leave the gate out",
         )
-    low = {d: recall for d, floor in floors.items() if (recall := recalls[d]) is not None and recall < floor}
-    if low:
+    told = {d: f"{d} {recalls[d]:.1%} of {figures[d]['n']} reporting canaries" for d in floors}
+    if low := [d for d, floor in floors.items() if (recalls[d] or 0) < floor]:
         raise PairmillError(
             expected=f"a canary recall of at least {asked} (gates.min_canary_recall)",
-            found=", ".join(f"{defect} {recall:.1%}" for defect, recall in low.items()),
+            found=", ".join(told[defect] for defect in low),
             remedy="train the filter longer, tighten the rule that should catch this defect, or lower the gate",
         )
+    return ", ".join(told.values())
 
 
 def pretrain(run: Run, number: int, picked: Facts) -> Facts:

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from filters.reduce import ASKED
 from pairs.errors import PairmillError
 from pairs.identity import ID_LENGTH, held_out, local_key, url_key
 from pairs.shard import list_shards, rewrite_shard
@@ -97,7 +98,7 @@ def finish(
     new = {kind: sorted(dead[kind] - done[kind]) for kind in KINDS}
     path, record = _draft(workspace, records, new, found, done, reason)
     scrub(workspace, needles(found.urls, found.texts | _captions(store, found.uids)), dead, found.uids)
-    for made in ("cache", *(f"crawl/{c}/{part}" for c in _crawls(store) for part in ("merge", "files"))):
+    for made in ("cache", ASKED, *(f"crawl/{c}/{part}" for c in _crawls(store) for part in ("merge", "files"))):
         store.delete(made, recursive=True)  # what is in it can be had again
     _canaries(store, found)
     rewrote = Counter({kind: _shards(store, kind, found.uids) for kind in ("shards",)})

@@ -4,6 +4,7 @@ DataComp's uids are the source's own, kept in `source_uid`; a list of our uids (
 workspace with the same pairs. A rule reads lists of both kinds: `{column: pairs.source_uid, in_list: medium.npy}`.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from pairs.errors import PairmillError
+from pairs.store import Store
 from pairs.strict import nearest
 from pairs.uid_lists import halves, save_uid_list
 from pairs.workspace import Workspace, alive
@@ -31,7 +33,8 @@ class Exported:
 def export_uids(
     workspace: Workspace, selection: str, path: Path, column: str = "source_uid", source: str | None = None
 ) -> Exported:
-    """Writes the list of `selection` (its folder's name, or the recipe's where that has one) to `path`."""
+    """Writes the list of `selection` (its folder's name, or the recipe's, for what its latest run selected last) to
+    `path`."""
     if column not in COLUMNS:
         raise PairmillError(
             expected="a column of uids for --column", found=repr(column), remedy=nearest(column, [*COLUMNS])
@@ -53,10 +56,12 @@ def export_uids(
 
 
 def _folder(workspace: Workspace, selection: str) -> str:
-    """The folder of a finished selection, by its whole name or by the recipe's."""
+    """The folder of a finished selection, by its whole name or by the recipe's: of several the latest run's last."""
     store = workspace.store
     done = [name for name in store.folders("selections") if store.has(f"selections/{name}/manifest.json")]
     meant = [n for n in done if n == selection] or [n for n in done if n.rsplit("-", 1)[0] == selection]
+    if len(meant) > 1 and (latest := _latest(store, selection)) in meant:
+        meant = [latest]
     if len(meant) == 1:
         return f"selections/{meant[0]}"
     names = {*done, *(name.rsplit("-", 1)[0] for name in done)}
@@ -65,6 +70,17 @@ def _folder(workspace: Workspace, selection: str) -> str:
         found=", ".join(meant) or "none",
         remedy="give the whole name of one of them" if meant else nearest(selection, sorted(names)),
     )
+
+
+def _latest(store: Store, recipe: str) -> str:
+    """The selection of the last round of the recipe's run that began a stage last; empty where none has curated."""
+    found = []
+    for run in (f"runs/{name}" for name in store.folders("runs") if name.rsplit("-", 2)[0] == recipe):
+        rounds = {int(p.split("/")[2].removeprefix("round-")): p for p in store.files(run, "/curation.json")}
+        if rounds:
+            stages = json.loads(store.read(f"{run}/stages.json"))
+            found.append((max(facts["started"] for facts in stages.values()), rounds[max(rounds)]))
+    return str(json.loads(store.read(max(found)[1]))["selection"].rpartition("/")[2]) if found else ""
 
 
 def _refuse_others(found: pa.ChunkedArray, kept: int, column: str, source: str | None) -> None:

@@ -176,6 +176,39 @@ def test_the_report_counts_what_the_rules_catch(workspace: Workspace) -> None:
     assert by_rule[KEEP[2].name] == (0.0, 0.0)  # another encoding has other bytes
 
 
+def test_reducers_are_asked_once_whatever_the_thresholds(workspace: Workspace, monkeypatch: Any) -> None:
+    """Answers are kept for as long as corpus, canaries and tombstones are the same, and give the same figures."""
+    shards = fill(workspace)
+    canaries = make_canaries(workspace.store, shards, ["clean"], BOTH, seed=0)
+    result, scores = curate(workspace, canaries)
+    pins, queries = result.manifest["thresholds"], list[str]()
+
+    def told(keep: list[Rule] = KEEP) -> dict[str, Any]:
+        queries.clear()
+        real = Judged(workspace.store, shards, ["clean"], scores, REDUCERS, keep, TextsSpec(), result.folder, pins)
+        return report(canaries, real)
+
+    for kind in {type(one) for one in REDUCERS.values()}:
+
+        def counted(self: Any, *given: Any, answer: Any = kind.query) -> pa.Table:
+            queries.append(type(self).__name__)
+            return answer(self, *given)
+
+        monkeypatch.setattr(kind, "query", counted)
+    first = told()
+    assert sorted(queries) == ["ExactDuplicates", "NearDuplicates"] and len(workspace.store.files("asked")) == 2
+    before = contents(workspace.store)
+    assert told() == first and not queries and contents(workspace.store) == before
+    stricter = told([Rule(column="clip.cosine", min=0.95), *KEEP[1:]])
+    assert not queries and stricter["defects"]["swapped_text"]["rules"][0]["false_drops"]["value"] == 1.0
+    workspace.bury("uid", ["0" * 32], "asked for")
+    told()
+    assert len(queries) == 2, "tombstones may change what is answered"
+    del shards["web"]
+    told()
+    assert len(queries) == 2, "so may the corpus"
+
+
 def test_a_swapped_text_is_caught_where_only_a_synthetic_one_is_kept(workspace: Workspace) -> None:
     shards = fill(workspace)
     canaries = make_canaries(workspace.store, shards, ["clean"], SPEC, seed=0)[:1]
@@ -228,11 +261,17 @@ def test_a_target_recall_is_fitted_to_the_half_that_never_reports(workspace: Wor
     assert (told["rule"], told["recall"]["value"]) == (rule.name, 0.0), "the fitting half doesn't report"
     scored(0.2)
     assert chosen().folder == result.folder and chosen().manifest["thresholds"] == pins
+    none = chosen(canaries=[])
+    (kept,) = none.manifest["thresholds"].values()
+    assert (none.folder, kept["value"], kept["now"], kept["rows_now"]) == (result.folder, pin["value"], None, 0)
     moved = chosen(again=True)
     (new,) = moved.manifest["thresholds"].values()
     assert new["value"] == pytest.approx(pin["value"] + 0.2, abs=1e-6) and moved.folder != result.folder
     with pytest.raises(PairmillError, match="no canaries"):
         chosen(again=True, canaries=[])
+    workspace.store.delete("selections", recursive=True)
+    with pytest.raises(PairmillError, match="no canaries"):
+        chosen(canaries=[])
 
 
 def test_copies_are_made_as_their_names_say(workspace: Workspace) -> None:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from filters import semantic_duplicates
 from filters.kmeans import assigned, train, vectors
+from filters.leaders import MakeIndex, Pairs
 from filters.lookup import load_reducer
-from filters.reduce import run_reducers
+from filters.reduce import ask, run_reducers
 from filters.semantic_duplicates import SemanticDuplicates, cluster_leaders
 from pairs.errors import PairmillError
 from pairs.shard import ShardRef
@@ -86,6 +87,37 @@ def test_inside_clusters_it_is_brute_force_over_shards_and_ranges(workspace: Wor
     leads = np.array(table["uid"].to_pylist()) == np.array(table["group"].to_pylist())
     assert (far[leads] == 0).all() and (far[~leads] < 0.05).all() and 50 < leads.sum() < 430
     assert not [name for name in workspace.store.fs.find(workspace.store.full(place)) if "spill" in name]
+
+
+def test_a_query_is_multiplied_with_its_own_cluster_alone(workspace: Workspace, monkeypatch: Any) -> None:
+    """The answers are those of all queries times all rows, cut down to clusters afterwards, for a part of the work."""
+    made, one = cloud(960, 1, themes=30), SemanticDuplicates(epsilon=0.05, cluster_rows=120)
+    refs = [fill(workspace, "0000", part, index) for index, part in enumerate(np.split(made[:840], 2))]
+    asking = [fill(workspace, "0001", made[840:])]
+    place, table = reduced(workspace, refs, epsilon=0.05, cluster_rows=120)
+    cells, multiply = [], semantic_duplicates.product
+
+    def counted(left_ND: np.ndarray, right_MD: np.ndarray) -> np.ndarray:
+        cells.append(len(left_ND) * len(right_MD))
+        return multiply(left_ND, right_MD)
+
+    def answers() -> pa.Table:
+        cells.clear()
+        scores, exclude = SCORES | {"semantic_duplicates": place}, [None, *table["group"].to_pylist()[:119]]
+        given = (workspace.store, "semantic_duplicates", one, {"web": refs}, scores, [], {"canaries": asking})
+        return ask(*given, exclude)[0]
+
+    monkeypatch.setattr(semantic_duplicates, "product", counted)
+    found, work = answers(), sum(cells)
+
+    def at_once(index: MakeIndex, cluster_Q: np.ndarray, cluster_N: np.ndarray) -> Pairs:
+        for query, row in index(len(cluster_Q) + np.arange(len(cluster_N)))(np.arange(len(cluster_Q))):
+            same = cluster_Q[query] == cluster_N[row]
+            yield query[same], row[same]
+
+    monkeypatch.setattr(semantic_duplicates, "_by_cluster", at_once)
+    assert answers().equals(found) and 0 < found["group"].null_count < 120
+    assert work < sum(cells) / 3
 
 
 def test_what_is_no_embedding_has_no_group(workspace: Workspace) -> None:

@@ -1,6 +1,7 @@
 """A curation of pairs that nobody vouches for, end to end without a training: canaries of every defect, a threshold
 fitted to them, a source with a condition of its own, gates by defect, and the page that tells it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,13 @@ def test_gates_may_name_their_defects(run: Run) -> None:
         run.recipe = run.recipe.model_copy(update={"gates": gates})
         if words is None:
             stages.gates(run, 1, picked)
+            n = picked["canaries"]["defects"]["exact_duplicate"]["canaries"]
+            passed = f"exact_duplicate 100.0% of {n} reporting canaries"
+            assert run.read("stages.json")["round-1/gates"]["note"] == passed
             continue
-        with pytest.raises(PairmillError, match=words):
+        with pytest.raises(PairmillError, match=words) as error:
             stages.gates(run, 1, picked)
+        assert re.search(r"watermark \d+\.\d% of \d+ reporting canaries", error.value.found)
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [

@@ -63,6 +63,34 @@ MISTAKES: dict[str, tuple[Callable[[Path], str], tuple[str, ...]]] = {
         edited(lambda v: v["keep"].insert(0, {"column": "language.code", "equals": "en"})),
         ("'language.code'", "none makes"),
     ),
+    "one of what is no group": (
+        edited(lambda v: v["keep"].append({"one_per": "pairs.sha256"})),
+        ("'pairs.sha256'", "one_per", "use one of: exact_duplicates.group"),
+    ),
+    "one of a filter's column": (
+        edited(lambda v: v["keep"].append({"one_per": "image_hash.sha256"})),
+        ("'image_hash.sha256'", "one_per", "use one of: exact_duplicates.group"),
+    ),
+    "one of a misspelt group": (
+        edited(lambda v: v["keep"].append({"one_per": "exact_duplicate.group"})),
+        ("'exact_duplicate.group'", "did you mean 'exact_duplicates.group'?"),
+    ),
+    "equal lists of texts": (
+        edited(lambda v: v["reducers"].update(text_duplicates={"text": "blip_caption.texts"})),
+        ("reducers.text_duplicates.text", "type string", "list<item: string>", "use one of: pairs.uid"),
+    ),
+    "equal numbers": (
+        edited(lambda v: v["reducers"].update(text_frequency={"text": "text_stats.words"})),
+        ("reducers.text_frequency.text", "'text_stats.words', of type int32"),
+    ),
+    "a misspelt column of texts": (
+        edited(lambda v: v["reducers"].update(text_frequency={"text": "txt"})),
+        ("reducers.text_frequency.text", "'pairs.txt'", "did you mean 'pairs.text'?"),
+    ),
+    "embeddings that are texts": (
+        edited(lambda v: v["reducers"].update(semantic_duplicates={"embedding": "blip_caption.texts"})),
+        ("reducers.semantic_duplicates.embedding", "list<item: string>", "clip.image"),
+    ),
     "a match that nothing makes": (
         edited(lambda v: v["filters"].pop("blip_match")),
         ("'blip_match.probability'", "texts"),

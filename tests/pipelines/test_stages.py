@@ -153,7 +153,8 @@ def test_the_fetch_gate_asks_of_all_increments_together(
 
 @pytest.mark.parametrize("recalls", [{}, {"swapped_text": 0.9, "near_duplicate": None}])
 def test_a_missing_canary_figure_fails_its_gate(tmp_path: Path, recalls: dict[str, float | None]) -> None:
-    picked = {"kept": 40, "kept_untrusted": 4, "selection": "selections/tiny", "canary_recall": recalls}
+    figures = {defect: {"value": recall, "n": 9} for defect, recall in recalls.items()}
+    picked = {"kept": 40, "kept_untrusted": 4, "selection": "selections/tiny", "canary_recall": figures}
     for gates, stops in (({}, False), ({"min_canary_recall": 0.5}, True), ({"min_pairs": 5}, True)):
         path = flow.write_recipe(tmp_path / "recipe.yaml", flow.recipe(tmp_path) | {"gates": gates})
         run = open_run(path, workspace=str(tmp_path / "workspace"), console=Console(quiet=True))

@@ -58,6 +58,7 @@ def space(tmp_path: Path) -> Workspace:
     store.write_table(
         "scores/canary_facts-dddddddddddd/swapped_text-dddddddddddd/0000/00000.parquet", table.select(["uid"])
     )
+    store.write_table("asked/near_duplicates-aaaaaaaaaaaa-bbbbbbbbbbbb.parquet", pa.table({"group": [SECRET[0]]}))
     _free_text(store, local)
     return space
 
@@ -120,6 +121,7 @@ def test_nothing_is_left_and_nothing_else_moves(space: Workspace) -> None:
             else:
                 assert {n for n, v in new.items() if v is not None} == {"uid", "url_key", "status"}
     assert list_shards(space.store, "canaries") == [] and space.store.files("scores", "0.parquet")
+    assert space.store.files("asked") == []
     lines = space.store.read("crawl/web/0001/pages.jsonl").decode().splitlines()
     assert [i["url"] for i in json.loads(lines[1])["images"]] == [pair_row(2)["url"]]
     assert json.loads(space.store.read("runs/small-cccccccccccc-0001/stages.json"))["fetch"]["state"] == "failed"

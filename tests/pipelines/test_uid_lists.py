@@ -1,5 +1,6 @@
 """A selection leaves as a uid list and comes back as a rule, with the same pairs."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,36 @@ def test_pairs_without_a_uid_are_counted_or_refused(workspace: Workspace, tmp_pa
         export_uids(workspace, "smal", tmp_path / "c.npy")
     with pytest.raises(PairmillError, match="source_uid"):
         export_uids(workspace, "small", tmp_path / "c.npy", column="source_id")
+
+
+def test_a_recipes_name_means_what_its_latest_run_selected(workspace: Workspace, tmp_path: Path) -> None:
+    shards, path = fill(workspace), tmp_path / "a.npy"
+    made = []
+    for low in (0, 2, 3):
+        rule = Rule(column="pairs.width", min=low)
+        made.append(select(workspace.store, "small", [rule], TextsSpec(), shards, {}, []).folder)
+    with pytest.raises(PairmillError, match="give the whole name") as error:
+        export_uids(workspace, "small", path)
+    assert all(folder.rpartition("/")[2] in str(error.value) for folder in made)
+
+    def run(name: str, started: float, *rounds: str) -> None:
+        stages = {"crawl": {"started": started}, "report": {"started": started + 1}}
+        workspace.store.write(f"runs/{name}/stages.json", json.dumps(stages))
+        for number, folder in enumerate(rounds, 1):
+            told = json.dumps({"selection": folder})
+            workspace.store.write(f"runs/{name}/round-{number}/curation.json", told)
+
+    run("small-aaaaaaaaaaaa-0001", 5.0, made[0], made[1])
+    run("small-bbbbbbbbbbbb-0001", 3.0, made[2])
+    run("small-other-cccccccccccc-0001", 9.0, made[2])
+    run("small-dddddddddddd-0001", 9.0)
+    assert export_uids(workspace, "small", path).selection == made[1]
+    run("small-bbbbbbbbbbbb-0002", 7.0, made[2])
+    assert export_uids(workspace, "small", path).selection == made[2]
+    assert export_uids(workspace, made[0].rpartition("/")[2], path).selection == made[0], "a whole name is the one"
+    run("small-bbbbbbbbbbbb-0002", 7.0, "selections/small-999999999999")
+    with pytest.raises(PairmillError, match="give the whole name"):
+        export_uids(workspace, "small", path)
 
 
 def test_a_forgotten_pair_is_in_no_list(workspace: Workspace, tmp_path: Path) -> None:
