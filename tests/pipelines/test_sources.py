@@ -378,20 +378,22 @@ def test_pages_of_a_blocked_host_are_not_crawled(workspace: Workspace, tmp_path:
 def test_a_blocklist_that_changes_leaves_the_crawl_that_is_recorded(workspace: Workspace, tmp_path: Path) -> None:
     hosts = tmp_path / "hosts"
     hosts.write_text("")
-    with small_web({"/x.html": '<img src="x.png" alt="x">'}, "127.0.0.2") as other:
-        with small_web({"/": f'<img src="a.png" alt="a">{link(other.url("/x.html"))}'}) as site:
-            settings = {"kind": "site", "seeds": [site.url("/")], "hosts": ["127.0.0.2"], "allow": ALLOW, "delay_s": 0}
-            source = load_source("src", spec(**settings))
-            fetch = FetchSpec(attempts=1, block=BlockSpec(hosts=str(hosts)))
-            first, blocked, again = (Context(workspace, "src", "0000", tuple(ALLOW), fetch, quiet) for _ in range(3))
-            assert len(list(source.candidates(first))) == 2 and +first.pages == {"ok": 2}
-            hosts.write_text("127.0.0.2\n")
-            assert [row["url"] for row in source.candidates(blocked)] == [site.url("/a.png")]
-            assert +blocked.pages == {"ok": 1, "block_host": 1}
-            assert (site.asked.count("/"), other.asked.count("/x.html")) == (1, 1)
-            hosts.write_text("")
-            assert len(list(source.candidates(again))) == 2 and again.pages == first.pages
-            assert (site.asked.count("/"), other.asked.count("/x.html")) == (1, 2)
+    with (
+        small_web({"/x.html": '<img src="x.png" alt="x">'}, "127.0.0.2") as other,
+        small_web({"/": f'<img src="a.png" alt="a">{link(other.url("/x.html"))}'}) as site,
+    ):
+        settings = {"kind": "site", "seeds": [site.url("/")], "hosts": ["127.0.0.2"], "allow": ALLOW, "delay_s": 0}
+        source = load_source("src", spec(**settings))
+        fetch = FetchSpec(attempts=1, block=BlockSpec(hosts=str(hosts)))
+        first, blocked, again = (Context(workspace, "src", "0000", tuple(ALLOW), fetch, quiet) for _ in range(3))
+        assert len(list(source.candidates(first))) == 2 and +first.pages == {"ok": 2}
+        hosts.write_text("127.0.0.2\n")
+        assert [row["url"] for row in source.candidates(blocked)] == [site.url("/a.png")]
+        assert +blocked.pages == {"ok": 1, "block_host": 1}
+        assert (site.asked.count("/"), other.asked.count("/x.html")) == (1, 1)
+        hosts.write_text("")
+        assert len(list(source.candidates(again))) == 2 and again.pages == first.pages
+        assert (site.asked.count("/"), other.asked.count("/x.html")) == (1, 2)
 
 
 def raw(head: bytes) -> Any:
