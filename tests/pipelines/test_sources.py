@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from aiohttp import web
+from fsspec.implementations.local import LocalFileOpener
 from scrapy import Request
 from scrapy.http import HtmlResponse
 
@@ -777,6 +778,36 @@ def test_a_tar_s_pairs_keep_their_addresses_and_the_texts_of_our_own_shards(
     assert sorted(whole) == ["0.tar", "1.tar", "2.tar"], "no tar is read twice"
     with pytest.raises(Outside):
         source.read("http://other.test/", 4)  # type: ignore[attr-defined]
+
+
+def test_of_a_tar_the_images_are_not_read_for_its_candidates(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = bytes(range(256)) * 80_000
+    facts = {"url": "http://a.test/1.png"}
+    pairs = {f"p{n}.{ext}": data for n in range(3) for ext, data in {"png": image, "txt": b"words"}.items()}
+    make_tar(tmp_path / "0.tar", {**pairs, "q.json": json.dumps(facts).encode(), "q.png": image[1:]})
+    read, opened = [], LocalFileOpener.read
+
+    def counted(file: LocalFileOpener, size: int = -1) -> bytes:
+        data = opened(file, size)
+        read.append(len(data))
+        return data
+
+    monkeypatch.setattr(LocalFileOpener, "read", counted, raising=False)
+    rows = rows_of(workspace, kind="webdataset", path=str(tmp_path / "0.tar"))
+    assert [[t["text"] for t in row["texts"]] for row in rows].count(["words"]) == 3 and len(rows) == 4
+    assert 0 < sum(read) < 100_000
+    source, read[:] = load_source("src", spec(kind="webdataset", path=str(tmp_path / "0.tar"))), []
+    assert source.read("http://a.test/1.png", 1 << 30) == image[1:]  # type: ignore[attr-defined]
+    assert sum(read) < 100_000 + len(image)
+
+
+def test_a_text_of_a_tar_is_bounded(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webdataset, "MAX_TEXT_BYTES", 9)
+    make_tar(tmp_path / "0.tar", {"p.png": picture(), "p.txt": b"ten  bytes"})
+    with pytest.raises(PairmillError, match=r"0\.tar\s+found p\.txt"):
+        rows_of(workspace, kind="webdataset", path=str(tmp_path / "0.tar"))
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.REGTYPE])
