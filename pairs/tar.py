@@ -2,7 +2,8 @@
 
 Written as USTAR with mtime 0, owner 0 and fixed modes: the same members give the same bytes. Members of
 a pair are adjacent. The reader refuses links, devices, bad keys, interleaved pairs and a tar that was cut, also
-one cut at a member's boundary, which tarfile and webdataset take for a clean end.
+one cut at a member's boundary, which tarfile and webdataset take for a clean end. Of a file it reads the headers alone
+and seeks over what lies between; a header that says it is longer than 1 MiB is damage.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ KEY = re.compile(r"[0-9A-Za-z_-]{1,80}")
 EXTENSION = re.compile(r"[0-9A-Za-z_][0-9A-Za-z_.-]{0,15}")
 PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE)
 BLOCK = 512
+HEAD_BYTES = 1 << 20
 EMPTY = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)  # a header without a name, of size 0
 EMPTY_SUM = int(EMPTY[148:154], 8)
 
@@ -84,9 +86,22 @@ def _header(name: bytes, size: int) -> bytes:
     return b"%b%b%b%b%06o\0 %b" % (name, EMPTY[len(name) : 124], digits, EMPTY[135:148], total, EMPTY[156:])
 
 
-def read_members(data: bytes, name: str) -> list[Member]:
-    """The members of a whole tar in order, checked. `name` goes into the error message."""
-    members = list(_scan(data, name))
+class _Heads:
+    """What tarfile may read of a file: headers, none of which is large, whatever it says."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.tell, self.seek = file, file.tell, file.seek
+
+    def read(self, size: int) -> bytes:
+        if size > HEAD_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._file.read(size)
+
+
+def read_members(tar: bytes | IO[bytes], name: str) -> list[Member]:
+    """The members of a whole tar, bytes or a file that can seek, in order, checked. `name` goes into the error
+    message."""
+    members = list(_scan(io.BytesIO(tar) if isinstance(tar, bytes) else tar, name))
     seen: dict[str, set[str]] = {}
     for member in members:
         extensions = seen.setdefault(member.key, set())
@@ -98,28 +113,32 @@ def read_members(data: bytes, name: str) -> list[Member]:
     return members
 
 
-def _scan(data: bytes, name: str) -> Iterator[Member]:
-    end = 0
+def _scan(file: IO[bytes], name: str) -> Iterator[Member]:
+    end, size = 0, file.seek(0, io.SEEK_END)
+    file.seek(0)
     try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            for info in tar:
+        with tarfile.open(fileobj=_Heads(file), mode="r:") as tar:  # type: ignore[call-overload]
+            while info := tar.next():
+                tar.members.clear()  # it would remember each
                 if info.type not in PLAIN or info.issparse():
                     raise _bad(name, f"{info.name!r}, which is a link, a folder, a device or sparse")
                 key, _, ext = info.name.partition(".")
                 if not KEY.fullmatch(key) or not EXTENSION.fullmatch(ext):
                     raise _bad(name, f"a member named {info.name!r}")
                 end = info.offset_data + -(-info.size // BLOCK) * BLOCK
-                if info.size < 0 or end > len(data):
+                if info.size < 0 or end > size:
                     raise _bad(name, f"an end inside {info.name!r}")
                 yield Member(key, ext, info.offset_data, info.size)
     except PairmillError:
         raise
     except (tarfile.TarError, ValueError, ArithmeticError) as error:  # sizes that don't fit raise the latter two
         raise _bad(name, f"{error} after byte {end}") from error
-    if len(data) - end < 2 * BLOCK or any(data[end : end + 2 * BLOCK]):
-        raise _bad(name, f"no end mark after byte {end} of {len(data)}: the tar was cut")
-    if data[end:].strip(b"\0"):
-        raise _bad(name, f"more data behind the end mark at byte {end}")
+    file.seek(end)
+    if file.read(2 * BLOCK) != bytes(2 * BLOCK):
+        raise _bad(name, f"no end mark after byte {end} of {size}: the tar was cut")
+    while rest := file.read(HEAD_BYTES):
+        if any(rest):
+            raise _bad(name, f"more data behind the end mark at byte {end}")
 
 
 def _bad(name: str, found: str) -> PairmillError:

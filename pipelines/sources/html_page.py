@@ -6,7 +6,7 @@ element and remembered, so a page costs no more than its size however it nests. 
 parses as fast, but asking its tree costs 30 times as much. What lies beyond the limits below is counted in `cut`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from urllib.parse import urljoin, urlsplit
@@ -79,7 +79,7 @@ def read_page(url: str, body: bytes, headers: Sequence[tuple[str, str]], agent: 
     language, title = _language(root, None), _clip(found.title)
     titles = [text(title, "title", language)] if title else []
     return {
-        "images": [*_images(found, base, titles), *_og_images(found, base, language, titles)],
+        "images": [*_images(found, base, titles), *og_images(found, base, language, titles)],
         "links": [] if words & NO_FOLLOW else sorted({a.partition("#")[0] for a in _joined(found.links, base)}),
         "opt_out": opt_out,
         "cut": found.cut,
@@ -189,9 +189,10 @@ def _take_base(element: html.HtmlElement, found: Found) -> None:
     found.base = found.base or (element.get("href") or "").strip()
 
 
-def _take_meta(element: html.HtmlElement, found: Found) -> None:
-    name = (element.get("name") or element.get("property") or "").strip().lower()
-    content = (element.get("content") or "").strip()
+def take_meta(element: Mapping[str, Any], found: Found) -> None:
+    """A meta tag's words, into `robots`, `og` or `reserved`."""
+    name = str(element.get("name") or element.get("property") or "").strip().lower()
+    content = str(element.get("content") or "").strip()
     if name in found.names:
         found.robots.append(content)
     elif name.startswith("og:"):
@@ -203,18 +204,28 @@ def _take_meta(element: html.HtmlElement, found: Found) -> None:
 def _take_link(element: html.HtmlElement, found: Found) -> None:
     href = (element.get("href") or "").strip()
     words = (element.get("rel") or "").lower().split()
-    if "license" in words or any(mark in href for mark in LICENCES):
-        figure, meant = around(element, found.around).figure, "license" in words
-        if href and (figure not in found.licences or (meant and not found.licences[figure][0])):
-            found.licences[figure] = meant, href
+    if is_licence(words, href):
+        take_licence(around(element, found.around).figure, words, href, found)
     if href and element.tag != "link" and "nofollow" not in words:
         _add(found.links, href, MAX_LINKS, found)
+
+
+def is_licence(words: list[str], href: str) -> bool:
+    """Whether a link with these words in `rel` is to a licence."""
+    return bool(href) and ("license" in words or any(mark in href for mark in LICENCES))
+
+
+def take_licence(figure: html.HtmlElement | None, words: list[str], href: str, found: Found) -> None:
+    """A figure's licence, or with None the page's: the first that is called so, or else the first of a known one."""
+    meant = "license" in words
+    if figure not in found.licences or (meant and not found.licences[figure][0]):
+        found.licences[figure] = meant, href
 
 
 GATHER = {
     **dict.fromkeys(("a", "area", "link"), _take_link),
     **{"img": _take_image, "source": _take_source, "figcaption": _take_caption},
-    **{"title": _take_title, "base": _take_base, "meta": _take_meta},
+    **{"title": _take_title, "base": _take_base, "meta": take_meta},
 }
 
 
@@ -241,7 +252,7 @@ def _images(found: Found, base: str, titles: list[Words]) -> Iterator[dict[str, 
             "url": full,
             "texts": texts + titles,
             "found": "figure" if caption else "img",
-            "license": _licence(found, figure, base),
+            "license": licence(found, figure, base),
         }
 
 
@@ -260,13 +271,13 @@ def _captions(found: Found) -> dict[html.HtmlElement | None, str]:
     return told
 
 
-def _licence(found: Found, figure: html.HtmlElement | None, base: str) -> str | None:
+def licence(found: Found, figure: html.HtmlElement | None, base: str) -> str | None:
     """The address of the licence that the image's own figure names, or else the page."""
     named = found.licences.get(figure) or found.licences.get(None)
     return join(base, named[1]) if named else None
 
 
-def _og_images(found: Found, base: str, language: str | None, titles: list[Words]) -> Iterator[dict[str, Any]]:
+def og_images(found: Found, base: str, language: str | None, titles: list[Words]) -> Iterator[dict[str, Any]]:
     """The images that the page names for itself (Open Graph), each with the page's own words."""
     about = {name: words for name, words in reversed(found.og) if name in ("og:title", "og:description")}
     alts: dict[str, str] = {}
@@ -281,7 +292,7 @@ def _og_images(found: Found, base: str, language: str | None, titles: list[Words
         said = [alt, about.get("og:title"), about.get("og:description")]
         texts = [text(_clip(value), "og", language) for value in said if _clip(value)]
         if full := join(base, address):
-            yield {"url": full, "texts": texts + titles, "found": "og", "license": _licence(found, None, base)}
+            yield {"url": full, "texts": texts + titles, "found": "og", "license": licence(found, None, base)}
 
 
 def _joined(hrefs: list[str], base: str) -> Iterator[str]:

@@ -25,15 +25,17 @@ from pairs.fingerprint import fingerprint
 from pairs.process import ROOT, child
 from pairs.store import advice, no_space
 from pairs.workspace import Dead
-from pipelines.fetch.blocklists import load_blocklists
+from pipelines.fetch.blocklists import Blocklists, load_blocklists
 from pipelines.fetch.client import require_contact
 from pipelines.fetch.guard import networks, refuse_url
 from pipelines.sources import Context, Row, forgotten
 
-VERSION = 5  # raise it when an equal page gives another record
+VERSION = 6  # raise it when an equal page gives another record
 POLL_S = 0.2
 LOG_CHARS = 2000
 ORPHAN_S = 10.0  # how long the crawler of a killed run may take to end
+BLOCKED = "block_host"
+ROBOTS_FILE = "robots.txt"  # the `failure` of a record that holds the sitemaps that one names
 FULL_DISK = 28  # its exit code where no space was left
 
 
@@ -68,14 +70,17 @@ class Source:
                 pages = self._prepare(folder, context)
                 self._crawl(folder, pages, context, lock)
         failures: Counter[str] = Counter()
+        blocked = load_blocklists(context.fetch.block)
         for page in read_pages(pages):
+            if is_blocked(page, blocked):
+                page |= {"failure": BLOCKED, "images": [], "cut": 0}
             failures[page["failure"] or "ok"] += 1
             context.pages["cut"] += page["cut"] > 0
             yield from _rows(page)
         context.pages.update(failures)
         for found in read_pages(pages, "sitemap"):
             context.pages["cut"] += found["cut"] > 0
-            context.pages[f"sitemap_{found['failure'] or 'ok'}"] += found["failure"] != "robots"
+            context.pages[f"sitemap_{found['failure'] or 'ok'}"] += found["failure"] != ROBOTS_FILE
         if not failures["ok"]:
             context.workspace.store.delete(f"crawl/{context.name}", recursive=True)
             raise PairmillError(
@@ -87,23 +92,25 @@ class Source:
     def _check(self, context: Context) -> None:
         where = f"sources.{context.name}"
         networks(context.allow, where)
-        for seed in self.seeds or [""]:
-            if refuse_url(URL(seed)):
-                raise PairmillError(
-                    expected=f"http or https addresses at {where}.seeds", found=repr(seed), remedy="correct them"
-                )
-        require_contact(context.fetch.agent, [*(URL(seed).host or "" for seed in self.seeds), *self.hosts])
+        for name, urls in {"seeds": self.seeds or [""], "sitemaps": self.sitemaps}.items():
+            for url in urls:
+                if refuse_url(URL(url)):
+                    raise PairmillError(
+                        expected=f"http or https addresses at {where}.{name}", found=repr(url), remedy="correct them"
+                    )
+        named = [*self.seeds, *self.sitemaps]
+        require_contact(context.fetch.agent, [*(URL(url).host or "" for url in named), *self.hosts])
 
     def _prepare(self, folder: Path, context: Context) -> Path:
-        """The file of finished pages, begun anew where it was recorded with other settings."""
+        """The file of finished pages, begun anew where it was recorded with other settings; blocklists may change."""
         fetch = {name: getattr(context.fetch, name) for name in ("agent", "deadline_s", "attempts")}
         blocked = sorted(load_blocklists(context.fetch.block).hosts)
-        config: dict[str, Any] = {**asdict(self), **fetch, "allow": list(context.allow), "blocked": blocked}
+        config: dict[str, Any] = {**asdict(self), **fetch, "allow": list(context.allow)}
         pages, mark = folder / "pages.jsonl", fingerprint({"site": VERSION, **config})
         recorded = next(iter(_lines(pages)), {})
         if recorded.get("settings") != mark:
             pages.write_text(json.dumps({"settings": mark}) + "\n")
-        (folder / "config.json").write_text(json.dumps({**config, "pages": str(pages.resolve())}))
+        (folder / "config.json").write_text(json.dumps({**config, "blocked": blocked, "pages": str(pages.resolve())}))
         return pages
 
     def _crawl(self, folder: Path, pages: Path, context: Context, lock: int) -> None:
@@ -163,8 +170,15 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_pages(path: Path, kind: str = "url") -> Iterator[dict[str, Any]]:
-    """The finished pages that a crawl recorded, or with "sitemap" the sitemaps."""
-    return (line for line in _lines(path) if kind in line)
+    """The finished pages that a crawl recorded, or with "sitemap" the sitemaps; of one recorded again the last."""
+    name = "key" if kind == "url" else kind
+    last = {line[name]: number for number, line in enumerate(_lines(path)) if kind in line}
+    return (line for number, line in enumerate(_lines(path)) if kind in line and last[line[name]] == number)
+
+
+def is_blocked(line: dict[str, Any], blocked: Blocklists) -> bool:
+    """Whether a crawl's record, of a page or a sitemap, is one of a host that is blocked now."""
+    return blocked.host(URL(line.get("key") or line["sitemap"]).host or "") is not None
 
 
 def without_dead(line: dict[str, Any], dead: Dead) -> dict[str, Any] | None:

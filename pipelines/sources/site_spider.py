@@ -28,12 +28,12 @@ from pairs.workspace import Workspace
 from pipelines.fetch.blocklists import Blocklists
 from pipelines.fetch.client import REDIRECTS, Client, Limits, any_headers, open_client
 from pipelines.fetch.failures import Failure, Headers
-from pipelines.fetch.guard import networks
+from pipelines.fetch.guard import networks, refuse_url
 from pipelines.fetch.policies import load_policies, save_policies
 from pipelines.fetch.robots import Robots
 from pipelines.sources import forgotten
 from pipelines.sources.html_page import join, read_page
-from pipelines.sources.site import FULL_DISK, read_pages, without_dead
+from pipelines.sources.site import BLOCKED, FULL_DISK, ROBOTS_FILE, is_blocked, read_pages, without_dead
 from pipelines.sources.site_cache import (
     VALIDATORS,
     conditions,
@@ -142,8 +142,9 @@ class SiteSpider(Spider):
         self._robots = list(_spelled(str(URL(seed).origin() / "robots.txt") for seed in config["seeds"]))
         self._hosts = {URL(seed).host for seed in config["seeds"]} | set(config["hosts"])
         path = Path(config["pages"])
-        self._pages = {page["key"]: _ways(page) for page in read_pages(path)}
-        self._maps = {found["sitemap"]: found for found in read_pages(path, "sitemap")}
+        self._blocked = Blocklists(frozenset(config["blocked"]))
+        self._pages = {page["key"]: _ways(page) for page in read_pages(path) if self._stands(page)}
+        self._maps = {found["sitemap"]: found for found in read_pages(path, "sitemap") if self._stands(found)}
         self._before = load_unchanging(config)
         self._dead = Workspace(place(config)[0]).tombstones()
         _end_torn_line(path)
@@ -170,6 +171,10 @@ class SiteSpider(Spider):
                 level = _spelled(link for key in fresh for link in self._pages[key][0]) | level
                 wave = _spelled(target for key in fresh if (target := self._pages[key][1]))
 
+    def _stands(self, line: dict[str, Any]) -> bool:
+        """Whether a record holds; one that blocklists have to do with is made anew, for they may have changed."""
+        return line["failure"] not in (BLOCKED, ROBOTS_FILE) and not is_blocked(line, self._blocked)
+
     async def _wave(self, missing: list[str], spelled: dict[str, str], kind: str = "") -> AsyncIterator[Request]:
         """Asks for the addresses and waits until all are recorded."""
         self._waiting = len(missing)
@@ -184,15 +189,41 @@ class SiteSpider(Spider):
 
     async def _sitemaps(self) -> AsyncIterator[Request]:
         """Reads the sitemaps that robots.txt of the seeds' hosts and the settings name, and those that these name."""
-        wave, seen = _spelled([*self._config["sitemaps"], *self._robots]), set[str]()
-        for _ in range(SITEMAP_ROUNDS):
-            fresh = sorted(key for key in wave.keys() - seen if self._within(key))[: MAX_SITEMAPS - len(seen)]
+        told = _spelled([*self._config["sitemaps"], *self._robots])
+        wave, seen, room = {key: told[key] for key in told if not forgotten(self._dead, key)}, set[str](), MAX_SITEMAPS
+        for rounds in reversed(range(SITEMAP_ROUNDS)):
+            fresh = sorted(wave)
             seen.update(fresh)
             async for request in self._wave([key for key in fresh if key not in self._maps], wave, "sitemap"):
                 yield request
             if self.error:
                 return
-            wave = _spelled(more for key in fresh for more in self._maps[key]["more"])
+            wave = self._named(fresh, seen, room if rounds else 0)
+            room -= len(wave)
+
+    def _named(self, keys: list[str], seen: set[str], room: int) -> dict[str, str]:
+        """At most `room` new sitemaps that those at `keys` name; what is left is counted in the `cut` of these."""
+        wave: dict[str, str] = {}
+        for key in keys:
+            named, kept = _spelled(self._maps[key]["more"]), list[str]()
+            for other, spelled in named.items():
+                if other not in seen and len(wave) < room and self._may_name(key, other):
+                    wave.setdefault(other, spelled)
+                if other in seen or other in wave:
+                    kept.append(spelled)
+            if len(kept) < len(named):
+                self._maps[key] |= {"more": kept, "cut": self._maps[key]["cut"] + len(named) - len(kept)}
+                self._append(self._maps[key])
+        return wave
+
+    def _may_name(self, key: str, other: str) -> bool:
+        """robots.txt may name sitemaps anywhere, a sitemap those on its own host and on the crawl's."""
+        try:
+            url = URL(other)
+        except ValueError:
+            return False
+        near = key in self._robots or url.host in self._hosts | {URL(key).host}
+        return near and refuse_url(url) is None and not forgotten(self._dead, other)
 
     def _within(self, url: str) -> bool:
         try:
@@ -248,7 +279,7 @@ class SiteSpider(Spider):
 
     def _read_map(self, response: HtmlResponse) -> dict[str, Any]:
         if response.request and response.request.meta["map"] == "robots":
-            return {"more": response.text.splitlines(), "failure": "robots"}
+            return {"more": response.text.splitlines(), "failure": ROBOTS_FILE}
         if response.status in REDIRECTS:
             return {"more": [target] if (target := _target(response)) else [], "failure": "redirected"}
         found = read_sitemap(response.body)
@@ -269,9 +300,12 @@ class SiteSpider(Spider):
         self._pages[page["key"]] = _ways(page)
         self._write(page)
 
-    def _write(self, line: dict[str, Any]) -> None:
+    def _append(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line).encode() + b"\n")
         self._unsynced += 1
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._append(line)
         self._waiting -= 1
         if self._unsynced >= SYNC_EVERY or not self._waiting:
             os.fsync(self._file.fileno())

@@ -2,7 +2,8 @@
 WARC's size and without the page itself.
 
 So there are fewer texts than in the WARC: `alt`, `title` and the page's title, no captions, no lazy attributes. Robots
-tags and headers are there. https://commoncrawl.org, "WAT response format".
+tags, headers, Open Graph and the licence that the page's head names are there; of one in its body nobody knows whether
+it is a figure's. https://commoncrawl.org, "WAT response format".
 """
 
 import json
@@ -12,7 +13,19 @@ from typing import IO, Any
 from pipelines.sources import Context, Row, text
 from pipelines.sources.archive_files import Archives, Limits, Page, placed
 from pipelines.sources.archive_records import records
-from pipelines.sources.html_page import MAX_IMAGES, Words, forbids, join, robots_names
+from pipelines.sources.html_page import (
+    MAX_IMAGES,
+    Found,
+    Words,
+    forbids,
+    is_licence,
+    join,
+    licence,
+    og_images,
+    robots_names,
+    take_licence,
+    take_meta,
+)
 
 PAGES = ("text/html", "application/xhtml+xml")
 IMAGES = frozenset({"IMG@/src", "IMG@/data-src"})
@@ -49,7 +62,7 @@ def _page(envelope: dict[str, Any], limits: Limits) -> Page | None:
     if not response:
         return None
     status = str(response["Response-Message"]["Status"])
-    headers = [(name, str(value)) for name, value in response.get("Headers", {}).items()]
+    headers = [(name, str(value)) for name, told in response.get("Headers", {}).items() for value in _each(told)]
     kind = next((value for name, value in headers if name.lower() == "content-type"), PAGES[0])
     if status != "200":
         return f"http_{status}", [], False
@@ -61,8 +74,28 @@ def _page(envelope: dict[str, Any], limits: Limits) -> Page | None:
     title = (head.get("Title") or "").strip()
     base = join(address, head.get("Base") or "") or address
     titles = [text(title, "title")] if title else []
-    found = [_image(image, base, titles) for image in images[:MAX_IMAGES]]
-    return "ok", placed(found, address, _opt_out(headers, head, limits.agent)), len(images) > MAX_IMAGES
+    found = _head(head, limits.agent)
+    rows = [_image(image, base, titles) | {"license": licence(found, None, base)} for image in images[:MAX_IMAGES]]
+    rows += og_images(found, base, None, titles)
+    opt_out = forbids(headers, found.robots, found.reserved, limits.agent)[1]
+    return "ok", placed(rows, address, opt_out), len(images) > MAX_IMAGES or found.cut > 0
+
+
+def _each(told: Any) -> list[Any]:
+    """The values of a header; one that came several times is a list."""
+    return told if isinstance(told, list) else [told]
+
+
+def _head(head: dict[str, Any], agent: str) -> Found:
+    """What the tags of a page's head gave, read as in the page itself."""
+    found = Found(robots_names(agent))
+    for meta in head.get("Metas", []):
+        take_meta(meta, found)
+    for link in head.get("Link", []):
+        words, href = str(link.get("rel") or "").lower().split(), str(link.get("url") or "").strip()
+        if is_licence(words, href):
+            take_licence(None, words, href, found)
+    return found
 
 
 def _image(link: dict[str, Any], base: str, titles: list[Words]) -> dict[str, Any]:
@@ -71,9 +104,3 @@ def _image(link: dict[str, Any], base: str, titles: list[Words]) -> dict[str, An
     address = str(link.get("url") or "").strip()
     full = join(base, address) or address.partition(":")[0] + ":"
     return {"url": full, "texts": texts + titles, "found": "img"}
-
-
-def _opt_out(headers: list[tuple[str, str]], head: dict[str, Any], agent: str) -> str | None:
-    metas = [(str(meta.get("name", "")).lower(), str(meta.get("content", ""))) for meta in head.get("Metas", [])]
-    robots = [content for name, content in metas if name in robots_names(agent)]
-    return forbids(headers, robots, ("tdm-reservation", "1") in metas, agent)[1]

@@ -4,13 +4,14 @@ A pair is what has one key: an image, its texts in `.txt` (one a line) and `.jso
 `texts` of our own shards), which may also name `url`, `page`, `license` and `uid`. With an http `url` it is known by
 that, so that a takedown finds it; its bytes come from the tar all the same. The uid, or else the key, is its
 `source_uid`. Tars are read by the strict reader of `pairs/tar.py`: one with a link, a device, a bad key or a cut end is
-refused whole. Each is read once, one at a time; of it is kept where its images lie, about 300 bytes each.
+refused whole. Of each the headers are read once, then the texts, while seeking over images; it is kept where these
+lie, about 300 bytes each. So a fetch reads a range for each image, whatever the tar's size.
 """
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from pairs.errors import PairmillError
 from pairs.identity import local_key, url_key
@@ -23,7 +24,7 @@ from pipelines.sources.archive_files import paths
 IMAGES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp"})
 FACTS = {"page": ("page",), "license": ("license",), "source_uid": ("source_uid", "uid")}
 WORDS = ("caption", "text", "alt")
-MAX_TAR_BYTES = 16 << 30
+MAX_TEXT_BYTES = 16 << 20
 
 
 class Place(NamedTuple):
@@ -100,26 +101,29 @@ class Source:
     def _read(self, name: str, address: str) -> Iterator[Pair]:
         """The pairs of a tar, which is checked whole before; where they lie is remembered."""
         fs, path = file_system(address)
-        if fs.size(path) > MAX_TAR_BYTES:
-            raise PairmillError(expected=f"a tar of at most 16 GiB: {name}", found="a larger one", remedy="split it")
-        data = bytes(fs.cat_file(path))
         parts: dict[str, dict[str, Member]] = {}
-        for member in read_members(data, name):
-            parts.setdefault(member.key, {})[member.ext.lower()] = member
-        for key, members in parts.items():
-            pair = _pair(name, address, key, members, data)
-            if pair.path is not None:
-                self._tar[pair.path] = pair.place
-                if pair.url:
-                    self._tar.setdefault(url_key(pair.url), pair.place)
-            yield pair
+        with fs.open(path, "rb") as file:
+            for member in read_members(file, name):
+                parts.setdefault(member.key, {})[member.ext.lower()] = member
+            for key, members in parts.items():
+                pair = _pair(name, address, key, members, file)
+                if pair.path is not None:
+                    self._tar[pair.path] = pair.place
+                    if pair.url:
+                        self._tar.setdefault(url_key(pair.url), pair.place)
+                yield pair
         self._tar[name] = None
 
 
-def _pair(name: str, address: str, key: str, members: dict[str, Member], data: bytes) -> Pair:
+def _pair(name: str, address: str, key: str, members: dict[str, Member], file: IO[bytes]) -> Pair:
     def content(ext: str) -> bytes:
-        member = members.get(ext)
-        return data[member.offset : member.offset + member.size] if member else b""
+        member = members.get(ext, Member(key, ext, 0, 0))
+        if member.size > MAX_TEXT_BYTES:
+            raise PairmillError(
+                expected=f"texts of at most 16 MiB in {name}", found=f"{key}.{ext}", remedy="leave out this pair"
+            )
+        file.seek(member.offset)
+        return file.read(member.size)
 
     lines = content("txt").decode("utf-8", "replace").splitlines()
     image = next((member for ext, member in members.items() if ext in IMAGES), None)

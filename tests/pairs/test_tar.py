@@ -238,3 +238,12 @@ def test_the_standard_library_extracts_it(tmp_path: Path) -> None:
     for path in sorted((tmp_path / "out").iterdir()):
         found.setdefault(path.stem, {})[path.suffix[1:]] = path.read_bytes()
     assert found == SMALL
+
+
+def test_a_header_that_says_it_is_large_is_not_read() -> None:
+    with tarfile.open(fileobj=(out := io.BytesIO()), mode="w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("a.txt")
+        info.pax_headers = {"comment": "x" * 2_000_000}
+        tar.addfile(info)
+    with pytest.raises(PairmillError, match="a header of"):
+        read_members(out, "t")

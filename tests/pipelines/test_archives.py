@@ -20,6 +20,7 @@ from pipelines.sources import archive_files
 from pipelines.sources.archive_files import Limits
 from pipelines.sources.archive_records import Answer, Record, body, http_answer, records
 from pipelines.sources.warc import read_pages
+from pipelines.sources.wat import read_notes
 from tests.pipelines.small_web import ALLOW, small_web, with_headers
 
 HTML = ("Content-Type", "text/html")
@@ -259,6 +260,7 @@ def test_wat(workspace: Workspace, tmp_path: Path) -> None:
         note("http://b.test/", Links=links[:1], Head={"Metas": [{"name": "robots", "content": "noai"}]}),
         note("http://c.test/", Links=links[:1], tag="noimageai"),
         note("http://d.test/", Links=links[:1], Head={"Metas": [{"name": "tdm-reservation", "content": "1"}]}),
+        note("http://g.test/", Links=links[:1], tag=["all", "noai, noindex"]),
         note("http://e.test/", status="404"),
         note("http://f.test/", kind="image/png"),
         b'{"Envelope": {"Payload-Metadata": {}}}',
@@ -272,8 +274,8 @@ def test_wat(workspace: Workspace, tmp_path: Path) -> None:
     (tmp_path / "a.wat.gz").write_bytes(out.getvalue())
     spec = SourceSpec(kind="wat", path=str(tmp_path / "a.wat.gz"))  # type: ignore[call-arg]
     counts = cut_increment(workspace, "src", spec, FetchSpec(), lambda *a: None)
-    assert counts.pages == {"ok": 4, "http_404": 1, "not_a_page": 1, "broken_record": 2}
-    assert (counts.found, counts.dropped) == (5, {"data_url": 1})
+    assert counts.pages == {"ok": 5, "http_404": 1, "not_a_page": 1, "broken_record": 2}
+    assert (counts.found, counts.dropped) == (6, {"data_url": 1})
     rows = {row["url"]: row for row in workspace.store.read_table(part("src", "0000")).to_pylist()}
     apple = rows["http://a.test/m/a.png"]
     assert [(t["text"], t["kind"]) for t in apple["texts"]] == [("apple", "alt"), ("tip", "img_title"), ("T", "title")]
@@ -283,4 +285,28 @@ def test_wat(workspace: Workspace, tmp_path: Path) -> None:
         "http://b.test/a.png": "noai",
         "http://c.test/a.png": "noimageai",
         "http://d.test/a.png": "tdm",
+        "http://g.test/a.png": "noai",
     }
+
+
+def test_a_note_gives_open_graph_and_the_licence_as_its_page_does() -> None:
+    metas = [{"property": "og:image", "content": " o.png"}, {"name": "og:title", "content": "words"}]
+    metas += [{"property": "og:description", "content": "more"}, {"property": "og:image:alt", "content": "alt"}]
+    head = {
+        **{"Title": "t", "Base": "/m/", "Metas": metas},
+        "Link": [{"path": "LINK@/href", "rel": "icon", "url": "i.png"}, {"rel": "License", "url": "/cc0"}],
+    }
+    data = note("http://a.test/x/", Head=head, Links=[{"path": "IMG@/src", "url": "a.png", "alt": "apple"}])
+    page = """<title>t</title><base href="/m/"><meta property="og:image" content=" o.png"><meta name="og:title"
+    content="words"><meta property="og:description" content="more"><meta property="og:image:alt" content="alt">
+    <link rel=icon href=i.png><link rel=License href="/cc0"><img src="a.png" alt="apple">"""
+    out = io.BytesIO()
+    writer = WARCWriter(out, gzip=False)
+    writer.write_record(writer.create_warc_record("http://a.test/x/", "metadata", payload=io.BytesIO(data)))
+    noted = list(read_notes(io.BytesIO(out.getvalue()), LIMITS))
+    assert noted == list(
+        read_pages(io.BytesIO(archive(answer("http://a.test/x/", page.encode(), HTML), zipped=False)), LIMITS)
+    )
+    [(_, rows, _)] = noted
+    assert [row["url"] for row in rows] == ["http://a.test/m/a.png", "http://a.test/m/o.png"]
+    assert {row["license"] for row in rows} == {"http://a.test/cc0"}

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from aiohttp import web
+from fsspec.implementations.local import LocalFileOpener
 from scrapy import Request
 from scrapy.http import HtmlResponse
 
@@ -30,7 +32,7 @@ from pairs.tar import TarWriter
 from pairs.workspace import Workspace
 from pipelines.candidates import CutCounts, cut_increment, part
 from pipelines.fetch.shards import fetch_increment
-from pipelines.sources import Outside, load_source, webdataset
+from pipelines.sources import Context, Outside, load_source, webdataset
 from pipelines.sources.folder import Source
 from pipelines.sources.html_page import read_page
 from pipelines.sources.site import _alone
@@ -300,11 +302,21 @@ site_spider.main()
 """
 
 
-def test_a_full_disk_under_the_crawler_is_said(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    def crawler(command: list[str], **more: Any) -> Any:
-        return process.child([command[0], "-c", FULL, command[-1]], **more)
+FEW_SITEMAPS = """
+from pipelines.sources import site_spider
 
-    monkeypatch.setattr("pipelines.sources.site.child", crawler)
+site_spider.MAX_SITEMAPS = 3
+site_spider.main()
+"""
+
+
+def crawler(code: str) -> Callable[..., Any]:
+    """Starts the crawler's process with `code` in place of its module."""
+    return lambda command, **more: process.child([command[0], "-c", code, command[-1]], **more)
+
+
+def test_a_full_disk_under_the_crawler_is_said(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.sources.site.child", crawler(FULL))
     with small_web(small_site()) as site, pytest.raises(PairmillError, match="no space left"):
         crawl(workspace, site)
     assert workspace.store.files("candidates") == []
@@ -362,6 +374,27 @@ def test_pages_of_a_blocked_host_are_not_crawled(workspace: Workspace, tmp_path:
             fetch = FetchSpec(attempts=1, block=BlockSpec(hosts=str(tmp_path / "hosts")))
             counts = cut_increment(workspace, "src", spec(**settings), fetch, quiet)
     assert counts.new == 1 and counts.pages == {"ok": 1, "redirected": 1, "block_host": 2} and bad.asked == []
+
+
+def test_a_blocklist_that_changes_leaves_the_crawl_that_is_recorded(workspace: Workspace, tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("")
+    with (
+        small_web({"/x.html": '<img src="x.png" alt="x">'}, "127.0.0.2") as other,
+        small_web({"/": f'<img src="a.png" alt="a">{link(other.url("/x.html"))}'}) as site,
+    ):
+        settings = {"kind": "site", "seeds": [site.url("/")], "hosts": ["127.0.0.2"], "allow": ALLOW, "delay_s": 0}
+        source = load_source("src", spec(**settings))
+        fetch = FetchSpec(attempts=1, block=BlockSpec(hosts=str(hosts)))
+        first, blocked, again = (Context(workspace, "src", "0000", tuple(ALLOW), fetch, quiet) for _ in range(3))
+        assert len(list(source.candidates(first))) == 2 and +first.pages == {"ok": 2}
+        hosts.write_text("127.0.0.2\n")
+        assert [row["url"] for row in source.candidates(blocked)] == [site.url("/a.png")]
+        assert +blocked.pages == {"ok": 1, "block_host": 1}
+        assert (site.asked.count("/"), other.asked.count("/x.html")) == (1, 1)
+        hosts.write_text("")
+        assert len(list(source.candidates(again))) == 2 and again.pages == first.pages
+        assert (site.asked.count("/"), other.asked.count("/x.html")) == (1, 2)
 
 
 def raw(head: bytes) -> Any:
@@ -495,7 +528,7 @@ def test_sitemaps_name_pages_that_no_link_leads_to(workspace: Workspace) -> None
     routes: dict[str, Any] = {"/": '<img src="0.png" alt="zero">', "/moved.xml": redirect("/own.xml")}
     routes |= {f"/{n}.html": f'<img src="{n}.png" alt="{n}">' for n in (1, 2, 3)}
     with small_web(routes) as site:
-        robots = f"User-agent: *\nSitemap: {site.url('/index.xml')}\nSitemap: http://elsewhere.test/s.xml\n"
+        robots = f"User-agent: *\nSitemap: {site.url('/index.xml')}\n"
         entity = b'<!DOCTYPE x [<!ENTITY a "aaaa">]><x><url><loc>&a;</loc></url></x>'
         routes["/robots.txt"] = with_headers(robots.encode(), {})
         parts = [site.url(path) for path in ("/part.xml.gz", "/bad.xml", "/none.xml")]
@@ -511,6 +544,23 @@ def test_sitemaps_name_pages_that_no_link_leads_to(workspace: Workspace) -> None
         **{"ok": 3, "http_404": 1, "sitemap_ok": 3, "sitemap_damaged": 1},
         **{"sitemap_http_404": 1, "sitemap_redirected": 1},
     }
+
+
+def test_sitemaps_that_are_left_are_counted(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """robots.txt may name them on other hosts, others may not; those beyond the limit are in `cut`."""
+    monkeypatch.setattr("pipelines.sources.site.child", crawler(FEW_SITEMAPS))
+    with small_web({}, "127.0.0.2") as other, small_web({"/": '<img src="0.png" alt="zero">'}) as site:
+        site.routes |= {f"/{n}.html": f'<img src="{n}.png" alt="{n}">' for n in (1, 2, 3)}
+        site.routes["/robots.txt"] = with_headers(f"Sitemap: {other.url('/index.xml')}\nSitemap: s.xml".encode(), {})
+        parts = [other.url("/1.xml"), site.url("/2.xml"), "http://elsewhere.test/s.xml", other.url("/3.xml")]
+        other.routes["/index.xml"] = with_headers(sitemap(*parts, kind="sitemap"), {})
+        other.routes["/1.xml"] = with_headers(sitemap(site.url("/1.html"), other.url("/no.html")), {})
+        other.routes["/3.xml"] = with_headers(sitemap(site.url("/3.html")), {})
+        site.routes["/2.xml"] = with_headers(sitemap(site.url("/2.html")), {})
+        counts = crawl(workspace, site)
+        assert counts.pages == {"ok": 3, "sitemap_ok": 3}
+        assert counts.pages_cut == 2, "robots.txt, whose second is no address, and the index, of which two are left"
+        assert "/3.html" not in site.asked and not {"/no.html", "/3.xml"} & set(other.asked)
 
 
 def test_a_sitemap_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -728,6 +778,36 @@ def test_a_tar_s_pairs_keep_their_addresses_and_the_texts_of_our_own_shards(
     assert sorted(whole) == ["0.tar", "1.tar", "2.tar"], "no tar is read twice"
     with pytest.raises(Outside):
         source.read("http://other.test/", 4)  # type: ignore[attr-defined]
+
+
+def test_of_a_tar_the_images_are_not_read_for_its_candidates(
+    workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = bytes(range(256)) * 80_000
+    facts = {"url": "http://a.test/1.png"}
+    pairs = {f"p{n}.{ext}": data for n in range(3) for ext, data in {"png": image, "txt": b"words"}.items()}
+    make_tar(tmp_path / "0.tar", {**pairs, "q.json": json.dumps(facts).encode(), "q.png": image[1:]})
+    read, opened = [], LocalFileOpener.read
+
+    def counted(file: LocalFileOpener, size: int = -1) -> bytes:
+        data = opened(file, size)
+        read.append(len(data))
+        return data
+
+    monkeypatch.setattr(LocalFileOpener, "read", counted, raising=False)
+    rows = rows_of(workspace, kind="webdataset", path=str(tmp_path / "0.tar"))
+    assert [[t["text"] for t in row["texts"]] for row in rows].count(["words"]) == 3 and len(rows) == 4
+    assert 0 < sum(read) < 100_000
+    source, read[:] = load_source("src", spec(kind="webdataset", path=str(tmp_path / "0.tar"))), []
+    assert source.read("http://a.test/1.png", 1 << 30) == image[1:]  # type: ignore[attr-defined]
+    assert sum(read) < 100_000 + len(image)
+
+
+def test_a_text_of_a_tar_is_bounded(workspace: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webdataset, "MAX_TEXT_BYTES", 9)
+    make_tar(tmp_path / "0.tar", {"p.png": picture(), "p.txt": b"ten  bytes"})
+    with pytest.raises(PairmillError, match=r"0\.tar\s+found p\.txt"):
+        rows_of(workspace, kind="webdataset", path=str(tmp_path / "0.tar"))
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.REGTYPE])
