@@ -28,7 +28,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 DEATHS = 32
 SHARE = 0.7
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # torch reads them; importing it here would cost 2 s
+# torch and numpy read them when they load; importing torch to set its threads would cost 2 s.
+ONE_THREAD = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS")}
 LOOK_S = 0.05  # how often its memory is looked at
 END_S = 5.0  # in which a process that has closed its pipe has ended
 CGROUP = Path("/sys/fs/cgroup")

@@ -117,6 +117,10 @@ def end_of_file() -> None:
     raise EOFError("no more images in GIF file")
 
 
+def refused() -> None:
+    raise ConnectionRefusedError
+
+
 def test_an_end_of_file_that_a_filter_meets_is_no_death() -> None:
     with Guard() as one:
         first = one.ask(os.getpid)
@@ -124,10 +128,6 @@ def test_an_end_of_file_that_a_filter_meets_is_no_death() -> None:
             with pytest.raises(kind):
                 one.ask(function)
         assert one.ask(os.getpid) == first
-
-
-def refused() -> None:
-    raise ConnectionRefusedError
 
 
 def test_a_child_that_lives_without_its_pipe_is_waited_for_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +141,7 @@ def test_a_child_that_does_not_start_is_no_pairs_fault(tmp_path: Path, monkeypat
     monkeypatch.syspath_prepend(str(tmp_path))
     batch = Batch(["a", "b"], {"texts": [[{"text": "x"}]] * 2})
     with Guard() as one:
-        with pytest.raises(PairmillError, match="SIGKILL, out of memory. before it was asked"):
+        with pytest.raises(PairmillError, match=r"SIGKILL, out of memory\? before it was asked"):
             measure(Fragile(), batch, FilterStats(), one.ask)
         (tmp_path / "sitecustomize.py").unlink()
         assert one.ask(int, 5) == 5
