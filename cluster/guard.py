@@ -9,7 +9,6 @@ and whatever the asked function loads.
 
 import contextlib
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -56,9 +55,8 @@ class Guard:
     def ask(self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
         """`function(*arguments)`, or what it raised; `Crashed` where the child died of it."""
         process, connection, limit = self._asked = self._asked or self._start()
-        question = pickle.dumps((function, arguments, named))
         try:
-            connection.send_bytes(question)
+            connection.send((function, arguments, named))
             while not connection.poll(LOOK_S):
                 if psutil.Process(process.pid).memory_info().rss > limit:
                     process.kill()
@@ -138,14 +136,14 @@ def _serve(connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends this process
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # the kernel takes this process first
-    with contextlib.suppress(EOFError):
+    with contextlib.suppress(ConnectionError):  # nobody listens any more
         connection.send_bytes(b"ready")
         while True:
-            connection.send_bytes(call(_asked, connection.recv_bytes()))
+            connection.send_bytes(call(_answer, connection))
 
 
-def _asked(question: bytes) -> Any:
-    function, arguments, named = pickle.loads(question)
+def _answer(connection: Connection) -> Any:
+    function, arguments, named = connection.recv()  # what can't be loaded here is told like what the function raises
     return function(*arguments, **named)
 
 

@@ -121,12 +121,16 @@ def refused() -> None:
     raise ConnectionRefusedError
 
 
-def test_an_end_of_file_that_a_filter_meets_is_no_death() -> None:
+def test_an_end_of_file_that_a_filter_meets_is_no_death(monkeypatch: pytest.MonkeyPatch) -> None:
     with Guard() as one:
         first = one.ask(os.getpid)
         for kind, function in ((EOFError, end_of_file), (ConnectionRefusedError, refused)):
             with pytest.raises(kind):
                 one.ask(function)
+        monkeypatch.setattr(end_of_file, "__qualname__", "only_here")
+        monkeypatch.setattr(sys.modules[__name__], "only_here", end_of_file, raising=False)
+        with pytest.raises(AttributeError, match="only_here"):
+            one.ask(end_of_file)
         assert one.ask(os.getpid) == first
 
 

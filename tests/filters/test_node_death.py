@@ -50,8 +50,8 @@ def curate(store: Store, refs: list[ShardRef], engine: Engine, workers: int, **s
 
 
 def main() -> None:
-    """Curates on a cluster and kills a node at the fourth shard; the reducers run on the two that are left. In a process
-    of its own: Ray reads once in a process whether it asks for a token, and this cluster doesn't."""
+    """Curates on a cluster and kills a node at the fourth shard; the reducers run on the two that are left. In a
+    process of its own: Ray reads once in a process whether it asks for a token, and this cluster doesn't."""
     from ray.cluster_utils import Cluster
 
     store = Store(sys.argv[1])
