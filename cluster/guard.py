@@ -27,8 +27,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 DEATHS = 32
 SHARE = 0.7
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # torch reads them; importing it here would cost 2 s
+# torch and numpy read them when they load; importing torch to set its threads would cost 2 s.
+ONE_THREAD = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS")}
 LOOK_S = 0.05  # how often its memory is looked at
+END_S = 5.0  # in which a process that has closed its pipe has ended
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -58,17 +60,18 @@ class Guard:
             while not connection.poll(LOOK_S):
                 if psutil.Process(process.pid).memory_info().rss > limit:
                     process.kill()
-            told, self._deaths = connection.recv_bytes(), 0
-            return result(told, "a guarded process")  # type: ignore[no-any-return]
+            told = connection.recv_bytes()
         except (EOFError, ConnectionError, psutil.NoSuchProcess):
             self._deaths += 1
-            cause = _cause(process.wait())
+            cause = _cause(process)
             if self._deaths >= DEATHS:
                 raise _broken(function, arguments, cause) from None
             raise Crashed(f"crashed: {cause}") from None
         finally:
             if process.poll() is not None:
                 self._stop()
+        self._deaths = 0
+        return result(told, "a guarded process")  # type: ignore[no-any-return]
 
     def _start(self) -> tuple[subprocess.Popen[bytes], Connection, int]:
         ours, theirs = Pipe()
@@ -79,8 +82,16 @@ class Guard:
         process = self._stack.enter_context(opened)
         self._stack.enter_context(ours)
         theirs.close()
-        ready = ours.poll(None) and ours.recv_bytes()
-        assert ready == b"ready", "a guarded process didn't start; its message stands above"
+        try:
+            ours.recv_bytes()
+        except (EOFError, ConnectionError):
+            cause = _cause(process)
+            self._stop()
+            raise PairmillError(
+                expected="a process for work that may crash to start",
+                found=f"{cause} before it was asked anything; its message, if any, stands above",
+                remedy="free memory, or mend the libraries, then run the same command again: what is done stays",
+            ) from None
         return process, ours, int(SHARE * free_bytes())
 
     def _stop(self) -> None:
@@ -97,7 +108,12 @@ def _broken(function: Callable[..., object], arguments: Sequence[object], cause:
     )
 
 
-def _cause(code: int) -> str:
+def _cause(process: subprocess.Popen[bytes]) -> str:
+    try:
+        code = process.wait(END_S)
+    except subprocess.TimeoutExpired:  # it lives, and only its pipe is closed
+        process.kill()
+        code = process.wait()
     if code >= 0:
         return f"exit code {code}"
     name = signal.Signals(-code).name
@@ -117,16 +133,17 @@ def _serve(connection: Connection) -> None:
     import cv2
 
     cv2.setNumThreads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends this process
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # the kernel takes this process first
-    with contextlib.suppress(EOFError):
+    with contextlib.suppress(ConnectionError):  # nobody listens any more
         connection.send_bytes(b"ready")
         while True:
-            connection.send_bytes(call(_asked, connection.recv()))
+            connection.send_bytes(call(_answer, connection))
 
 
-def _asked(question: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]) -> Any:
-    function, arguments, named = question
+def _answer(connection: Connection) -> Any:
+    function, arguments, named = connection.recv()  # what can't be loaded here is told like what the function raises
     return function(*arguments, **named)
 
 

@@ -21,10 +21,10 @@ from typing import Any
 import pyarrow as pa
 
 from cluster.compute import Engine, map_shards
-from cluster.guard import Guard
+from cluster.guard import Crashed, Guard
 from filters.base import PIXELS, Batch, Filter, fingerprint_of, needed_filters, pair_fields
 from filters.columns import check_same_pairs
-from filters.images import Chunk, Pixels, decoded
+from filters.images import Pixels, decoded
 from filters.measure import Ask, FilterStats, empty, here, measure
 from filters.score_tables import values_of, write_scores
 from pairs.errors import PairmillError
@@ -121,19 +121,22 @@ def score_shards(
     workers: int,
     progress: Callable[[int, int], None] | None = None,
     dead: Dead | None = None,
+    guard: Guard | None = None,
 ) -> Stats:
     """Makes every missing table of the planned filters for the `shards`; engine and workers don't change the bytes.
 
-    `progress(done, all)` is called after each shard; `dead` are tombstones, whose rows become null. Canary shards are
-    shards like any other. Shards that lack no filter with a GPU are scored first, by workers that hold none.
+    `progress(done, all)` is called after each shard; `dead` are tombstones, whose rows become null. Shards that lack no
+    filter with a GPU are scored first, by workers that hold none. With `guard` its process scores, not the engine.
     """
     left, done, total = missing(store, planned, shards), 0, Stats()
+    given = (store, list(planned), dead or {})
     for group in _by_gpu(left):
         gpu = max(one.filter.gpu for filters in group.values() for one in filters)
         items = [(ref, [one.name for one in filters]) for ref, filters in group.items()]
-        score = partial(_marked if engine == "inline" else _score_shard, store, list(planned), dead or {})
-        rescue = partial(_guarded, store, list(planned), dead or {})
-        for stats in map_shards(score, items, engine=engine, workers=workers, gpu=gpu, rescue=rescue):
+        score = partial(_marked if engine == "inline" else _score_shard, *given)
+        rescue, apart = partial(_guarded, *given), partial(_apart, guard, *given) if guard else None
+        spread = map_shards(score, items, engine=engine, workers=workers, gpu=gpu, rescue=rescue)
+        for stats in map(apart, items) if apart else spread:
             total.add(stats)
             done += 1
             if progress:
@@ -147,9 +150,7 @@ Item = tuple[ShardRef, list[str]]
 
 def _by_gpu(left: Left) -> list[Left]:
     """The shards that need no GPU, and those that do."""
-    parts = [
-        {ref: f for ref, f in left.items() if any(one.filter.gpu for one in f) is needs} for needs in (False, True)
-    ]
+    parts = ({ref: f for ref, f in left.items() if any(one.filter.gpu for one in f) is g} for g in (False, True))
     return [part for part in parts if part]
 
 
@@ -162,6 +163,14 @@ def _marked(store: Store, planned: list[PlannedFilter], dead: Dead, item: Item) 
         return (_guarded if suspect else _score_shard)(store, planned, dead, item)
     finally:
         store.delete(mark)
+
+
+def _apart(guard: Guard, store: Store, planned: list[PlannedFilter], dead: Dead, item: Item) -> Stats:
+    """Scores a shard in the guard's process at one go, and batch by batch where that dies of it."""
+    try:
+        return guard.ask(_score_shard, store, planned, dead, item)
+    except Crashed:
+        return _score_shard(store, planned, dead, item, guard.ask)
 
 
 def _guarded(store: Store, planned: list[PlannedFilter], dead: Dead, item: Item) -> Stats:
@@ -217,7 +226,10 @@ def _images(
     asked = time.perf_counter()
     for chunk in decoded(shard, rows, ahead, ask):
         stats.waited_s += time.perf_counter() - asked if ahead else 0.0
-        _count(chunk, stats)
+        stats.decoded += len(chunk.pixels)
+        stats.undecodable += sum(image is None for image in chunk.pixels.values())
+        stats.crashes.update(chunk.failed.values())
+        stats.decode_s += chunk.seconds
         pixels |= chunk.pixels
         for one in looking:
             passes[one.name].failed |= {row: f"{why} while decoding" for row, why in chunk.failed.items()}
@@ -225,13 +237,6 @@ def _images(
             yield ready
         asked = time.perf_counter()
     yield len(living)
-
-
-def _count(chunk: Chunk, stats: Stats) -> None:
-    stats.decoded += len(chunk.pixels)
-    stats.undecodable += sum(image is None for image in chunk.pixels.values())
-    stats.crashes.update(chunk.failed.values())
-    stats.decode_s += chunk.seconds
 
 
 def _advance(

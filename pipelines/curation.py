@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from cluster.guard import Guard
 from cluster.session import ray_session
 from filters import canaries
 from filters.base import Filter, Reducer
@@ -214,16 +215,17 @@ def score(run: Run, planned: Sequence[PlannedFilter], refs: Sequence[ShardRef], 
     if not left:
         return 0
     show = run.console.progress(told)
-    # One shard is scored here, with the same bytes: starting Ray takes longer. Where GPUs are its workers have them.
+    # For one shard a child process does, with the same bytes: Ray starts slower. Where GPUs are its workers have them.
     alone = len(left) == 1 and "RAY_ADDRESS" not in os.environ and not NVIDIA.exists()
-    engine = "inline" if alone else run.engine
-    if engine == "ray":
+    guard = run.hold("guard", Guard()) if alone and run.engine == "ray" else None
+    if run.engine == "ray" and not guard:
         run.hold("ray", ray_session(run.recipe.workers))
     stats = score_shards(
         store,
         planned,
         refs,
-        engine=engine,  # type: ignore[arg-type]
+        engine=run.engine,  # type: ignore[arg-type]
+        guard=guard,
         workers=run.recipe.workers,
         progress=lambda done, total: show(done, total, "shards"),
         dead=run.workspace.tombstones(),

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import psutil
 import yaml
@@ -23,6 +23,8 @@ from pairs.fingerprint import fingerprint
 from pairs.recipe import Recipe, load_recipe
 from pairs.workspace import Workspace
 from pipelines.console import Console
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -39,7 +41,7 @@ class Run:
     advance: bool = False  # with `new`: train the scorer anew instead of keeping the one in force
     reused: list[str] = field(default_factory=list)
     _held: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    _holds: set[str] = field(default_factory=set)
+    _holds: dict[str, Any] = field(default_factory=dict)
 
     @property
     def scratch(self) -> Path:
@@ -60,11 +62,11 @@ class Run:
     def write(self, name: str, value: Any) -> None:
         self.workspace.store.write(f"{self.folder}/{name}", json.dumps(value, indent=1, sort_keys=True, default=str))
 
-    def hold(self, name: str, resource: contextlib.AbstractContextManager[object]) -> None:
-        """Enters `resource` once, until `close`: a Ray session serves all rounds."""
+    def hold(self, name: str, resource: contextlib.AbstractContextManager[T]) -> T:
+        """Enters `resource` once, until `close`: a Ray session serves all rounds. Returns what was entered."""
         if name not in self._holds:
-            self._held.enter_context(resource)
-            self._holds.add(name)
+            self._holds[name] = self._held.enter_context(resource)
+        return cast(T, self._holds[name])
 
     def close(self) -> None:
         """Leaves what is held."""

@@ -112,6 +112,45 @@ def test_a_child_that_dies_is_told_by_its_signal_and_the_next_question_gets_anot
         assert one.ask(threads) == (1, 1)
 
 
+def end_of_file() -> None:
+    """What PIL raises at a truncated GIF."""
+    raise EOFError("no more images in GIF file")
+
+
+def refused() -> None:
+    raise ConnectionRefusedError
+
+
+def test_an_end_of_file_that_a_filter_meets_is_no_death(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Guard() as one:
+        first = one.ask(os.getpid)
+        for kind, function in ((EOFError, end_of_file), (ConnectionRefusedError, refused)):
+            with pytest.raises(kind):
+                one.ask(function)
+        monkeypatch.setattr(end_of_file, "__qualname__", "only_here")
+        monkeypatch.setattr(sys.modules[__name__], "only_here", end_of_file, raising=False)
+        with pytest.raises(AttributeError, match="only_here"):
+            one.ask(end_of_file)
+        assert one.ask(os.getpid) == first
+
+
+def test_a_child_that_lives_without_its_pipe_is_waited_for_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "END_S", 0.2)
+    with Guard() as one, pytest.raises(Crashed, match="SIGKILL"):
+        one.ask(exec, "import os, time\nos.closerange(3, 100)\ntime.sleep(50)")
+
+
+def test_a_child_that_does_not_start_is_no_pairs_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import os\nos.kill(os.getpid(), 9)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    batch = Batch(["a", "b"], {"texts": [[{"text": "x"}]] * 2})
+    with Guard() as one:
+        with pytest.raises(PairmillError, match=r"SIGKILL, out of memory\? before it was asked"):
+            measure(Fragile(), batch, FilterStats(), one.ask)
+        (tmp_path / "sitecustomize.py").unlink()
+        assert one.ask(int, 5) == 5
+
+
 def test_a_filter_that_always_dies_is_no_pairs_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "DEATHS", 3)
     with Guard() as one:

@@ -1,6 +1,7 @@
 """What `probe` says about an embedding: what the same head says in torch."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from threadpoolctl import threadpool_limits
 from torch.nn import functional as F
 
+from cluster.compute import map_shards
+from cluster.guard import Guard
 from filters.base import Batch, fingerprint_of
 from filters.lookup import load_filter
 from pairs.errors import PairmillError
@@ -61,6 +65,20 @@ def test_batch_mates_change_no_bit(tmp_path: Path) -> None:
     settings = {"weights": saved(torch.nn.Linear(DIM, 1), tmp_path)}
     rows = list(embeddings(64))
     assert value(settings, rows) == [value(settings, [row])[0] for row in rows]
+
+
+def test_the_engine_gives_a_wide_head_the_same_bits_whatever_threads_are_allowed(tmp_path: Path) -> None:
+    """Two threads of OpenBLAS take 500 and 501 of 1001 rows, and another kernel takes the last of an odd count."""
+    torch.manual_seed(0)
+    settings = {"weights": saved(torch.nn.Linear(768, 1001), tmp_path), "index": 500}
+    rows = list(np.random.default_rng(1).standard_normal((16, 768)).astype(np.float16))
+    found = []
+    for threads in (1, 2):
+        with threadpool_limits(threads):
+            found += list(map_shards(partial(value, settings), [rows], engine="inline", workers=1))
+    with Guard() as guard:
+        found.append(guard.ask(value, settings, rows))
+    assert found[0] == found[1] == found[2]
 
 
 def test_what_does_not_fit_is_told(tmp_path: Path) -> None:

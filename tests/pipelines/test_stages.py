@@ -1,11 +1,15 @@
 """The stages in their order: what they make, what a second run reuses, and what a moved threshold makes anew."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cluster.guard import Guard
+from filters.engine import SCORING, plan
+from filters.score_tables import errors_of
 from pairs.errors import PairmillError
 from pairs.recipe import GatesSpec, Recipe
 from pairs.shard import list_shards
@@ -13,6 +17,8 @@ from pipelines import curation, stages, training_jobs
 from pipelines.console import Console
 from pipelines.fetch.ledger import FetchCounts
 from pipelines.run import Run, open_run
+from tests.filters.shards import write_shards
+from tests.filters.test_crashes import Fragile
 from tests.pipelines import flow
 from tests.pipelines.conftest import Finished
 
@@ -186,6 +192,31 @@ def test_without_reporting_canaries_the_scorer_stays(finished: Finished, monkeyp
     )
     verdict = curation.compare_scorers(finished.run, 1, scorer, model)
     assert not verdict["promoted"] and "nothing to compare" in verdict["told"]
+
+
+def test_a_single_shard_that_kills_its_process_stops_no_run_on_ray(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(curation, "NVIDIA", tmp_path / "none")
+    monkeypatch.setattr(curation, "ray_session", lambda _: pytest.fail("one shard isn't worth a Ray"))
+    path, alike = flow.write_recipe(tmp_path / "recipe.yaml", flow.recipe(tmp_path) | {"engine": "ray"}), []
+    for name, dies in (("inline", False), ("ray", False), ("ray", True), ("inline", True)):
+        place = str(tmp_path / f"{name}-{dies}")
+        run = open_run(path, workspace=place, console=Console(quiet=True), engine=name)
+        store, planned = run.workspace.store, plan({"fragile": Fragile(kills=("picture 5",) if dies else (), size=1)})
+        refs = write_shards(store, (8,))
+        if dies and name == "inline":
+            store.write(refs[0].beside(SCORING).removesuffix(".parquet"), "")  # the mark of a death
+        with contextlib.closing(run):
+            assert [curation.score(run, planned, refs, "score") for _ in range(2)] == [1, 0]
+            if name == "ray":
+                assert not run.hold("guard", Guard()).ask(eval, "'torch' in __import__('sys').modules")
+        alike.append(store.read(refs[0].beside(planned[0].folder)))
+        assert errors_of(store.read_table(refs[0].beside(planned[0].folder)).schema) == (
+            {"crashed: SIGSEGV": [5]} if dies else {}
+        )
+    assert alike[0] == alike[1] and alike[2] == alike[3] != alike[0]
 
 
 @pytest.mark.slow
