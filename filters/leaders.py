@@ -41,7 +41,7 @@ def leading(table: pa.Table, groups: Collection[str], without: Collection[str] =
     return table.filter(pa.array(stays))
 
 
-def representing(table: pa.Table, group: str = "group") -> np.ndarray:
+def stand_in(table: pa.Table, group: str = "group") -> np.ndarray:
     """Which rows represent their group: its leader, or all members where the table has no leader: it is forgotten."""
     leads = pc.fill_null(pc.equal(table[group], table["uid"]), False)
     led = pc.is_in(table[group], one_chunk(table[group].filter(leads)))

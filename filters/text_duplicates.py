@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from filters.base import Reducer
 from filters.columns import list_lengths
-from filters.leaders import Ask, Pairs, both, earliest, expand, first_equal, in_order, leaders, representing, scatter, turns
+from filters.leaders import Ask, Pairs, both, earliest, expand, first_equal, in_order, leaders, scatter, stand_in, turns
 from filters.shingles import BUCKETS, digest, jaccard, normal, shingles, sketch
 from pairs.errors import PairmillError
 
@@ -83,7 +83,7 @@ class TextDuplicates(Reducer):
         return table
 
     def reduce(self, existing: pa.Table, new: pa.Table) -> pa.Table:
-        old = existing.filter(pa.array(representing(existing)))
+        old = existing.filter(pa.array(stand_in(existing)))
         text, digests = _pieces(old, new), pc.fill_null(both(old, new, "digest"), pa.scalar(0, pa.uint64())).to_numpy()
         turn = turns(old, new)
         turn = turn[digests[turn] != 0]
@@ -104,11 +104,11 @@ class TextDuplicates(Reducer):
     def query(self, corpus: pa.Table, queries: pa.Table, exclude: Sequence[str | None]) -> pa.Table:
         """A row that is left out is represented by the members of its group, under the group's name."""
         left_out = pc.is_in(corpus["group"], pa.array([uid for uid in exclude if uid is not None], pa.string()))
-        corpus = corpus.filter(pc.or_(pa.array(representing(corpus)), left_out))
+        corpus = corpus.filter(pc.or_(pa.array(stand_in(corpus)), left_out))
         corpus = corpus.take(in_order(corpus))
         text = _pieces(corpus, queries)
         uid_N, group_N = (np.array(corpus[name].to_pylist(), object) for name in ("uid", "group"))
-        stands_N, left_out_Q = representing(corpus), np.array(list(exclude), object)
+        stands_N, left_out_Q = stand_in(corpus), np.array(list(exclude), object)
         asked = np.arange(corpus.num_rows, corpus.num_rows + queries.num_rows)
 
         def standing() -> Pairs:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pytest
 from aiohttp import web
 
+from filters.score_tables import told_by_tables
 from pairs.errors import PairmillError
 from pairs.identity import url_key
 from pairs.increments import MARK, exactly, following, holding, joined
@@ -179,6 +180,35 @@ def test_every_row_and_every_byte_is_still_there(scheduled: Scheduled) -> None:
     facts = table_metadata(table)
     assert facts["filter"] == "exact_duplicates" and facts["rows"] == str(table.num_rows) and len(facts) == 3
     assert merged(scheduled)["merged"] == [], "there is nothing left to merge"
+
+
+def failed(store: Store, increment: str, why: str) -> str:
+    """Lets text_stats have failed at the last pair of an increment; returns its uid."""
+    path = [p for p in store.files("scores", ".parquet") if f"/{increment}/" in p and "/text_stats-" in p][-1]
+    table = store.read_table(path)
+    rows = table.to_pylist()
+    rows[-1] = dict.fromkeys(rows[-1]) | {"uid": rows[-1]["uid"]}
+    told = {"errors": {why: [len(rows) - 1]}, "nulls": dict.fromkeys(table.column_names[1:], 1)}
+    new = pa.Table.from_pylist(rows, table.schema.remove_metadata())
+    store.write_table(path, new, table_metadata(table) | {key: json.dumps(facts) for key, facts in told.items()})
+    return str(rows[-1]["uid"])
+
+
+def test_errors_and_nulls_follow_their_rows(scheduled: Scheduled) -> None:
+    store = scheduled.workspace.store
+    folder = next(f"scores/{name}" for name in store.folders("scores") if name.startswith("text_stats-"))
+    wrong = {failed(store, increment, f"told in {increment}"): increment for increment in ("0001", "0003")}
+    before = told_by_tables(store, folder, list_shards(store, "pairs"))
+    assert sum(before[2].values()) == 2 == before[1]["words"]
+    merged(scheduled)
+    assert told_by_tables(store, folder, list_shards(store, "pairs")) == before
+    errors = {
+        uid: trace(scheduled.workspace, uid)["scores"][folder[7:]].get("error")
+        for uid in rows_of(store, folder)[folder]
+    }
+    assert {uid: why for uid, why in errors.items() if why} == {u: f"told in {name}" for u, name in wrong.items()}
+    forget(scheduled.workspace, {"uids": [next(iter(wrong))]}, "asked for", lambda holder: None)
+    assert dict(told_by_tables(store, folder, list_shards(store, "pairs"))[2]) == {"told in 0003": 1}
 
 
 def test_the_next_night_is_that_of_a_workspace_that_was_never_compacted(scheduled: Scheduled, tmp_path: Path) -> None:
