@@ -11,11 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from aiohttp import web
 
+from filters.reduce import run_reducers
 from filters.score_tables import told_by_tables
+from filters.semantic_duplicates import SemanticDuplicates
 from pairs.errors import PairmillError
 from pairs.identity import url_key
 from pairs.increments import MARK, exactly, following, holding, joined
@@ -56,7 +59,7 @@ class Scheduled:
         """Puts addresses on the list; one that stands there already isn't new."""
         path = self.root / "web.csv"
         known = path.read_text() if path.exists() else "url,text\n"
-        path.write_text(known + "".join(f"{self.site.url(name)},a box of number {name[1:-4]}\n" for name in names))
+        path.write_text(known + "".join(f"{self.site.url(name)},a box of number {name[-5]}\n" for name in names))
 
     def run(self, new: bool = True) -> Run:
         """The next nightly run, to its report; without `new` the last one again."""
@@ -80,7 +83,7 @@ def nightly(root: Path) -> dict[str, Any]:
         "sources": {"web": source},
         "fetch": {"side_px": 64, "shard_pairs": 4, "attempts": 1, "retry_hours": 0, "deadline_s": 5},
         "filters": {"image_stats": {}, "text_stats": {}, "image_hash": {}},
-        "reducers": {"exact_duplicates": {}, "near_duplicates": {}},
+        "reducers": {"exact_duplicates": {}, "near_duplicates": {}, "text_duplicates": {}, "text_frequency": {}},
         "keep": [
             {"column": "image_stats.shorter_side_px", "min": 24},
             {"column": "image_stats.entropy", "top_fraction": 0.9},
@@ -211,7 +214,28 @@ def test_errors_and_nulls_follow_their_rows(scheduled: Scheduled) -> None:
     assert dict(told_by_tables(store, folder, list_shards(store, "pairs"))[2]) == {"told in 0003": 1}
 
 
+def grouped(store: Store) -> dict[str, list[list[str]]]:
+    """Gives each pair one of five embeddings and runs the reducer that compares them. Returns the groups that each
+    reducer has made, of the first four nights and of later ones."""
+    refs, clip = list_shards(store, "pairs"), "scores/clip-aaaaaaaaaaaa"
+    for ref in refs:
+        uids = store.read_table(ref.table, ["uid"])
+        vectors = [np.eye(5, dtype=np.float16)[int(uid[:4], 16) % 5] for uid in uids["uid"].to_pylist()]
+        table = uids.append_column("image", pa.array(vectors, pa.list_(pa.float16())))
+        if not store.has(ref.beside(clip)):
+            store.write_table(ref.beside(clip), table, {"filter": "clip"})
+    run_reducers(store, {"semantic_duplicates": SemanticDuplicates(cluster_rows=8)}, {"web": refs}, {"clip": clip}, [])
+    found: dict[str, list[list[str]]] = {}
+    for ref in list_shards(store, "scores"):
+        table = store.read_table(ref.table)
+        if "group" in table.column_names:
+            name = ref.folder.split("/")[1].rpartition("-")[0]
+            found.setdefault(name, [[], []])[ref.increment >= "0004"] += table["group"].drop_null().to_pylist()
+    return found
+
+
 def test_the_next_night_is_that_of_a_workspace_that_was_never_compacted(scheduled: Scheduled, tmp_path: Path) -> None:
+    grouped(scheduled.workspace.store)
     other = replace(scheduled, space=flow.copied(scheduled.space, tmp_path / "other"))
     merged(scheduled)
     scheduled.add([f"/{i}.png" for i in range(20, 26)])
@@ -221,6 +245,7 @@ def test_the_next_night_is_that_of_a_workspace_that_was_never_compacted(schedule
         for _ in range(2):  # /never.png is given up after five tries
             run = one.run()
         asked.append(Counter(scheduled.site.asked))
+        groups = grouped(one.workspace.store)
         assert verify(one.workspace).ok
         report = run.read("report.json")
         assert all(told["adds_up"] for told in report["rounds"]) and report["rounds"][0]["funnel"][0]["left"] > 20
@@ -231,6 +256,9 @@ def test_the_next_night_is_that_of_a_workspace_that_was_never_compacted(schedule
     new = [{p: b for p, b in files(one.space).items() if "/0004/" in p} for one in (other, scheduled)]
     same = [{p: b for p, b in told.items() if not p.startswith(("ledger", "candidates"))} for told in new]
     assert same[0] == same[1] and len(same[0]) > 10
+    assert set(groups) >= {"exact_duplicates", "near_duplicates", "text_duplicates", "semantic_duplicates"}
+    for name, (earlier, late) in groups.items():
+        assert set(late) & set(earlier), f"{name}: some join a group of what was merged"
     path = "candidates/web/0004/part-00000.parquet"
     counts = [table_metadata(one.workspace.store.read_table(path))["counts"] for one in (other, scheduled)]
     assert counts[0] == counts[1]
@@ -478,7 +506,7 @@ def killed_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> Iterator[list[s
 @pytest.fixture
 def two_nights(scheduled: Scheduled) -> Scheduled:
     """Two increments alone may be merged, and only one reducer has seen them, so that there are few steps."""
-    for folder in ("image_stats", "text_stats", "near_duplicates", "image_hash"):
+    for folder in ("image_stats", "text_stats", "near_duplicates", "image_hash", "text_duplicates", "text_frequency"):
         for path in scheduled.space.glob(f"scores/{folder}-*"):
             shutil.rmtree(path)
     another(scheduled, "other-000000000000", ["0000", "0001"], False)
