@@ -538,6 +538,7 @@ def test_killed_at_any_step_it_ends_like_one_that_was_not(
 
 SCRIPT = """
 import os, signal, sys
+from pairs.increments import MARK
 from pairs.store import Store
 from pairs.workspace import Workspace
 from pipelines.compact import compact
@@ -547,6 +548,8 @@ def counted(self, temporary, target):
         os.kill(os.getpid(), signal.SIGKILL)
     left[0] -= 1
     publish(self, temporary, target)
+    if self.has(MARK) and b'"committed": true' in self.read(MARK):
+        os.kill(os.getpid(), signal.SIGKILL)
 Store._publish = counted
 compact(Workspace.open(sys.argv[1]), None, 100, False)
 """
@@ -556,10 +559,11 @@ def test_sigkill_before_and_after_the_commit(scheduled: Scheduled, tmp_path: Pat
     start, rows = scheduled.space, rows_of(scheduled.workspace.store, "pairs")
     whole = replace(scheduled, space=flow.copied(start, tmp_path / "whole"))
     merged(whole)
-    for publications in (12, 40):
+    for publications in (12, 1000):
         target = replace(scheduled, space=flow.copied(start, tmp_path / str(publications)))
         command = [sys.executable, "-c", SCRIPT, str(target.space), str(publications)]
         assert subprocess.run(command, cwd=ROOT, timeout=50).returncode == -9
+        assert json.loads(target.workspace.store.read(MARK))["committed"] == (publications > 12)
         assert rows_of(target.workspace.store, "pairs") == rows and verify(target.workspace).ok
         with target.workspace.lock():
             pass
