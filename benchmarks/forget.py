@@ -104,7 +104,9 @@ def content(path: Path) -> str:
     if path.suffix == ".parquet":
         columns = [c for c in pq.read_table(path).columns if not pa.types.is_primitive(c.type)]
         floats = (pa.list_(pa.float32()), pa.list_(pa.float16()))
-        return "\0".join(text for c in columns if c.type not in floats for text in strings(c.to_pylist()))
+        cells = [text for c in columns if c.type not in floats for text in strings(c.to_pylist())]
+        facts = {key: value.decode() for key, value in (pq.read_schema(path).metadata or {}).items()}
+        return "\0".join([*cells, *facts.values(), *strings(list(json.loads(facts.get(b"errors", "{}"))))])
     raw = path.read_bytes()
     told = raw.decode("latin-1") + "\0" + raw.decode("utf-8", "replace")
     if raw.startswith(b"SQLite format 3"):

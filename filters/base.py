@@ -99,7 +99,8 @@ class Reducer(Measurement):
     """A corpus-wide measurement. It gives groups and counts, not verdicts.
 
     Its tables hold `CORPUS` and what is needed, and of earlier rows this reducer's own columns; all of it condensed. Of
-    earlier rows those are given that lead a group (string columns name groups), or all where it makes no groups.
+    earlier rows those are given that lead a group (string columns name groups), and members of groups whose leader is
+    forgotten, which stand for it under the group's name; or all where it makes no groups.
     A reducer whose condensed rows are too large for one process answers part by part: it overrides the last two.
     `takes`: settings that name a column, with the type that it must have (floats of any width are alike).
     """

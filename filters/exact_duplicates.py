@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from filters.base import Reducer
-from filters.leaders import both, leading, turns
+from filters.leaders import both, turns
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,14 @@ class ExactDuplicates(Reducer):
 
 
 def _earliest(existing: pa.Table, new: pa.Table, need: str, group: str) -> pa.Array:
-    """The group of each new row: that of the first row with its hash."""
-    old = leading(existing, [group])
+    """The group of each new row: that of the first row with its hash, which may not be the leader: it is forgotten."""
+    old = existing.filter(existing[group].is_valid())
     code = pc.fill_null(both(old, new, need).dictionary_encode().indices, -1).to_numpy().astype(np.int64)
     turn = turns(old, new)
     values, place = np.unique(code[turn], return_index=True)
     asked = code[old.num_rows :]
     rows = turn[place][np.searchsorted(values, asked)]
-    return both(old, new, "uid").take(pa.array(rows, mask=asked < 0))
+    return both(old, new, group, "uid").take(pa.array(rows, mask=asked < 0))
 
 
 def _holders(

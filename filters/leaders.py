@@ -41,9 +41,17 @@ def leading(table: pa.Table, groups: Collection[str], without: Collection[str] =
     return table.filter(pa.array(stays))
 
 
-def both(existing: pa.Table, new: pa.Table, column: str) -> pa.Array:
-    """A column of two tables, one below the other."""
-    return pa.concat_arrays([one_chunk(existing[column]), one_chunk(new[column])])
+def stand_in(table: pa.Table, group: str = "group") -> np.ndarray:
+    """Which rows represent their group: its leader, or all members where the table has no leader: it is forgotten."""
+    leads = pc.fill_null(pc.equal(table[group], table["uid"]), False)
+    led = pc.is_in(table[group], one_chunk(table[group].filter(leads)))
+    found = pc.and_(table[group].is_valid(), pc.or_(leads, pc.invert(led)))
+    return found.to_numpy().astype(bool)
+
+
+def both(existing: pa.Table, new: pa.Table, column: str, later: str = "") -> pa.Array:
+    """A column of two tables, one below the other; of the second it is `later`, if that is told."""
+    return pa.concat_arrays([one_chunk(existing[column]), one_chunk(new[later or column])])
 
 
 def scatter(count: int, rows: np.ndarray, columns: dict[str, pa.Array]) -> pa.Table:

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from filters.base import Reducer
 from filters.hamming import HammingIndex, distance, leaders, scattered
-from filters.leaders import Pairs, both, earliest, first_equal, in_order, leading, scatter, turns
+from filters.leaders import Pairs, both, earliest, first_equal, in_order, scatter, stand_in, turns
 from pairs.errors import PairmillError
 
 CONFIRM_DISTANCE = 42  # of the 256 bits of image_hash.dhash_256
@@ -65,7 +65,7 @@ class NearDuplicates(Reducer):
             )
 
     def reduce(self, existing: pa.Table, new: pa.Table) -> pa.Table:
-        old = leading(existing, ["group"])
+        old = existing.filter(pa.array(stand_in(existing)))
         values, known = self._values(old, new)
         turn = turns(old, new)
         turn = turn[known[turn]]
@@ -74,23 +74,24 @@ class NearDuplicates(Reducer):
         places = np.unique(first)  # rows that show their hashes first
         found = leaders(values[places], int((places < led).sum()), self.max_distance, self.confirm_distance)
         leader = places[found[np.searchsorted(places, first)]][led:]
-        names = both(old, new, "uid").take(pa.array(turn[leader]))
+        names = both(old, new, "group", "uid").take(pa.array(turn[leader]))
         bits = pa.array(distance(values[led:, 0], values[leader, 0]), pa.int32())
         return scatter(new.num_rows, turn[led:] - old.num_rows, {"group": names, "distance": bits})
 
     def query(self, corpus: pa.Table, queries: pa.Table, exclude: Sequence[str | None]) -> pa.Table:
         """A row that is left out is represented by the members of its group, under the group's name."""
-        corpus = leading(corpus, ["group"], [uid for uid in exclude if uid is not None])
+        left_out = pc.is_in(corpus["group"], pa.array([uid for uid in exclude if uid is not None], pa.string()))
+        corpus = corpus.filter(pc.or_(pa.array(stand_in(corpus)), left_out))
         corpus = corpus.take(in_order(corpus))
         values, known = self._values(corpus, queries)
         uid_N, group_N = (np.array(corpus[name].to_pylist(), object) for name in ("uid", "group"))
         none = len(uid_N)
         corpus_NW, queries_QW, known_N, known_Q = values[:none], values[none:], known[:none], known[none:]
-        left_out_Q = np.array(list(exclude), object)
+        stands_N, left_out_Q = stand_in(corpus), np.array(list(exclude), object)
 
         def standing() -> Pairs:
             for asking, rows in HammingIndex(corpus_NW).within(queries_QW, self.max_distance, self.confirm_distance):
-                stands = (uid_N[rows] == group_N[rows]) | (group_N[rows] == left_out_Q[asking])
+                stands = stands_N[rows] | (group_N[rows] == left_out_Q[asking])
                 valid = known_Q[asking] & known_N[rows] & (uid_N[rows] != left_out_Q[asking]) & stands
                 yield asking[valid], rows[valid]
 

@@ -66,7 +66,7 @@ def parts(
     scores: Mapping[str, str],
     trusted: Collection[str],
     own: str = "",
-    without: Sequence[str] = (),
+    without: Collection[str] = (),
 ) -> list[Part]:
     """The parts of all shards, by increment; with `own` also the columns made under that name."""
     full = {need: need if "." in need else f"{OWN}.{need}" for need in reducer.needs}

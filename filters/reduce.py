@@ -70,7 +70,7 @@ def ask(
 ) -> tuple[pa.Table, np.ndarray]:
     """What the reducer would answer the rows of `queries`, each alone, without the uid at its place in `exclude`; and
     which of them lack what it needs. Changes nothing."""
-    left_out = [uid for uid in exclude if uid is not None]
+    left_out = {uid for uid in exclude if uid is not None} | Workspace(store).tombstones()["uid"]
     asking = parts(store, reducer, queries, scores, [])
     corpus = parts(store, reducer, shards, scores, trusted, own=name, without=left_out)
     work = Work(store, scores[name], engine=engine, workers=workers)
@@ -113,13 +113,14 @@ def _run(
     there = set(work.store.files(work.folder, ".parquet"))
     if all(ref.beside(work.folder) in there for ref in source_of):
         return
+    dead = Workspace(work.store).tombstones()["uid"]
     batches = _batches(work.store, f"{work.folder}/order.json", sorted(source_of))
     with work.spread(source_of) as spread:
         for place, batch in enumerate(batches):
             left = [ref for ref in batch if ref.beside(work.folder) not in there]
             if left:
                 before = _by_source([ref for earlier in batches[:place] for ref in earlier], source_of)
-                existing = parts(work.store, reducer, before, scores, trusted, own=name)
+                existing = parts(work.store, reducer, before, scores, trusted, own=name, without=dead)
                 new = parts(work.store, reducer, _by_source(batch, source_of), scores, trusted)
                 _reduce(name, reducer, existing, new, left, replace(spread, batch=place))
 

@@ -7,14 +7,16 @@ can say what happened, whichever run made them.
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from filters.columns import one_chunk
 from pairs.shard import ShardRef
-from pairs.store import Store
+from pairs.store import Store, table_metadata
 
 
 def write_scores(
@@ -27,11 +29,38 @@ def write_scores(
     positions = pa.array([next(places) if there else None for there in living], pa.int64())
     table = made.combine_chunks().take(positions).add_column(0, "uid", uids.combine_chunks())
     name, _, fingerprint = folder.rpartition("/")[2].rpartition("-")
-    errors = {why: [row for row in sorted(failed) if failed[row] == why] for why in sorted(set(failed.values()))}
-    nulls = {column: made[column].null_count for column in made.column_names if made[column].null_count}
-    told = {key: json.dumps(facts) for key, facts in (("nulls", nulls), ("errors", errors)) if facts}
     metadata = {"filter": name, "fingerprint": fingerprint, "rows": str(table.num_rows)}
-    store.write_table(ref.beside(folder), table, metadata | told)
+    store.write_table(ref.beside(folder), table, metadata | _told(made, failed))
+
+
+def _told(living: pa.Table, failed: Mapping[int, str]) -> dict[str, str]:
+    """`nulls` and `errors`, as far as there are any."""
+    errors = {why: [row for row in sorted(failed) if failed[row] == why] for why in sorted(set(failed.values()))}
+    nulls = {column: living[column].null_count for column in living.column_names if living[column].null_count}
+    return {key: json.dumps(facts) for key, facts in (("nulls", nulls), ("errors", errors)) if facts}
+
+
+def without_errors(metadata: Mapping[str, str], gone: AbstractSet[int]) -> dict[str, str]:
+    """A table's metadata without errors of the rows `gone`, nor a reason that was theirs alone: it may quote them."""
+    errors = {why: [row for row in rows if row not in gone] for why, rows in _errors(metadata).items()}
+    left = {why: rows for why, rows in errors.items() if rows}
+    told = {key: value for key, value in metadata.items() if key != "errors"}
+    return told | ({"errors": json.dumps(left)} if left else {})
+
+
+def merged_facts(
+    tables: Sequence[pa.Table], merged: pa.Table, rows: Sequence[int], living: Sequence[bool]
+) -> dict[str, str]:
+    """The metadata of `merged`, which holds the `rows` of score or selection tables that stand one below the other, of
+    pairs that are `living` or not; no facts where the tables have none."""
+    facts, starts = table_metadata(tables[0]), np.cumsum([0, *(table.num_rows for table in tables)]).tolist()
+    errors = [(start, _errors(table_metadata(one))) for start, one in zip(starts, tables, strict=False)]
+    failed = {start + row: why for start, told in errors for why, at in told.items() for row in at}
+    counted = {name for one in tables for name in json.loads(table_metadata(one).get("nulls", "{}"))}
+    alive = merged.select([name for name in merged.column_names if name in counted]).filter(pa.array(living))
+    kept = {key: facts[key] for key in ("filter", "fingerprint", "rows") if key in facts}
+    kept |= {"rows": str(len(rows))} if kept else {}
+    return kept | _told(alive, {place: failed[row] for place, row in enumerate(rows) if row in failed})
 
 
 def values_of(column: pa.ChunkedArray) -> list[Any]:
@@ -48,7 +77,11 @@ def values_of(column: pa.ChunkedArray) -> list[Any]:
 
 def errors_of(schema: pa.Schema) -> dict[str, list[int]]:
     """Why rows of a score table couldn't be measured: reason → rows."""
-    return dict(json.loads((schema.metadata or {}).get(b"errors", b"{}")))
+    return _errors({key.decode(): value.decode() for key, value in (schema.metadata or {}).items()})
+
+
+def _errors(metadata: Mapping[str, str]) -> dict[str, list[int]]:
+    return dict(json.loads(metadata.get("errors", "{}")))
 
 
 def told_by_tables(store: Store, folder: str, shards: Iterable[ShardRef]) -> tuple[int, Counter[str], Counter[str]]:

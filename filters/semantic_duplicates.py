@@ -87,6 +87,7 @@ class SemanticDuplicates(Reducer):
         vectors_QD, known = vectors(column, self.embedding)
         left_out = [uid for uid, there in zip(exclude, known, strict=True) if there]
         best: dict[int, tuple[Any, ...]] = {}
+        led_by_none = {uid for part in corpus for uid in part.without}.difference(exclude)
         if (kept := _kept(work)) and len(vectors_QD):
             centroids_KD = _read(work.store, kept[-1][2])
             asking = (vectors_QD, assigned(vectors_QD, centroids_KD))
@@ -94,7 +95,7 @@ class SemanticDuplicates(Reducer):
             for found in work.map(hits, corpus):
                 for query, order, group, far in found:
                     uid, without = order[-1], left_out[query]
-                    if uid != without and group in (uid, without):
+                    if uid != without and (group in (uid, without) or group in led_by_none):
                         best[query] = min(best.get(query, (order, group, far)), (order, group, far))
         told = [best.get(query, (None, None, None)) for query in range(len(vectors_QD))]
         answers = {"group": pa.array([one[1] for one in told], pa.string())}
@@ -156,7 +157,8 @@ def _spill(embedding: str, centroids_KD: np.ndarray, ranges: int, item: tuple[Pa
     cluster_N = assigned(vectors_ND, centroids_KD)
     order = np.argsort(cluster_N, kind="stable")
     rows = np.flatnonzero(known)[order]
-    kept = table.select(["uid", "increment", "trusted"]).take(pa.array(rows))
+    group = table["group"] if "group" in table.column_names else table["uid"]  # what a row is called by
+    kept = table.select(["uid", "increment", "trusted"]).append_column("group", group).take(pa.array(rows))
     data = pa.py_buffer(np.ascontiguousarray(vectors_ND[order]))
     vector = pa.FixedSizeBinaryArray.from_buffers(pa.binary(2 * vectors_ND.shape[1]), len(rows), [None, data])
     added = {"part": np.full(len(rows), number, np.int64), "row": rows, "cluster": cluster_N[order], "vector": vector}
@@ -186,7 +188,7 @@ def _solve(store: Store, old: list[str], new: list[str], epsilon: float, number:
     far = np.maximum(1 - cosine(vectors_ND, vectors_ND, turn[fresh], turn[lead[fresh]]), 0)
     far[lead[fresh] == fresh] = 0
     told = rows.select(["part", "row"]).take(pa.array(fresh))
-    told = told.append_column("group", rows["uid"].take(pa.array(lead[fresh])))
+    told = told.append_column("group", rows["group"].take(pa.array(lead[fresh])))
     return told.append_column("distance", pa.array(far, pa.float32()))
 
 

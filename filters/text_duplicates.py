@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from filters.base import Reducer
 from filters.columns import list_lengths
-from filters.leaders import Ask, Pairs, both, earliest, expand, first_equal, in_order, leaders, leading, scatter, turns
+from filters.leaders import Ask, Pairs, both, earliest, expand, first_equal, in_order, leaders, scatter, stand_in, turns
 from filters.shingles import BUCKETS, digest, jaccard, normal, shingles, sketch
 from pairs.errors import PairmillError
 
@@ -84,7 +84,7 @@ class TextDuplicates(Reducer):
         return table
 
     def reduce(self, existing: pa.Table, new: pa.Table) -> pa.Table:
-        old = leading(existing, ["group"])
+        old = existing.filter(pa.array(stand_in(existing)))
         text, digests = _pieces(old, new), pc.fill_null(both(old, new, "digest"), pa.scalar(0, pa.uint64())).to_numpy()
         turn = turns(old, new)
         turn = turn[digests[turn] != 0]
@@ -99,21 +99,22 @@ class TextDuplicates(Reducer):
         found = leaders(len(places), int((places < led).sum()), index)
         leader = turn[places[found[np.searchsorted(places, first)]][led:]]
         like = pa.array(jaccard(text.piece_P, text.offsets, turn[led:], leader), pa.float32())
-        names = both(old, new, "uid").take(pa.array(leader))
+        names = both(old, new, "group", "uid").take(pa.array(leader))
         return scatter(new.num_rows, turn[led:] - old.num_rows, {"group": names, "jaccard": like})
 
     def query(self, corpus: pa.Table, queries: pa.Table, exclude: Sequence[str | None]) -> pa.Table:
         """A row that is left out is represented by the members of its group, under the group's name."""
-        corpus = leading(corpus, ["group"], [uid for uid in exclude if uid is not None])
+        left_out = pc.is_in(corpus["group"], pa.array([uid for uid in exclude if uid is not None], pa.string()))
+        corpus = corpus.filter(pc.or_(pa.array(stand_in(corpus)), left_out))
         corpus = corpus.take(in_order(corpus))
         text = _pieces(corpus, queries)
         uid_N, group_N = (np.array(corpus[name].to_pylist(), object) for name in ("uid", "group"))
-        left_out_Q = np.array(list(exclude), object)
+        stands_N, left_out_Q = stand_in(corpus), np.array(list(exclude), object)
         asked = np.arange(corpus.num_rows, corpus.num_rows + queries.num_rows)
 
         def standing() -> Pairs:
             for asking, rows in text.index(np.arange(corpus.num_rows), self.min_jaccard)(asked):
-                stands = (uid_N[rows] == group_N[rows]) | (group_N[rows] == left_out_Q[asking])
+                stands = stands_N[rows] | (group_N[rows] == left_out_Q[asking])
                 valid = (uid_N[rows] != left_out_Q[asking]) & stands
                 yield asking[valid], rows[valid]
 

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from pydantic import ValidationError
 
 from filters.columns import check_same_pairs
+from filters.score_tables import merged_facts
 from pairs.errors import PairmillError
 from pairs.increments import MARK, owned, settle
 from pairs.schemas import LEDGER, TRIES
@@ -207,15 +208,16 @@ def _training(store: Store, merge: Merge, folder: str, refs: Sequence[ShardRef],
 def _mirror(store: Store, merge: Merge, folder: str, refs: Sequence[ShardRef], pairs: Rows) -> None:
     """Joins score or selection tables, which follow the rows of their pairs."""
     tables = [store.read_table(ref.beside(folder)) for ref in refs]
-    facts, table, at = table_metadata(tables[0]), _concat(tables), 0
+    table, at = _concat(tables), 0
     for ref, one in zip(refs, tables, strict=True):
         check_same_pairs(ref, pairs.table["uid"].slice(at, one.num_rows), one, ref.beside(folder))
         at += one.num_rows
     assert at == pairs.table.num_rows, f"{folder} has {at} rows for {pairs.table.num_rows} pairs"
+    living = Workspace(store).alive(pairs.table)
     for index, block in enumerate(pairs.blocks()):
-        told = facts | ({"rows": str(len(block))} if "rows" in facts else {})
+        rows = table.take(_places(block))
         path = f"{folder}/{refs[0].group}/{merge.name}/{index:05d}.parquet"
-        store.write_table(path, table.take(_places(block)), told or None)
+        store.write_table(path, rows, merged_facts(tables, rows, block, [living[row] for row in block]) or None)
 
 
 def _places(rows: Iterable[int]) -> pa.Array:

@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from filters.reduce import ASKED
+from filters.score_tables import without_errors
 from pairs.errors import PairmillError
 from pairs.identity import ID_LENGTH, held_out, local_key, url_key
 from pairs.shard import list_shards, rewrite_shard
@@ -58,7 +59,7 @@ def forget(
     `waiting` their name; without it the next writer does the rewriting. Returns the audit record's facts."""
     dead = _parse(asked)
     workspace.bury_all(dead, reason)  # a damaged table can't hold this back
-    meant = look_up(workspace.store, dead)
+    meant = _look_up_again(workspace.store, dead)
     workspace.bury_all({"url_key": meant.keys, "uid": meant.uids}, reason)
     if waiting is None:
         return {"state": "buried", "url_keys": len(meant.keys), "uids": len(meant.uids)}
@@ -165,6 +166,16 @@ OPTIONS: dict[str, tuple[str, Callable[[str], str]]] = {
     "hosts": ("host", _host),
     "sha256": ("sha256", _hex("sha256", 64)),
 }
+
+
+def _look_up_again(store: Store, dead: Dead, tries: int = 3) -> Found:
+    """`look_up` without the lock: what it has listed may be merged into other files before it is read."""
+    try:
+        return look_up(store, dead)
+    except FileNotFoundError:
+        if tries == 1:
+            raise
+    return _look_up_again(store, dead, tries - 1)
 
 
 def look_up(store: Store, dead: Dead) -> Found:
@@ -318,7 +329,7 @@ _SELECTED: dict[str, Any] = {"uid": None, "kept": False, "dropped_by": "forgotte
 
 def _blank(store: Store, path: str, by: str, ids: AbstractSet[str], kept: Mapping[str, Any]) -> int:
     """Empties the rows of `ids` (of the column `by`) but for `kept`: columns that stay (None), or what they say then.
-    Returns how many weren't empty."""
+    Returns how many weren't empty. The metadata lose their errors."""
     gone = _among(store.read_table(path, [by])[by], ids)
     if not pc.any(gone).as_py():
         return 0
@@ -329,10 +340,11 @@ def _blank(store: Store, path: str, by: str, ids: AbstractSet[str], kept: Mappin
     wanted = [blank | {name: row[name] for name in stay} for row in rows.to_pylist()]
     new = pa.Table.from_pylist(wanted, schema=table.schema)
     changed = sum(a != b for a, b in zip(rows.to_pylist(), wanted, strict=True))
-    if changed:
+    facts = without_errors(table_metadata(table), set(pc.indices_nonzero(gone).to_pylist()))
+    if changed or facts != table_metadata(table):  # of a row that couldn't be measured only the error tells
         order = pc.cumulative_sum(pc.cast(gone, pa.int64())).to_numpy()
         mask = gone.to_numpy().astype(bool)
         places = np.where(mask, table.num_rows + order - 1, np.arange(table.num_rows))
         joined = pa.concat_tables([table.replace_schema_metadata(None), new.replace_schema_metadata(None)])
-        store.write_table(path, joined.take(pa.array(places)).combine_chunks(), table_metadata(table))
+        store.write_table(path, joined.take(pa.array(places)).combine_chunks(), facts)
     return changed

@@ -18,7 +18,8 @@ from filters import parts, semantic_duplicates
 from filters.base import Reducer
 from filters.lookup import load_reducer, names
 from filters.reduce import ask, run_reducers
-from pairs.shard import ShardRef
+from pairs.shard import ShardRef, rewrite_shard
+from pairs.store import table_metadata
 from pairs.workspace import Workspace
 from tests.filters.corpus import add, contents, folder, uid_of
 
@@ -136,3 +137,28 @@ def test_workers_change_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         found.append({name: d for name, d in contents(workspace.store).items() if name.startswith("scores/")})
         assert {name.split("/")[1] for name in found[0]} >= {place.split("/")[1] for place in places.values()}
     assert found[0] == found[1] == found[2] and any(name.endswith(".npy") for name in found[0])
+
+
+@pytest.mark.parametrize("rewritten", [False, True])
+def test_a_copy_joins_the_group_whose_leader_is_forgotten(workspace: Workspace, rewritten: bool) -> None:
+    store, grouping = workspace.store, {name: one for name, one in REDUCERS.items() if "group" in one.columns}
+    leader, member = sorted((uid_of("web", 0), uid_of("web", 30)))
+    refs = fill(workspace, 0, [1, 1])
+    found = run_reducers(store, grouping, {"web": refs}, SCORES, [])
+    workspace.bury("uid", [leader], "asked for")
+    for ref in refs if rewritten else ():
+        rewrite_shard(store, ref, {leader})
+        for path in (ref.beside(place) for place in (*SCORES.values(), *found.values())):
+            table = store.read_table(path)
+            rows = [row if row["uid"] == member else {"uid": row["uid"]} for row in table.to_pylist()]
+            store.write_table(path, pa.Table.from_pylist(rows, table.schema.remove_metadata()), table_metadata(table))
+    for increment in (1, 2):
+        refs += fill(workspace, increment, [1, 1])
+        assert run_reducers(store, grouping, {"web": refs}, SCORES, []) == found and len(found) >= 4
+    asking = fill(workspace, 3, [1, 1])
+    for name, place in found.items():
+        group = "pixel_group" if name == "exact_duplicates" else "group"  # all files have other bytes
+        groups = [store.read_table(ref.beside(place))[group].to_pylist() for ref in refs]
+        assert [leader] in groups[:2] and groups[2:] == [[leader]] * 4, (name, groups)
+        given = (store, name, grouping[name], {"web": refs}, SCORES | found, [])
+        assert ask(*given, {"canaries": asking}, [None, None])[0][group].to_pylist() == [leader] * 2, name

@@ -11,10 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from aiohttp import web
 
+from filters.reduce import run_reducers
+from filters.score_tables import told_by_tables
+from filters.semantic_duplicates import SemanticDuplicates
 from pairs.errors import PairmillError
 from pairs.identity import url_key
 from pairs.increments import MARK, exactly, following, holding, joined
@@ -55,7 +59,7 @@ class Scheduled:
         """Puts addresses on the list; one that stands there already isn't new."""
         path = self.root / "web.csv"
         known = path.read_text() if path.exists() else "url,text\n"
-        path.write_text(known + "".join(f"{self.site.url(name)},a box of number {name[1:-4]}\n" for name in names))
+        path.write_text(known + "".join(f"{self.site.url(name)},a box of number {name[-5]}\n" for name in names))
 
     def run(self, new: bool = True) -> Run:
         """The next nightly run, to its report; without `new` the last one again."""
@@ -79,7 +83,7 @@ def nightly(root: Path) -> dict[str, Any]:
         "sources": {"web": source},
         "fetch": {"side_px": 64, "shard_pairs": 4, "attempts": 1, "retry_hours": 0, "deadline_s": 5},
         "filters": {"image_stats": {}, "text_stats": {}, "image_hash": {}},
-        "reducers": {"exact_duplicates": {}, "near_duplicates": {}},
+        "reducers": {"exact_duplicates": {}, "near_duplicates": {}, "text_duplicates": {}, "text_frequency": {}},
         "keep": [
             {"column": "image_stats.shorter_side_px", "min": 24},
             {"column": "image_stats.entropy", "top_fraction": 0.9},
@@ -181,7 +185,57 @@ def test_every_row_and_every_byte_is_still_there(scheduled: Scheduled) -> None:
     assert merged(scheduled)["merged"] == [], "there is nothing left to merge"
 
 
+def failed(store: Store, increment: str, why: str) -> str:
+    """Lets text_stats have failed at the last pair of an increment; returns its uid."""
+    path = [p for p in store.files("scores", ".parquet") if f"/{increment}/" in p and "/text_stats-" in p][-1]
+    table = store.read_table(path)
+    rows = table.to_pylist()
+    rows[-1] = dict.fromkeys(rows[-1]) | {"uid": rows[-1]["uid"]}
+    told = {"errors": {why: [len(rows) - 1]}, "nulls": dict.fromkeys(table.column_names[1:], 1)}
+    new = pa.Table.from_pylist(rows, table.schema.remove_metadata())
+    store.write_table(path, new, table_metadata(table) | {key: json.dumps(facts) for key, facts in told.items()})
+    return str(rows[-1]["uid"])
+
+
+def test_errors_and_nulls_follow_their_rows(scheduled: Scheduled) -> None:
+    store = scheduled.workspace.store
+    folder = next(f"scores/{name}" for name in store.folders("scores") if name.startswith("text_stats-"))
+    wrong = {failed(store, increment, f"told in {increment}"): increment for increment in ("0001", "0003")}
+    before = told_by_tables(store, folder, list_shards(store, "pairs"))
+    assert sum(before[2].values()) == 2 == before[1]["words"]
+    merged(scheduled)
+    assert told_by_tables(store, folder, list_shards(store, "pairs")) == before
+    errors = {
+        uid: trace(scheduled.workspace, uid)["scores"][folder[7:]].get("error")
+        for uid in rows_of(store, folder)[folder]
+    }
+    assert {uid: why for uid, why in errors.items() if why} == {u: f"told in {name}" for u, name in wrong.items()}
+    forget(scheduled.workspace, {"uids": [next(iter(wrong))]}, "asked for", lambda holder: None)
+    assert dict(told_by_tables(store, folder, list_shards(store, "pairs"))[2]) == {"told in 0003": 1}
+
+
+def grouped(store: Store) -> dict[str, list[list[str]]]:
+    """Gives each pair one of five embeddings and runs the reducer that compares them. Returns the groups that each
+    reducer has made, of the first four nights and of later ones."""
+    refs, clip = list_shards(store, "pairs"), "scores/clip-aaaaaaaaaaaa"
+    for ref in refs:
+        uids = store.read_table(ref.table, ["uid"])
+        vectors = [np.eye(5, dtype=np.float16)[int(uid[:4], 16) % 5] for uid in uids["uid"].to_pylist()]
+        table = uids.append_column("image", pa.array(vectors, pa.list_(pa.float16())))
+        if not store.has(ref.beside(clip)):
+            store.write_table(ref.beside(clip), table, {"filter": "clip"})
+    run_reducers(store, {"semantic_duplicates": SemanticDuplicates(cluster_rows=8)}, {"web": refs}, {"clip": clip}, [])
+    found: dict[str, list[list[str]]] = {}
+    for ref in list_shards(store, "scores"):
+        table = store.read_table(ref.table)
+        if "group" in table.column_names:
+            name = ref.folder.split("/")[1].rpartition("-")[0]
+            found.setdefault(name, [[], []])[ref.increment >= "0004"] += table["group"].drop_null().to_pylist()
+    return found
+
+
 def test_the_next_night_is_that_of_a_workspace_that_was_never_compacted(scheduled: Scheduled, tmp_path: Path) -> None:
+    grouped(scheduled.workspace.store)
     other = replace(scheduled, space=flow.copied(scheduled.space, tmp_path / "other"))
     merged(scheduled)
     scheduled.add([f"/{i}.png" for i in range(20, 26)])
@@ -191,6 +245,7 @@ def test_the_next_night_is_that_of_a_workspace_that_was_never_compacted(schedule
         for _ in range(2):  # /never.png is given up after five tries
             run = one.run()
         asked.append(Counter(scheduled.site.asked))
+        groups = grouped(one.workspace.store)
         assert verify(one.workspace).ok
         report = run.read("report.json")
         assert all(told["adds_up"] for told in report["rounds"]) and report["rounds"][0]["funnel"][0]["left"] > 20
@@ -201,6 +256,9 @@ def test_the_next_night_is_that_of_a_workspace_that_was_never_compacted(schedule
     new = [{p: b for p, b in files(one.space).items() if "/0004/" in p} for one in (other, scheduled)]
     same = [{p: b for p, b in told.items() if not p.startswith(("ledger", "candidates"))} for told in new]
     assert same[0] == same[1] and len(same[0]) > 10
+    assert set(groups) >= {"exact_duplicates", "near_duplicates", "text_duplicates", "semantic_duplicates"}
+    for name, (earlier, late) in groups.items():
+        assert set(late) & set(earlier), f"{name}: some join a group of what was merged"
     path = "candidates/web/0004/part-00000.parquet"
     counts = [table_metadata(one.workspace.store.read_table(path))["counts"] for one in (other, scheduled)]
     assert counts[0] == counts[1]
@@ -448,7 +506,7 @@ def killed_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> Iterator[list[s
 @pytest.fixture
 def two_nights(scheduled: Scheduled) -> Scheduled:
     """Two increments alone may be merged, and only one reducer has seen them, so that there are few steps."""
-    for folder in ("image_stats", "text_stats", "near_duplicates", "image_hash"):
+    for folder in ("image_stats", "text_stats", "near_duplicates", "image_hash", "text_duplicates", "text_frequency"):
         for path in scheduled.space.glob(f"scores/{folder}-*"):
             shutil.rmtree(path)
     another(scheduled, "other-000000000000", ["0000", "0001"], False)
@@ -480,6 +538,7 @@ def test_killed_at_any_step_it_ends_like_one_that_was_not(
 
 SCRIPT = """
 import os, signal, sys
+from pairs.increments import MARK
 from pairs.store import Store
 from pairs.workspace import Workspace
 from pipelines.compact import compact
@@ -489,6 +548,8 @@ def counted(self, temporary, target):
         os.kill(os.getpid(), signal.SIGKILL)
     left[0] -= 1
     publish(self, temporary, target)
+    if self.has(MARK) and b'"committed": true' in self.read(MARK):
+        os.kill(os.getpid(), signal.SIGKILL)
 Store._publish = counted
 compact(Workspace.open(sys.argv[1]), None, 100, False)
 """
@@ -498,10 +559,11 @@ def test_sigkill_before_and_after_the_commit(scheduled: Scheduled, tmp_path: Pat
     start, rows = scheduled.space, rows_of(scheduled.workspace.store, "pairs")
     whole = replace(scheduled, space=flow.copied(start, tmp_path / "whole"))
     merged(whole)
-    for publications in (12, 40):
+    for publications in (12, 1000):
         target = replace(scheduled, space=flow.copied(start, tmp_path / str(publications)))
         command = [sys.executable, "-c", SCRIPT, str(target.space), str(publications)]
         assert subprocess.run(command, cwd=ROOT, timeout=50).returncode == -9
+        assert json.loads(target.workspace.store.read(MARK))["committed"] == (publications > 12)
         assert rows_of(target.workspace.store, "pairs") == rows and verify(target.workspace).ok
         with target.workspace.lock():
             pass

@@ -21,7 +21,7 @@ from pairs.identity import sha256_hex, url_key
 from pairs.process import ROOT
 from pairs.recipe import FetchSpec, SourceSpec
 from pairs.shard import list_shards, read_shard
-from pairs.store import Store
+from pairs.store import Store, table_metadata
 from pairs.verify import verify
 from pairs.workspace import Workspace, refused
 from pipelines.candidates import cut_increment
@@ -88,7 +88,10 @@ def left(space: Workspace) -> dict[str, list[str]]:
     found = {}
     for path in space.store.files(""):
         raw = space.store.read(path).decode("utf-8", "replace")
-        plain = str(space.store.read_table(path).to_pylist()) if raw.startswith("PAR1") else raw
+        plain = raw
+        if raw.startswith("PAR1"):
+            table = space.store.read_table(path)
+            plain = "\0".join([str(table.to_pylist()), *table_metadata(table).values()])
         names = [word for word in SECRET if word in plain or json.dumps(word)[1:-1] in plain]
         found |= {path: names} if names else {}
     return found
@@ -125,6 +128,41 @@ def test_nothing_is_left_and_nothing_else_moves(space: Workspace) -> None:
     lines = space.store.read("crawl/web/0001/pages.jsonl").decode().splitlines()
     assert [i["url"] for i in json.loads(lines[1])["images"]] == [pair_row(2)["url"]]
     assert json.loads(space.store.read("runs/small-cccccccccccc-0001/stages.json"))["fetch"]["state"] == "failed"
+
+
+def test_errors_that_quote_a_pair_go_with_it(space: Workspace) -> None:
+    """Of a row that couldn't be measured, which is empty, too."""
+    path = next(p for p in space.store.files("scores", ".parquet") if "text_stats" in p)
+    table = space.store.read_table(path)
+    uids = table["uid"].to_pylist()
+    row, other = uids.index(pair_row(1)["uid"]), uids.index(pair_row(2)["uid"])
+    empty = pa.Table.from_pylist([{"uid": uid} for uid in uids], table.schema.remove_metadata())
+    errors = {f"odd: {pair_row(1)['text']}": [row], "odd": sorted([row, other])}
+    space.store.write_table(path, empty, table_metadata(table) | {"errors": json.dumps(errors)})
+    assert path in left(space)
+    forget(space, ASKED, "asked for", alone)
+    assert table_metadata(space.store.read_table(path)) == table_metadata(table) | {"errors": f'{{"odd": [{other}]}}'}
+    assert left(space) == {}
+
+
+def test_a_merge_beside_it_that_takes_a_table_away_does_not_end_it(
+    space: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A listing names, now and then, a file that is merged into another before it is read."""
+    listed, times = Store.files, [0]
+
+    def longer(self: Store, prefix: str, suffix: str = "") -> list[str]:
+        times[0] += prefix == "ledger"
+        return listed(self, prefix, suffix) + ["ledger/gone.parquet"] * (prefix == "ledger" and times[0] <= missing)
+
+    monkeypatch.setattr(Store, "files", longer)
+    missing = 1
+    assert forget(space, ASKED, "asked for", alone)["state"] == "done" and times[0] > 2
+    missing, times[0] = 3, 0
+    with pytest.raises(FileNotFoundError):
+        forget(space, ASKED, "asked for", alone)
+    monkeypatch.undo()
+    assert left(space) == {}
 
 
 def test_the_audit_record_says_nothing_of_the_pairs(space: Workspace) -> None:
