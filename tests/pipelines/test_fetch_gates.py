@@ -23,10 +23,11 @@ from pipelines.candidates import part
 from pipelines.fetch import gates, shards
 from pipelines.fetch.blocklists import load_blocklists
 from pipelines.fetch.decode import DecodeSpec, decode, load_resizer
-from pipelines.fetch.failures import Failure
+from pipelines.fetch.failures import RETRY_AFTER_MAX_S, Failure
 from pipelines.fetch.gates import FIRST, SuccessGate, preflight
 from pipelines.fetch.ledger import Passing, Settled, due, fetch_fingerprint, passing_failures, settled
 from pipelines.fetch.shards import fetch_increment
+from tests.pipelines.hostile import NEVER
 from tests.pipelines.small_web import picture, small_web, with_headers
 from tests.pipelines.test_fetch import SITE, encoded, ledger_of, quiet, write_candidates
 
@@ -163,6 +164,18 @@ def test_a_site_that_names_a_time_is_left_alone_until_then_by_later_runs_too(wor
         counts = fetch_increment(workspace, "src", SITE, spec, "0001", quiet)
         assert counts.ok == 1 and counts.failed == {"transient/host_rests": 1} and "/1.png" not in site.asked
     assert not due(passing_failures(workspace.store, "src", "0001", spec).values(), spec)
+
+
+@pytest.mark.parametrize("value", [NEVER, "99999999"])
+def test_a_retry_after_beyond_all_time_costs_its_own_row_alone(workspace: Workspace, value: str) -> None:
+    routes: dict[str, Any] = {"/0.png": with_headers(b"", {"Retry-After": value}, 503)}
+    with small_web(routes) as site, small_web({"/1.png": picture()}, "127.0.0.2") as two:
+        write_candidates(workspace, [site.url("/0.png"), two.url("/1.png")])
+        spec = FetchSpec(side_px=16)
+        counts = fetch_increment(workspace, "src", SITE, spec, "0000", quiet)
+        assert counts.ok == 1 and counts.failed == {"transient/http_503": 1}
+    [waits] = [row["retry_at"] - row["started_at"] for row in ledger_of(workspace, spec) if row["retry_at"]]
+    assert waits.total_seconds() == pytest.approx(RETRY_AFTER_MAX_S, abs=60)
 
 
 def test_a_site_that_said_no_is_not_asked_again_with_other_settings(workspace: Workspace) -> None:
