@@ -139,7 +139,7 @@ SERVERS: dict[str, tuple[Callable[[], Talk], set[str]]] = {  # what a server doe
     "truncated body": (says(OK + b"Content-Length: 5000\r\n\r\nabc"), {"cut_body"}),
     "endless 100-continue": (says(again=b"HTTP/1.1 100 Continue\r\n\r\n", pause_s=0.01),
                              {"deadline", "bad_response", "disconnected"}),
-    "a rest beyond all time": (says(b"HTTP/1.1 503 Busy\r\nRetry-After: " + NEVER.encode() + b"\r\n\r\n"), {"http_503"}),
+    "a rest beyond all time": (says(b"HTTP/1.1 503 X\r\nRetry-After: " + NEVER.encode() + b"\r\n\r\n"), {"http_503"}),
     "redirect loop": (says(LOOP), {"too_many_redirects"}),
     "redirect to metadata": (says(redirect(b"http://169.254.169.254/latest/meta-data/")), {"address"}),
     "redirect to a file": (says(redirect(b"file:///etc/passwd")), {"scheme"}),
