@@ -1,4 +1,5 @@
-"""The policy files of origins (robots.txt, tdmrep.json): asked for once, kept a day (RFC 9309), across runs too.
+"""The policy files of origins (robots.txt, tdmrep.json): asked for once, kept a day (RFC 9309), across runs too; and
+until when hosts want no request (`cache/rests.parquet`), which crawls and fetches tell each other.
 
 They lie in one small table, `cache/policies.parquet`, read when a fetch begins and written when it ends; a kill costs
 asking again. Only what is settled is kept: a body, or that there is none (4xx but 408 and 429, or 204, kept as an empty
@@ -10,24 +11,28 @@ import asyncio
 import contextlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from sys import getsizeof
 from typing import Any, TypeVar
 
 import pyarrow as pa
+from yarl import URL
 
 from pairs.errors import PairmillError
+from pairs.identity import url_key
 from pairs.store import Store
+from pairs.workspace import Dead, refused
 from pipelines.fetch.client import Client, Limits, Permit, Response, any_headers, any_url
 from pipelines.fetch.failures import Failure
 
-PATH = "cache/policies.parquet"
+PATH, RESTS = "cache/policies.parquet", "cache/rests.parquet"
 KEPT_S = 24 * 3600.0
 RETRY_S = 300.0
 KEPT_BYTES, PARSED_BYTES = 64 << 20, 8 << 20
 LIMITS = Limits(deadline_s=15.0, max_bytes=500 * 1024, redirects=5, attempts=2, cut=True)
 SCHEMA = pa.schema([("url", pa.string()), ("asked_at", pa.float64()), ("text", pa.string())])
+RESTING = pa.schema([("url", pa.string()), ("until", pa.float64())])
 
 T = TypeVar("T")
 
@@ -120,3 +125,23 @@ def save_policies(store: Store, policies: Policies) -> None:
     if kept := policies.known.kept:
         rows = [{"url": url, "asked_at": at, "text": text} for url, (_, (at, text)) in kept.items()]
         store.write_table(PATH, pa.Table.from_pylist(rows, schema=SCHEMA))
+
+
+def load_rests(store: Store) -> dict[str, float]:
+    """Until when (seconds since 1970) hosts want no request, but for what is over; a damaged table counts as empty."""
+    with contextlib.suppress(PairmillError):
+        rows = store.read_table(RESTS).to_pylist() if store.has(RESTS) else []
+        return {URL(row["url"]).host or "": row["until"] for row in rows if row["until"] > time.time()}
+    return {}
+
+
+def save_rests(store: Store, rests: Mapping[str, float], dead: Dead | None = None) -> None:
+    """Keeps them for whoever asks next, but for what is over or forgotten."""
+    rows = [{"url": str(URL.build(scheme="http", host=host, path="/")), "until": at} for host, at in rests.items()]
+    kept = [
+        row
+        for row in rows
+        if row["until"] > time.time() and not (dead and refused(dead, url_key(str(row["url"])), str(row["url"])))
+    ]
+    if kept or store.has(RESTS):
+        store.write_table(RESTS, pa.Table.from_pylist(kept, schema=RESTING))
