@@ -63,8 +63,7 @@ class Job:
         self.ok += outcome.pair is not None
         self.progress(self.finished, self.total, f"{self.ok} images")
         self.moved.set()
-        if self.gate.floor:
-            self.gate.judge(outcome.name, host_of(row))
+        self.gate.judge(outcome.name, host_of(row))
 
 
 def fetch_increment(

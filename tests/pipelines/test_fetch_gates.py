@@ -58,13 +58,36 @@ def test_the_first_batch_must_pass_the_floor() -> None:
         feed(gate, ["transient/dns"])
 
 
-def test_success_that_collapses_stops_and_dead_hosts_do_not_count() -> None:
-    gate = SuccessGate("web", 0.3)
+@pytest.mark.parametrize("floor", [0.0, 0.3])
+def test_success_that_collapses_stops_and_dead_hosts_do_not_count(floor: float) -> None:
+    gate = SuccessGate("web", floor)
     feed(gate, ["ok"] * FIRST * 2)
     feed(gate, ["transient/deadline"] * FIRST * 2, "never.test")
     with pytest.raises(PairmillError, match=r"transient/connect") as error:
         feed(gate, ["transient/connect"] * FIRST)
     assert "firewall" in error.value.remedy and gate.now["transient/connect"] > FIRST * 0.8
+    assert "min_fetch_success" not in str(error.value)
+    gate = SuccessGate("web", floor)
+    feed(gate, ["ok"] * FIRST * 2 + (["transient/http_503"] * 3 + ["ok"]) * FIRST)  # worse, and no collapse
+
+
+def test_a_fetch_without_a_floor_stops_where_its_source_collapses(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gates, "FIRST", 20)
+    monkeypatch.setattr(gates, "EVERY", 5)
+    served = Counter[str]()
+
+    async def tiring(request: Any) -> Any:
+        served["images"] += 1
+        return await with_headers(picture(), {}, 200 if served["images"] <= 40 else 404)(request)
+
+    paths = [f"/{n}.png" for n in range(400)]
+    with small_web(dict.fromkeys(paths, tiring)) as site:
+        write_candidates(workspace, [site.url(path) for path in paths])
+        with pytest.raises(PairmillError, match=r"× permanent/http_404"):
+            fetch_increment(workspace, "src", SITE, FetchSpec(per_host=1, side_px=16), "0000", quiet)
+    assert 56 <= served["images"] < 100
 
 
 def test_a_fetch_that_fails_at_once_stops_at_once(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
