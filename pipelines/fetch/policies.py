@@ -1,10 +1,10 @@
 """The policy files of origins (robots.txt, tdmrep.json): asked for once, kept a day (RFC 9309), across runs too; and
 until when hosts want no request (`cache/rests.parquet`), which crawls and fetches tell each other.
 
-They lie in one small table, `cache/policies.parquet`, read when a fetch begins and written when it ends; a kill costs
-asking again. Only what is settled is kept: a body, or that there is none (4xx but 408 and 429, or 204, kept as an empty
-one). What failed otherwise is asked for again after `RETRY_S`. Of more than `KEPT_BYTES` the oldest go, and of what is
-parsed (25 times its text at worst) all beyond `PARSED_BYTES` of text: strangers write these files.
+The files lie in one small table, `cache/policies.parquet`, read when a fetch begins and written when it ends; a kill
+costs asking again. Only what is settled is kept: a body, or that there is none (4xx but 408 and 429, or 204, kept as an
+empty one). What failed otherwise is asked for again after `RETRY_S`. Beyond `KEPT_BYTES` the longest unused go, and of
+what is parsed (25 times its text at worst) all beyond `PARSED_BYTES` of text: strangers write these files.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from yarl import URL
 from pairs.errors import PairmillError
 from pairs.identity import url_key
 from pairs.store import Store
-from pairs.workspace import Dead, refused
+from pairs.workspace import KINDS, Dead, refused
 from pipelines.fetch.client import Client, Limits, Permit, Response, any_headers, any_url
 from pipelines.fetch.failures import Failure
 
@@ -33,6 +33,7 @@ KEPT_BYTES, PARSED_BYTES = 64 << 20, 8 << 20
 LIMITS = Limits(deadline_s=15.0, max_bytes=500 * 1024, redirects=5, attempts=2, cut=True)
 SCHEMA = pa.schema([("url", pa.string()), ("asked_at", pa.float64()), ("text", pa.string())])
 RESTING = pa.schema([("url", pa.string()), ("until", pa.float64())])
+NONE: Dead = dict.fromkeys(KINDS, frozenset())
 
 T = TypeVar("T")
 
@@ -135,13 +136,9 @@ def load_rests(store: Store) -> dict[str, float]:
     return {}
 
 
-def save_rests(store: Store, rests: Mapping[str, float], dead: Dead | None = None) -> None:
+def save_rests(store: Store, rests: Mapping[str, float], dead: Dead = NONE) -> None:
     """Keeps them for whoever asks next, but for what is over or forgotten."""
-    rows = [{"url": str(URL.build(scheme="http", host=host, path="/")), "until": at} for host, at in rests.items()]
-    kept = [
-        row
-        for row in rows
-        if row["until"] > time.time() and not (dead and refused(dead, url_key(str(row["url"])), str(row["url"])))
-    ]
+    urls = {str(URL.build(scheme="http", host=host, path="/")): at for host, at in rests.items() if at > time.time()}
+    kept = [{"url": url, "until": at} for url, at in urls.items() if not refused(dead, url_key(url), url)]
     if kept or store.has(RESTS):
         store.write_table(RESTS, pa.Table.from_pylist(kept, schema=RESTING))
