@@ -28,6 +28,7 @@ from pairs.identity import ID_LENGTH, held_out, local_key, url_key
 from pairs.shard import list_shards, rewrite_shard
 from pairs.store import Store, table_metadata
 from pairs.workspace import KINDS, Dead, Workspace, host_of, refused
+from pipelines.fetch.policies import RESTS, load_rests, save_rests
 from pipelines.models import trained
 from pipelines.scrub import needles, scrub
 from training.config import Pin, TrainConfig
@@ -99,7 +100,9 @@ def finish(
     new = {kind: sorted(dead[kind] - done[kind]) for kind in KINDS}
     path, record = _draft(workspace, records, new, found, done, reason)
     scrub(workspace, needles(found.urls, found.texts | _captions(store, found.uids)), dead, found.uids)
-    for made in ("cache", ASKED, *(f"crawl/{c}/{part}" for c in _crawls(store) for part in ("merge", "files"))):
+    save_rests(store, load_rests(store), dead)
+    cached = [path for path in store.files("cache") if path != RESTS]
+    for made in (*cached, ASKED, *(f"crawl/{c}/{part}" for c in _crawls(store) for part in ("merge", "files"))):
         store.delete(made, recursive=True)  # what is in it can be had again
     _canaries(store, found)
     rewrote = Counter({kind: _shards(store, kind, found.uids) for kind in ("shards",)})

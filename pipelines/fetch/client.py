@@ -116,8 +116,13 @@ class Client:
             self.hosts[name] = Host(asyncio.Semaphore(self.per_host), self.delay_s)
         return self.hosts[name]
 
+    def rests(self) -> dict[str, float]:
+        """Until when hosts want no request, in seconds since 1970."""
+        now, since = time.monotonic(), time.time() - time.monotonic()
+        return {name: since + host.rests_until for name, host in self.hosts.items() if name and host.rests_until > now}
+
     def rest(self, until: Mapping[str, float]) -> None:
-        """Leaves hosts alone until a time in seconds since 1970, which an earlier run was told."""
+        """Leaves hosts alone as `rests` of another client said."""
         for host, at in until.items():
             self.host(URL.build(host=host)).rests_until = time.monotonic() + at - time.time()
 

@@ -14,6 +14,7 @@ from pairs.identity import unit_hash
 from pipelines.fetch.guard import EgressRefused
 
 BACK_OFF_S, BACK_OFF_MAX_S = 0.5, 8.0
+RETRY_AFTER_MAX_S = 30 * 86400.0  # of whatever date a server names
 RETRY_STATUS = frozenset({408, 425, 429})
 
 Headers = CIMultiDictProxy[str]
@@ -38,14 +39,15 @@ def bad_status(answer: aiohttp.ClientResponse) -> Failure | None:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds of a Retry-After header, as a number or as a date."""
+    """Seconds of a Retry-After header, as a number or as a date, `RETRY_AFTER_MAX_S` at most."""
     value = headers.get("Retry-After", "").strip()
     if value.isdecimal() and len(value) < 9:
-        return float(value)
+        return min(float(value), RETRY_AFTER_MAX_S)
     try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+        wait_s = parsedate_to_datetime(value).timestamp() - time.time()
     except (ValueError, TypeError, OverflowError):
         return None
+    return min(max(0.0, wait_s), RETRY_AFTER_MAX_S)
 
 
 def pause(failure: Failure, url: str, attempt: int) -> float:

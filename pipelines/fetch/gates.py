@@ -3,8 +3,9 @@
 Preflight: three images drawn here go from a server on loopback through a client and the decoders like those that
 follow, before the first shard. First batch: after `FIRST` candidates that nobody refused the source's success rate,
 earlier increments included, must reach `gates.min_fetch_success`. Collapse: of hosts that gave images, the last `FIRST`
-candidates fall below a fifth of what they gave before (dead hosts, whose answers come last, don't count). A floor of 0
-turns both off. What is published stays, and the same command goes on.
+candidates fall below a fifth of what they gave before (dead hosts, whose answers come last, don't count); looked at
+every `EVERY` of them. A floor of 0 turns the first batch off alone. What is published stays, and the same command goes
+on.
 """
 
 import asyncio
@@ -22,7 +23,7 @@ from pipelines.fetch.failures import Failure
 from pipelines.fetch.guard import networks
 from pipelines.fetch.pool import Decode
 
-FIRST = 200
+FIRST, EVERY = 200, 50
 COLLAPSED = 0.2  # of the success rate before
 PROBED = {"jpeg": {"quality": 90}, "png": {}, "webp": {"quality": 90}}
 SIZE = (96, 64)
@@ -103,36 +104,40 @@ class SuccessGate:
 
     def judge(self, outcome: str, host: str) -> None:
         """Raises PairmillError where the fetch had better stop."""
-        if not self.floor or outcome.startswith("refused/"):
+        if outcome.startswith("refused/"):
             return
         self.now[outcome] += 1
         if outcome == "ok":
             self.good.add(host)
-        if host in self.good:
-            self.since[outcome] += 1
-            self.last.append(outcome)
-        every = self.before + self.now
-        if self.now.total() == FIRST and _success(every) < self.floor:
-            raise self._stop(f"at least {self.floor:.0%} of the first {FIRST} candidates", every, self.now)
+        if self.floor and self.now.total() == FIRST and _success(every := self.before + self.now) < self.floor:
+            wanted = f"at least {self.floor:.0%} of the first {FIRST} candidates"
+            raise self._stop(wanted, every, self.now, "gates.min_fetch_success")
+        if host not in self.good:
+            return
+        self.since[outcome] += 1
+        self.last.append(outcome)
+        if len(self.last) < FIRST or self.since.total() % EVERY:
+            return
         window = Counter(self.last)
         earlier = self.since - window
-        if len(self.last) == FIRST and earlier["ok"] and _success(window, 1.0) < COLLAPSED * _success(earlier):
-            raise self._stop(f"the success rate so far ({_success(earlier):.0%})", window, window)
+        if earlier["ok"] and _success(window) < COLLAPSED * _success(earlier):
+            wanted = f"at least {COLLAPSED:.0%} of the success rate so far ({_success(earlier):.0%})"
+            raise self._stop(wanted, window, window)
 
-    def _stop(self, expected: str, counts: Counter[str], window: Counter[str]) -> PairmillError:
+    def _stop(self, expected: str, counts: Counter[str], window: Counter[str], setting: str = "") -> PairmillError:
         failures = Counter({name: count for name, count in window.items() if name != "ok"}).most_common(3)
         told = ", ".join(f"{count} × {name}" for name, count in failures)
         return PairmillError(
-            expected=f"{expected} of the source {self.source!r} (gates.min_fetch_success)",
+            expected=f"{expected} of the source {self.source!r}" + (setting and f" ({setting})"),
             found=f"{_success(counts):.1%}; of the last {window.total()}: {told}",
-            remedy=f"{_cause(failures[0][0])}; then run the same command again, or lower gates.min_fetch_success",
+            remedy=f"{_cause(failures[0][0])}; then run the same command again" + (setting and f", or lower {setting}"),
         )
 
 
-def _success(counts: Counter[str], without: float = 0.0) -> float:
-    """The share of ok among what nobody refused; `without` where that is nothing."""
+def _success(counts: Counter[str]) -> float:
+    """The share of ok among what nobody refused; 0 where that is nothing."""
     asked = sum(count for name, count in counts.items() if not name.startswith("refused/"))
-    return counts["ok"] / asked if asked else without
+    return counts["ok"] / asked if asked else 0.0
 
 
 def _cause(name: str) -> str:

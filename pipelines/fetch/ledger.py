@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,9 +17,7 @@ import pyarrow.compute as pc
 from pairs.fingerprint import fingerprint
 from pairs.recipe import FetchSpec
 from pairs.store import Store
-from pairs.workspace import host_of
 from pipelines.fetch import decode
-from pipelines.fetch.client import RESTING
 from pipelines.fetch.robots import OPT_OUT, RESERVED
 
 Row = dict[str, Any]
@@ -102,11 +99,10 @@ def groups(store: Store, source: str) -> list[str]:
 @dataclass(frozen=True)
 class Settled:
     """What an increment needn't ask for. `keys` are its N url_keys of 16 bytes, sorted; `codes` N uint8, 0 for what is
-    open, else 1 + a place in `WORDS`. `rests` are hosts that wanted no request until then, in seconds since 1970."""
+    open, else 1 + a place in `WORDS`."""
 
     keys: np.ndarray = field(default_factory=lambda: np.empty(0, "S16"))
     codes: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))
-    rests: dict[str, float] = field(default_factory=dict)
 
     def mark(self, keys: Sequence[str], word: str) -> None:
         """Settles those of `keys` that the increment has."""
@@ -126,7 +122,7 @@ def _packed(keys: Sequence[str]) -> np.ndarray:
 
 def settled(store: Store, source: str, group: str, increment: str) -> Settled:
     """Reads, of the source's ledgers: what the site itself refused when it was asked under whatever settings; what is
-    ok in the group's increments before this one, whose pairs it is already; which hosts still rest."""
+    ok in the group's increments before this one, whose pairs it is already."""
     tables = store.tables(f"candidates/{source}/{increment}/part-00000.parquet", ROWS, ["url_key"])
     found = Settled(np.concatenate([_packed(t["url_key"].to_pylist()) for t in tables]))
     found = replace(found, codes=np.zeros(len(found.keys), np.uint8))
@@ -139,19 +135,9 @@ def settled(store: Store, source: str, group: str, increment: str) -> Settled:
                 found.mark(refused.filter(pc.equal(refused["reason"], word))["url_key"].to_pylist(), word)
     for earlier in (name for name in store.folders(f"ledger/{group}") if name < increment):
         for path in store.files(f"ledger/{group}/{earlier}", ".parquet"):
-            table = store.read_table(path)
+            table = store.read_table(path, ["url_key", "status"])
             found.mark(table.filter(pc.equal(table["status"], "ok"))["url_key"].to_pylist(), EARLIER)
-            _rest(table, found.rests)
     return found
-
-
-def _rest(table: pa.Table, rests: dict[str, float]) -> None:
-    """Adds the hosts that a ledger part says want no request yet."""
-    later = pc.greater(table["retry_at"], pa.scalar(datetime.now(UTC), table.schema.field("retry_at").type))
-    speaks = pc.is_in(table["http_status"], pa.array(sorted(RESTING), pa.int32()))
-    for row in table.filter(pc.and_(later, speaks)).select(["url", "retry_at"]).to_pylist():
-        host = host_of(row["url"] or "")
-        rests[host] = max(rests.get(host, 0.0), row["retry_at"].timestamp())
 
 
 def passing_failures(store: Store, source: str, increment: str, spec: FetchSpec) -> dict[str, Passing]:

@@ -28,7 +28,7 @@ from yarl import URL
 
 from pipelines.fetch.client import Client, Permit, any_url
 from pipelines.fetch.failures import Failure
-from pipelines.fetch.policies import Policies
+from pipelines.fetch.policies import Policies, parsed
 
 OPT_OUT = frozenset({"noai", "noimageai", "noml", "noindex", "noimageindex", "none", "unavailable_after"})
 WITH_VALUE = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})
@@ -37,6 +37,7 @@ RESERVED = "tdm"
 VALUES = {1: True, "1": True, 0: False, "0": False}  # any other is an error of protocol, and no rule
 ESCAPED = re.compile("%([0-9A-Fa-f]{2})")
 PLAIN = frozenset(ascii_letters + digits + "-._~$*")  # equal whether it is percent-encoded or not
+SHORT = 250  # characters of a path that is kept in both forms: strangers write them
 MAX_CRAWL_DELAY_S = 30.0  # a host that wants to be asked less often isn't asked
 
 
@@ -107,7 +108,7 @@ class Robots:
         if isinstance(text, Failure):
             reason = f"robots_{text.reason}" if text.status == "transient" else text.reason
             return text if text.status == "refused" else text._replace(reason=reason)
-        rules, token = _rules(text), agent_token(self.client.agent)
+        rules, token = parsed(Protego.parse, text), agent_token(self.client.agent)
         if not rules.can_fetch(str(url), token):
             return Failure("refused", "robots")
         delay, host = rules.crawl_delay(token) or 0.0, self.client.host(url)
@@ -115,7 +116,7 @@ class Robots:
             return Failure("refused", "crawl_delay")
         host.delay_s = max(host.delay_s, delay)
         reserved = await self.policies.get(self.client, f"{origin}/.well-known/tdmrep.json", self.bar)
-        path, rules_ = url.raw_path_qs, _reservations(reserved) if isinstance(reserved, str) else ()
+        path, rules_ = url.raw_path_qs, parsed(_reservations, reserved) if isinstance(reserved, str) else ()
         holds = next((reserves for location, reserves in rules_ if _matches(path, location)), False)
         return Failure("refused", RESERVED) if holds else None
 
@@ -123,15 +124,9 @@ class Robots:
         """The sitemaps that robots.txt of `url`'s origin names."""
         barred = await self.bar(url)
         text = barred or await self.policies.get(self.client, f"{url.origin()}/robots.txt", self.bar)
-        return list(_rules(text).sitemaps) if isinstance(text, str) else []
+        return list(parsed(Protego.parse, text).sitemaps) if isinstance(text, str) else []
 
 
-@lru_cache(maxsize=1024)
-def _rules(text: str) -> Protego:
-    return Protego.parse(text)
-
-
-@lru_cache(maxsize=1024)
 def _reservations(text: str) -> tuple[tuple[str, bool], ...]:
     """The rules of a tdmrep.json in order: the pattern of their paths, and whether it is reserved."""
     try:
@@ -145,14 +140,20 @@ def _reservations(text: str) -> tuple[tuple[str, bool], ...]:
     )
 
 
-@lru_cache(maxsize=1 << 14)
 def _as_octets(path: str) -> str:
     """A path in the form in which paths are compared: reserved octets and those beyond ASCII are percent-encoded."""
+    return _short(path) if len(path) < SHORT else _octets(path)
+
+
+def _octets(path: str) -> str:
 
     def plain(found: re.Match[str]) -> str:
         return octet if (octet := chr(int(found[1], 16))) in PLAIN else found[0].upper()
 
     return ESCAPED.sub(plain, quote(path, safe=printable, errors="replace"))
+
+
+_short = lru_cache(maxsize=1 << 13)(_octets)
 
 
 def _matches(path: str, pattern: str) -> bool:

@@ -29,7 +29,7 @@ from pipelines.fetch.candidate import Outcome, Tools, fetch_one, given_up, host_
 from pipelines.fetch.client import open_client, require_contact
 from pipelines.fetch.gates import SuccessGate, Watch, preflight
 from pipelines.fetch.guard import networks
-from pipelines.fetch.policies import load_policies, save_policies
+from pipelines.fetch.policies import load_policies, load_rests, save_policies, save_rests
 from pipelines.fetch.robots import Robots
 from pipelines.sources import Progress, Row, load_source
 
@@ -63,8 +63,7 @@ class Job:
         self.ok += outcome.pair is not None
         self.progress(self.finished, self.total, f"{self.ok} images")
         self.moved.set()
-        if self.gate.floor:
-            self.gate.judge(outcome.name, host_of(row))
+        self.gate.judge(outcome.name, host_of(row))
 
 
 def fetch_increment(
@@ -127,13 +126,14 @@ async def _fetch_all(job: Job, left: dict[int, int]) -> int:
         dead = job.workspace.tombstones()
         permit = Robots(client, policies, job.blocked.bar(dead)).permit
         settled = ledger.settled(store, job.name, job.group, job.increment)
-        client.rest(settled.rests)
+        client.rest(load_rests(store))
         facts = (client, permit, decode_one, job.blocked, read, dead, settled)
         job.progress(job.finished, job.total, await preflight(settings.agent, decode_one))
         try:
             await _schedule(job, Tools(job.name, job.increment, settings, *facts), _blocks(job, left))
         finally:
             save_policies(store, policies)
+            save_rests(store, client.rests())
     return client.requests
 
 
@@ -180,7 +180,7 @@ async def _make_shard(job: Job, tools: Tools, index: int, rows: list[Row]) -> No
             found[row["url_key"]] = given_up(row, "stuck")
             job.done(row, found[row["url_key"]])
         outcomes = [found[row["url_key"]] for row in rows]
-        await asyncio.to_thread(_publish, job, index, outcomes, spool)  # the others' shards go on
+        await asyncio.to_thread(_publish, job, index, outcomes, spool, tools.client.rests())  # the others' shards go on
 
 
 async def _fetch_rows(job: Job, tools: Tools, rows: list[Row], spool: IO[bytes], found: dict[str, Outcome]) -> None:
@@ -207,9 +207,11 @@ async def _fetch_rows(job: Job, tools: Tools, rows: list[Row], spool: IO[bytes],
         await _end(tasks)
 
 
-def _publish(job: Job, index: int, outcomes: list[Outcome], spool: IO[bytes]) -> None:
-    """Ledger part, then tar, then table."""
+def _publish(job: Job, index: int, outcomes: list[Outcome], spool: IO[bytes], rests: dict[str, float]) -> None:
+    """What hosts said, for whoever comes after a kill; ledger part, then tar, then table."""
     store = job.workspace.store
+    if rests:
+        save_rests(store, rests)
     if met := [row["url_key"] for row, *_ in outcomes if row["reason"] == "forgotten" and row["sha256"]]:
         job.workspace.bury("url_key", met, "with its bytes")  # the takedown that follows empties these rows
     table = pa.Table.from_pylist([outcome.ledger for outcome in outcomes], schema=LEDGER)

@@ -29,7 +29,7 @@ from pipelines.fetch.blocklists import Blocklists
 from pipelines.fetch.client import REDIRECTS, Client, Limits, any_headers, open_client
 from pipelines.fetch.failures import Failure, Headers
 from pipelines.fetch.guard import networks, refuse_url
-from pipelines.fetch.policies import load_policies, save_policies
+from pipelines.fetch.policies import load_policies, load_rests, save_policies, save_rests
 from pipelines.fetch.robots import Robots
 from pipelines.sources import forgotten
 from pipelines.sources.html_page import join, read_page
@@ -89,6 +89,7 @@ class GuardedHandler:
             allow = networks(config["allow"], "source")
             self._client = open_client(config["agent"], config["per_host"], CONNECTIONS, allow)
             store = place(config)[0]
+            self._client.rest(load_rests(store))
             bar = Blocklists(frozenset(config["blocked"])).bar(Workspace(store).tombstones())
             self._robots = Robots(self._client, load_policies(store), bar)
         limits = Limits(config["deadline_s"], config["max_page_bytes"], redirects=None, attempts=config["attempts"])
@@ -112,7 +113,9 @@ class GuardedHandler:
     async def close(self) -> None:
         if self._client and self._robots:
             await self._client.session.close()
-            save_policies(place(self._config)[0], self._robots.policies)
+            store = place(self._config)[0]
+            save_policies(store, self._robots.policies)
+            save_rests(store, self._client.rests())
 
 
 SETTINGS: dict[str, Any] = {

@@ -112,6 +112,7 @@ def redirect(target: bytes) -> bytes:
 
 
 OK, MEGABYTE = b"HTTP/1.1 200 OK\r\n", bytes(1 << 20)
+NEVER = "Fri, 31 Dec 9999 23:59:59 -1200"  # later than any datetime of UTC
 LOOP, CHUNKED = redirect(b"/again"), b"Transfer-Encoding: chunked\r\n\r\n"
 SVG = b"<svg xmlns='http://www.w3.org/2000/svg'><script>fetch('http://10.0.0.1')</script></svg>"
 POLYGLOT = b"GIF89a/*" + b"\0" * 20 + b"*/=1;<html><script>alert(1)</script>"
@@ -138,6 +139,7 @@ SERVERS: dict[str, tuple[Callable[[], Talk], set[str]]] = {  # what a server doe
     "truncated body": (says(OK + b"Content-Length: 5000\r\n\r\nabc"), {"cut_body"}),
     "endless 100-continue": (says(again=b"HTTP/1.1 100 Continue\r\n\r\n", pause_s=0.01),
                              {"deadline", "bad_response", "disconnected"}),
+    "a rest beyond all time": (says(b"HTTP/1.1 503 X\r\nRetry-After: " + NEVER.encode() + b"\r\n\r\n"), {"http_503"}),
     "redirect loop": (says(LOOP), {"too_many_redirects"}),
     "redirect to metadata": (says(redirect(b"http://169.254.169.254/latest/meta-data/")), {"address"}),
     "redirect to a file": (says(redirect(b"file:///etc/passwd")), {"scheme"}),

@@ -16,18 +16,20 @@ from PIL import Image
 from filters.image_hash import hashes
 from pairs.errors import PairmillError
 from pairs.identity import sha256_hex, url_key
-from pairs.recipe import BlockSpec, FetchSpec
+from pairs.recipe import BlockSpec, FetchSpec, SourceSpec
 from pairs.schemas import LEDGER
 from pairs.workspace import Workspace
-from pipelines.candidates import part
+from pipelines.candidates import cut_increment, part
 from pipelines.fetch import gates, shards
 from pipelines.fetch.blocklists import load_blocklists
 from pipelines.fetch.decode import DecodeSpec, decode, load_resizer
-from pipelines.fetch.failures import Failure
+from pipelines.fetch.failures import RETRY_AFTER_MAX_S, Failure
 from pipelines.fetch.gates import FIRST, SuccessGate, preflight
 from pipelines.fetch.ledger import Passing, Settled, due, fetch_fingerprint, passing_failures, settled
+from pipelines.fetch.policies import RESTS, load_rests, save_rests
 from pipelines.fetch.shards import fetch_increment
-from tests.pipelines.small_web import picture, small_web, with_headers
+from tests.pipelines.hostile import NEVER
+from tests.pipelines.small_web import ALLOW, picture, redirect, small_web, with_headers
 from tests.pipelines.test_fetch import SITE, encoded, ledger_of, quiet, write_candidates
 
 
@@ -56,13 +58,36 @@ def test_the_first_batch_must_pass_the_floor() -> None:
         feed(gate, ["transient/dns"])
 
 
-def test_success_that_collapses_stops_and_dead_hosts_do_not_count() -> None:
-    gate = SuccessGate("web", 0.3)
+@pytest.mark.parametrize("floor", [0.0, 0.3])
+def test_success_that_collapses_stops_and_dead_hosts_do_not_count(floor: float) -> None:
+    gate = SuccessGate("web", floor)
     feed(gate, ["ok"] * FIRST * 2)
     feed(gate, ["transient/deadline"] * FIRST * 2, "never.test")
     with pytest.raises(PairmillError, match=r"transient/connect") as error:
         feed(gate, ["transient/connect"] * FIRST)
     assert "firewall" in error.value.remedy and gate.now["transient/connect"] > FIRST * 0.8
+    assert "min_fetch_success" not in str(error.value)
+    gate = SuccessGate("web", floor)
+    feed(gate, ["ok"] * FIRST * 2 + (["transient/http_503"] * 3 + ["ok"]) * FIRST)  # worse, and no collapse
+
+
+def test_a_fetch_without_a_floor_stops_where_its_source_collapses(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gates, "FIRST", 20)
+    monkeypatch.setattr(gates, "EVERY", 5)
+    served = Counter[str]()
+
+    async def tiring(request: Any) -> Any:
+        served["images"] += 1
+        return await with_headers(picture(), {}, 200 if served["images"] <= 40 else 404)(request)
+
+    paths = [f"/{n}.png" for n in range(400)]
+    with small_web(dict.fromkeys(paths, tiring)) as site:
+        write_candidates(workspace, [site.url(path) for path in paths])
+        with pytest.raises(PairmillError, match=r"× permanent/http_404"):
+            fetch_increment(workspace, "src", SITE, FetchSpec(per_host=1, side_px=16), "0000", quiet)
+    assert 56 <= served["images"] < 100
 
 
 def test_a_fetch_that_fails_at_once_stops_at_once(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,6 +188,60 @@ def test_a_site_that_names_a_time_is_left_alone_until_then_by_later_runs_too(wor
         counts = fetch_increment(workspace, "src", SITE, spec, "0001", quiet)
         assert counts.ok == 1 and counts.failed == {"transient/host_rests": 1} and "/1.png" not in site.asked
     assert not due(passing_failures(workspace.store, "src", "0001", spec).values(), spec)
+
+
+def test_a_rest_learnt_behind_a_redirect_or_before_a_kill_holds_for_that_host_under_other_settings(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    busy = with_headers(b"", {"Retry-After": "7200"}, 429)
+    with (
+        small_web({"/b.png": busy, "/1.png": picture()}, "127.0.0.2") as two,
+        small_web({"/a.png": redirect(two.url("/b.png")), "/2.png": picture()}) as one,
+    ):
+        write_candidates(workspace, [one.url("/a.png")])
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(shards, "save_policies", killed)  # at the end, as the last shard has been published
+            fetch_increment(workspace, "src", SITE, FetchSpec(side_px=16), "0000", quiet)
+        assert two.asked[-1] == "/b.png" and load_rests(workspace.store).keys() == {"127.0.0.2"}
+        write_candidates(workspace, [one.url("/2.png"), two.url("/1.png")])
+        counts = fetch_increment(workspace, "src", SITE, FetchSpec(side_px=24), "0000", quiet)
+        assert counts.ok == 1 and counts.failed == {"transient/robots_host_rests": 1} and two.asked[-1] == "/b.png"
+
+
+def test_a_crawl_that_is_told_to_wait_tells_the_fetch(tmp_path: Path, workspace: Workspace) -> None:
+    busy = with_headers(b"", {"Retry-After": "7200"}, 503)
+    page = "<img src=1.png alt=a><a href=busy.html>x</a>"
+    with small_web({"/": page, "/busy.html": busy, "/1.png": picture()}) as site:
+        spec = SourceSpec.model_validate({"kind": "site", "seeds": [site.url("/")], "allow": ALLOW, "delay_s": 0.0})
+        assert cut_increment(workspace, "web", spec, FetchSpec(), quiet).new == 1
+        counts = fetch_increment(workspace, "web", spec, FetchSpec(), "0000", quiet)
+    assert counts.failed == {"transient/host_rests": 1} and "/busy.html" in site.asked and "/1.png" not in site.asked
+
+
+def test_rests_that_are_over_are_dropped(workspace: Workspace) -> None:
+    store, now = workspace.store, time.time()
+    save_rests(store, {"a.test": now + 0.05, "bücher.test": now + 99, "::1": now + 99})
+    time.sleep(0.1)
+    assert load_rests(store) == {"bücher.test": now + 99, "::1": now + 99}
+    save_rests(store, {"a.test": now - 1})
+    assert store.read_table(RESTS).num_rows == 0
+    store.write(RESTS, b"damaged")
+    assert load_rests(store) == {}
+
+
+@pytest.mark.parametrize("value", [NEVER, "99999999"])
+def test_a_retry_after_beyond_all_time_costs_its_own_row_alone(workspace: Workspace, value: str) -> None:
+    routes: dict[str, Any] = {"/0.png": with_headers(b"", {"Retry-After": value}, 503)}
+    with small_web(routes) as site, small_web({"/1.png": picture()}, "127.0.0.2") as two:
+        write_candidates(workspace, [site.url("/0.png"), two.url("/1.png")])
+        spec = FetchSpec(side_px=16)
+        counts = fetch_increment(workspace, "src", SITE, spec, "0000", quiet)
+        assert counts.ok == 1 and counts.failed == {"transient/http_503": 1}
+    [waits] = [row["retry_at"] - row["started_at"] for row in ledger_of(workspace, spec) if row["retry_at"]]
+    assert waits.total_seconds() == pytest.approx(RETRY_AFTER_MAX_S, abs=60)
 
 
 def test_a_site_that_said_no_is_not_asked_again_with_other_settings(workspace: Workspace) -> None:

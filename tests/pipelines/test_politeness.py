@@ -4,7 +4,9 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -28,7 +30,7 @@ from pipelines.fetch.client import (
 )
 from pipelines.fetch.failures import Failure
 from pipelines.fetch.guard import networks
-from pipelines.fetch.policies import Policies, load_policies, save_policies
+from pipelines.fetch.policies import Bounded, Policies, load_policies, save_policies
 from pipelines.fetch.robots import Robots, _matches, opt_out, opted_out
 from pipelines.sources.site_cache import load_unchanging, save_unchanging, unchanged
 from tests.pipelines.small_web import ALLOW, redirect, small_web, with_headers
@@ -169,7 +171,40 @@ async def test_only_an_answer_that_there_is_no_file_allows_everything(
         monkeypatch.setattr(policies, "RETRY_S", 300.0)
         assert await known.get(client, url) == Failure("transient", reason, code) and len(asked) == number
     monkeypatch.setattr(policies, "RETRY_S", -1.0)
-    assert await known.get(client, url) == "" and set(known.known) == {url}
+    assert await known.get(client, url) == "" and set(known.known.kept) == {url}
+
+
+async def test_policy_files_of_many_origins_are_held_and_parsed_within_bounds(
+    client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The oldest text and the parse that was used longest ago go first; what went is had again."""
+    size, kept = 200_000, Policies()
+    monkeypatch.setattr(policies, "_parsed", Bounded(3 * size))
+    kept.known.limit = 3 * size
+    bodies = [f"User-agent: *\nDisallow: /x{n}\n".ljust(size - 10_000, "#").encode() for n in range(5)]
+    tdm: dict[str, Any] = {"/.well-known/tdmrep.json": b"[]"}
+    with ExitStack() as stack:
+        sites = [
+            stack.enter_context(small_web(tdm | {"/robots.txt": body}, f"127.0.0.{n + 2}"))
+            for n, body in enumerate(bodies)
+        ]
+        robots = Robots(client, kept)
+        for n, site in enumerate([*sites, sites[0]]):
+            assert await robots.permit(URL(site.url(f"/x{n % 5}"))) == Failure("refused", "robots")
+            assert await robots.permit(URL(site.url("/y"))) is None
+        assert [site.asked.count("/robots.txt") for site in sites] == [2, 1, 1, 1, 1]
+        for held in (kept.known, policies._parsed):
+            assert size < held.weight <= 3 * size and held.weight == sum(weight for weight, _ in held.kept.values())
+        assert not any(isinstance(text, str) and len(text) > size // 2 for text in map(_told, kept._asked.values()))
+        save_policies(Store(tmp_path), kept)
+        again = load_policies(Store(tmp_path)).known
+        assert again.kept == kept.known.kept and again.weight == kept.known.weight
+    parsed = [robots_text for (_, robots_text) in policies._parsed.kept if len(robots_text) > 99]
+    assert [text[25:27] for text in parsed] == ["x3", "x4", "x0"]
+
+
+def _told(asked: "tuple[float, asyncio.Task[str | Failure]]") -> object:
+    return asked[1].result()
 
 
 async def test_a_host_is_asked_no_faster_than_its_crawl_delay(client: Client) -> None:

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from pairs.store import Store, table_metadata
 from pairs.verify import verify
 from pairs.workspace import Workspace, refused
 from pipelines.candidates import cut_increment
+from pipelines.fetch.policies import RESTS, load_rests, save_rests
 from pipelines.fetch.shards import fetch_increment
 from pipelines.takedown import finish, forget
 from tests.pairs.small import FOLDER, fill, image, pair_row
@@ -356,6 +358,15 @@ def test_a_forgotten_host_is_asked_for_nothing(tmp_path: Path) -> None:
             assert cut_increment(space, "web", spec, FetchSpec(), lambda *_: None).new == 1
             counts = fetch_increment(space, "web", spec, FetchSpec(), "0000", lambda *_: None)
         assert counts.failed == {"refused/forgotten": 1} and dead.asked == []
+
+
+def test_a_forgotten_host_rests_no_more_and_the_others_do(space: Workspace) -> None:
+    later = time.time() + 7200
+    save_rests(space.store, {"host0.test": later, "a.host1.test": later, "host2.test": later})
+    space.bury("host", ["host1.test"], "asked for")
+    assert RESTS in {path for path, _ in verify(space).problems}
+    forget(space, {"hosts": ["host0.test"]}, "", alone)
+    assert load_rests(space.store) == {"host2.test": later} and verify(space).problems == []
 
 
 def test_tables_without_rows_and_damaged_ones_hold_no_takedown_back(space: Workspace) -> None:
