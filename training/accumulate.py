@@ -28,8 +28,8 @@ def features(run: nn.Module, parts: Sequence[Part], context: Context) -> tuple[F
     with torch.no_grad(), context():
         found = [run(*part) for part in parts]
     images, texts, scales, biases = zip(*found, strict=True)
-    leaves = [torch.cat(images), torch.cat(texts), scales[0].clone()]
-    leaves += [] if biases[0] is None else [biases[0].clone()]
+    leaves = [torch.cat(images), torch.cat(texts), scales[0].detach().clone()]
+    leaves += [] if biases[0] is None else [biases[0].detach().clone()]
     for leaf in leaves:
         leaf.requires_grad_()
 

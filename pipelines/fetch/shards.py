@@ -215,9 +215,14 @@ def _publish(job: Job, index: int, outcomes: list[Outcome], spool: IO[bytes], re
     if met := [row["url_key"] for row, *_ in outcomes if row["reason"] == "forgotten" and row["sha256"]]:
         job.workspace.bury("url_key", met, "with its bytes")  # the takedown that follows empties these rows
     table = pa.Table.from_pylist([outcome.ledger for outcome in outcomes], schema=LEDGER)
-    store.write_table(ledger.ledger_part(job.group, job.increment, index), table)
+    part = ledger.ledger_part(job.group, job.increment, index)
+    store.write_table(part, table)
     ref = ShardRef(f"pairs/{job.group}/{job.increment}", index)
-    write_shard(store, ref, _read_spool(outcomes, spool), PAIRS)
+    try:
+        write_shard(store, ref, _read_spool(outcomes, spool), PAIRS)
+    except BaseException:  # a full disk: nothing of the shard is there then
+        store.delete(part)
+        raise
 
 
 def _read_spool(outcomes: list[Outcome], spool: IO[bytes]) -> Iterator[tuple[Row, bytes]]:
