@@ -176,20 +176,25 @@ def test_resizing_is_that_of_img2dataset(size: tuple[int, int], monkeypatch: pyt
             assert error is None and (ours.image, ours.facts["width"], ours.facts["height"]) == (image, width, height)
 
 
+def decoder_processes() -> list[psutil.Process]:
+    """Not the helpers that other tests' pools have left running."""
+    return [child for child in psutil.Process().children() if "pipelines.fetch.decode" in child.cmdline()]
+
+
 async def test_a_decoder_that_dies_or_outgrows_its_memory_costs_one_image(monkeypatch: pytest.MonkeyPatch) -> None:
     """A crash in the middle of an image, those behind it in the pipe being decoded all the same; then a picture whose
     decoding needs more than the limit allows."""
     monkeypatch.setattr("pipelines.fetch.pool.DECODE_S", 30.0)
     async with decoders(DecodeSpec(64, "jpg", 92, max_pixels=10**9, min_side_px=8), 1) as decode:
         await decode(picture())
-        (first,) = psutil.Process().children()
+        (first,) = decoder_processes()
         first.suspend()
         waiting = [asyncio.create_task(decode(picture())) for _ in range(5)]
         await asyncio.sleep(0.1)
         first.kill()
         found = await asyncio.gather(*waiting)
         assert found[0] == Failure("permanent", "decoder_crash") and all(isinstance(f, Decoded) for f in found[1:])
-        (second,) = psutil.Process().children()
+        (second,) = decoder_processes()
         assert second.pid != first.pid
         subprocess.run(["prlimit", f"--as={2 << 30}:{2 << 30}", "--pid", str(second.pid)], check=True)
         assert await decode(png_bomb()) == Failure("permanent", "memory")
@@ -199,7 +204,7 @@ async def test_a_decoder_that_dies_or_outgrows_its_memory_costs_one_image(monkey
 async def test_a_decoding_without_end_costs_one_image(monkeypatch: pytest.MonkeyPatch) -> None:
     async with decoders(SPEC, 1) as decode:
         await decode(picture())
-        psutil.Process().children()[0].suspend()
+        decoder_processes()[0].suspend()
         waiting = [asyncio.create_task(decode(picture())) for _ in range(4)]
         monkeypatch.setattr("pipelines.fetch.pool.DECODE_S", 0.2)
         await asyncio.sleep(0.1)
