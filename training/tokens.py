@@ -58,9 +58,9 @@ def encode(text: str, context: int, tokenizer: str = "clip") -> tuple[Ids, bool]
     """The text's tokens, at most `context`, and whether it was cut. CLIP's stand between a start and an end mark;
     another tokenizer's (a Hugging Face name or folder) are always `context`, its padding included."""
     if tokenizer != "clip":
-        padded = _hugging_face(tokenizer, context)(text)[0].numpy().astype(np.int64)
-        longer = _hugging_face(tokenizer, context + 1)(text)[0].numpy()
-        return padded, bool(longer[-1] != padded[-1])
+        other = _hugging_face(tokenizer, context)
+        whole = other.tokenizer(other.clean_fn(text))["input_ids"]
+        return other(text)[0].numpy().astype(np.int64), len(whole) > context
     clip = _tokenizer()
     ids = [clip.sot_token_id, *clip.encode(text), clip.eot_token_id]
     cut = len(ids) > context
