@@ -16,7 +16,7 @@ import os
 import struct
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -73,8 +73,8 @@ def load_resizer(spec: DecodeSpec) -> Callable[..., tuple[Any, ...]]:
     found = importlib.util.spec_from_file_location("img2dataset_resizer", path)
     assert found and found.loader, path
     module = importlib.util.module_from_spec(found)
-    sys.modules.setdefault("albumentations", ModuleType("albumentations"))
-    found.loader.exec_module(module)
+    with _absent("albumentations"):
+        found.loader.exec_module(module)
     module.A = SimpleNamespace(LongestMaxSize=longest_max_size)  # type: ignore[attr-defined]
 
     def encode(extension: str, rgb: Any, params: list[int]) -> Any:
@@ -85,6 +85,19 @@ def load_resizer(spec: DecodeSpec) -> Callable[..., tuple[Any, ...]]:
     return module.Resizer(  # type: ignore[no-any-return]
         spec.side_px, "keep_ratio_largest", True, encode_quality=quality, encode_format=spec.format
     )
+
+
+@contextlib.contextmanager
+def _absent(name: str) -> Iterator[None]:
+    """An empty module stands for `name` while an import asks for it; whoever imports it later gets the real one."""
+    real = sys.modules.get(name)
+    sys.modules[name] = ModuleType(name)
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+        if real:
+            sys.modules[name] = real
 
 
 def longest_max_size(max_size: int, interpolation: int, p: float) -> Callable[..., dict[str, Any]]:

@@ -165,6 +165,7 @@ def test_what_is_no_image_has_a_reason(decode_all: Callable[[list[bytes]], list[
 def test_resizing_is_that_of_img2dataset(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """What we make of an image that needs no normalising is byte for byte what its own Resizer makes of it."""
     monkeypatch.setenv("NO_ALBUMENTATIONS_UPDATE", "1")
+    load_resizer(DecodeSpec(64, "png", 6, 4_000_000, 8))  # leaves albumentations to who imports it next
     theirs = importlib.import_module("img2dataset.resizer").Resizer
     noise = Image.merge("RGB", [Image.effect_noise(size, 80) for _ in range(3)])
     for kind, quality in (("png", 6), ("jpg", 92), ("webp", 92)):
