@@ -191,5 +191,5 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PairmillError, match="architecture"):
         checkpoint.restore(path, *_pair(4))
     deeper = torch.nn.Sequential(_pair()[0], _pair()[0])
-    with pytest.raises(PairmillError, match="12 tensors that only one of the two has"):
+    with pytest.raises(PairmillError, match="24 tensors that only one of the two has"):
         checkpoint.restore(path, deeper, torch.optim.AdamW(deeper.parameters()))
