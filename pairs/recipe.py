@@ -283,7 +283,7 @@ class PretrainSpec(Spec):
     accumulate: int = Field(1, ge=1)  # parts that a rank computes a batch in, for memory; the gradients are the same
     activations: Literal["all", "products", "inputs"] = "all"  # what is kept for the backward; the rest is recomputed
     parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp: weights, gradients and moments are cut over the workers (FSDP2)
-    deterministic: bool = False  # the same bytes on every run on one machine: slower on a GPU, an error where it can't be
+    deterministic: bool = False  # equal bytes on every run on one machine, or an error; slower on a GPU
     ema: float = Field(0.0, ge=0, lt=1)  # decay of the moving average of the weights that is exported; 0: none
     attention: Literal["auto", "reference", "sdpa", "varlen", "flash_attn", "flex", "triton"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -25,7 +25,7 @@ Context = Callable[[], AbstractContextManager[Any]]
 
 def features(run: nn.Module, parts: Sequence[Part], context: Context) -> tuple[Features, Callable[[Tensor], None]]:
     """The features of all parts, and the function that takes the loss's gradient back into the weights."""
-    turns = [*parts, *parts[:1] * (most_parts(run, len(parts)) - len(parts))]
+    turns = [*parts, *[parts[0]] * (most_parts(run, len(parts)) - len(parts))]
     if len(turns) == 1:
         with context():
             image_BE, text_BE, scale, bias = run(*parts[0])

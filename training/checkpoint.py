@@ -54,7 +54,7 @@ def publishing(target: Path) -> Iterator[Path]:
 
 class Saver:
     """Saves while training goes on, on all ranks alike; `keep_best` keeps the one of least `loss` among its facts too.
-    `wait` before the process ends."""
+    Leaving its block, by an error too, waits until what was begun is published."""
 
     def __init__(self, folder: Path, keep_best: bool = False) -> None:
         self.folder, self.keep_best = folder, keep_best
@@ -62,8 +62,15 @@ class Saver:
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._pending: tuple[Path, Future[Any]] | None = None
 
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with contextlib.suppress(Exception) if kind else contextlib.nullcontext():  # the first error is the one to tell
+            self.wait()
+
     def save(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, facts: Facts) -> None:
-        """Begins to publish `folder`/step-N, N from `facts`; waits for the one before and raises what it failed with."""
+        """Begins to publish `folder`/step-N, N from `facts`; waits for the one before and raises its failure."""
         self.wait()
         target, state, writer = _prepare(self.folder, model, optimizer, facts, self.keep_best)
         self._pending = target, dcp.async_save(state, storage_writer=writer, process_group=self._group)

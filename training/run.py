@@ -114,7 +114,7 @@ def train_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device)
     )
     emit = metrics.add if metrics else lambda line: None  # the other ranks stay silent
     traced = spec.profile_steps if rank == 0 else 0
-    with deterministic(spec.deterministic), profiled(out / "trace.json", traced) as tick:
+    with deterministic(spec.deterministic), saver, profiled(out / "trace.json", traced) as tick:
 
         def told(line: dict[str, Any]) -> None:
             emit(line)
@@ -122,7 +122,6 @@ def train_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device)
             saver.check()
 
         train_steps(model, optimizer, loader, spec, start, totals, device, dtype, told, save, average)
-    saver.wait()
     facts: dict[str, Any] = {
         "spec": spec.model_dump(exclude=UNSEEN),
         "plan": plan.fingerprint,

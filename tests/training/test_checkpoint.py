@@ -106,9 +106,7 @@ def test_one_of_the_earlier_format_is_passed_over_with_a_message(
 ) -> None:
     state = {"facts": FACTS, "sha256": {}}
     (tmp_path / "step-00000001").mkdir()
-    (tmp_path / "step-00000001" / "state.json").write_text(
-        json.dumps(state | {"seal": checkpoint.fingerprint(state)})
-    )
+    (tmp_path / "step-00000001" / "state.json").write_text(json.dumps(state | {"seal": checkpoint.fingerprint(state)}))
     with caplog.at_level(logging.WARNING, "pairmill.training"):
         assert checkpoint.latest(tmp_path) is None and "an earlier format" in caplog.text
 

@@ -27,7 +27,7 @@ Held = tuple[torch.nn.Module, torch.optim.Optimizer]
 
 
 def made(parallel: str, ranks: int, steps: int) -> Held:
-    """A model with its average and optimizer after some steps along its own weights, which any layout computes alike."""
+    """A model with its average and optimizer after some steps along its own weights, which all layouts take alike."""
     model = build(UNEVEN, 3)
     average = copy.deepcopy(model).requires_grad_(False)
     for module in (model, average):
@@ -119,9 +119,10 @@ def test_a_checkpoint_goes_from_any_number_of_ranks_to_any_other(tmp_path: Path)
     torch.save(everything(alone), tmp_path / "expected.pt")
     checkpoint.save(tmp_path / "one", *alone, {"step": 2})
     torch.save(clip(list(made("ddp", 1, 1)[0]["model"].parameters()), 0.25), tmp_path / "norm.pt")  # type: ignore[index]
-    on(2, tmp_path, ("load", "fsdp", "one"), ("save", "fsdp", "cut"), ("save", "ddp", "whole"), ("full", "fsdp", "cut"),
-       ("clip", "fsdp", "norm.pt"))  # fmt: skip
-    on(4, tmp_path, ("load", "fsdp", "cut"), ("load", "fsdp", "whole"), ("save", "fsdp", "four"), ("load", "ddp", "cut"))
+    moves = [("load", "one"), ("save", "cut"), ("full", "cut"), ("clip", "norm.pt")]
+    on(2, tmp_path, *((what, "fsdp", name) for what, name in moves), ("save", "ddp", "whole"))
+    moves = [("load", "cut"), ("load", "whole"), ("save", "four")]
+    on(4, tmp_path, *((what, "fsdp", name) for what, name in moves), ("load", "ddp", "cut"))
     for name in ("cut", "whole", "four"):
         held = made("fsdp", 1, 0)
         checkpoint.restore(tmp_path / name / "step-00000002", *held)
