@@ -157,7 +157,7 @@ def compare(folder: Path, store: Store, pins: list[Pin], steps: int) -> dict[str
     uids = {number: pair(number)[0]["uid"] for number in range(PAIRS)}
     rows = [row["uid"] for pin in pins for row in store.read_table(pin.ref.table).to_pylist()]
     apart = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(lines["turns"], lines["whole"], strict=True))
-    epoch = [number for step in range(PAIRS // BATCH) for number in took["whole"][step]]
+    epoch = [number for step in range(min(steps, PAIRS // BATCH)) for number in took["whole"][step]]
     return {
         "steps": len(lines["whole"]),
         "steps told whole": {name: len(found) for name, found in took.items()},

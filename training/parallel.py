@@ -7,6 +7,7 @@ be cut: it stays whole, and its gradient is averaged here. Weights travel in flo
 differs from DDP. arXiv 2304.11277; 2006.15704 (DDP).
 """
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +21,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from training.models.clip import Towers
 from training.models.transformer import Block
+
+warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
 
 
 def place(model: Towers, how: str, ranks: int, device: torch.device) -> None:
@@ -37,8 +40,11 @@ def place(model: Towers, how: str, ranks: int, device: torch.device) -> None:
 
 def running(model: Towers, ranks: int) -> nn.Module:
     """What computes the features of the step: the model, or DDP around one that is whole."""
-    alone = ranks == 1 or isinstance(model, FSDPModule)
-    return model if alone else DistributedDataParallel(model, gradient_as_bucket_view=True)
+    if ranks == 1 or isinstance(model, FSDPModule):
+        return model
+    # To look for unused parameters keeps DDP from sorting its buckets anew after the first step: from three ranks on the
+    # order of a sum hangs on the place in a bucket, and a resumed run would differ from an unbroken one in the last bit.
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=True)
 
 
 def most_parts(run: nn.Module, own: int) -> int:

@@ -150,6 +150,22 @@ def test_a_training_begun_cut_over_two_ranks_ends_on_one(tmp_path: Path) -> None
     assert again.loss == pytest.approx(_losses(alone)[-1], rel=1e-4)
 
 
+@pytest.mark.timeout(240)
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_four_ranks_resume_to_the_same_bytes(tmp_path: Path, parallel: str) -> None:
+    cfg = config(tmp_path, "four", parallel=parallel)
+    (tmp_path / "four.json").write_text(cfg.model_dump_json())
+    on(4, tmp_path, ("train", parallel, "four.json"))
+    expected, model = _losses(cfg), Path(cfg.out_dir) / "model"
+    before = content_hash(model)
+    checkpoint.shutil.rmtree(Path(cfg.out_dir) / "checkpoints" / "step-00000008")
+    (tmp_path / "meet4").unlink(missing_ok=True)
+    on(4, tmp_path, ("train", parallel, "four.json"))
+    assert _losses(cfg) == expected and content_hash(model) == before
+    assert json.loads((Path(cfg.out_dir) / "result.json").read_text())["resumed_from"] == 6
+
+
 def test_more_ranks_than_pairs_are_told(tmp_path: Path) -> None:
     with pytest.raises(PairmillError, match="17 ranks"):
         train_rank(config(tmp_path, "many"), 0, 17, torch.device("cpu"))
