@@ -78,7 +78,8 @@ def train_steps(
     lately: deque[tuple[int, int]] = deque(maxlen=PATIENCE)
     parameters = [p for p in model.parameters() if p.requires_grad]
     run = running(model, ranks)
-    mixed = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    # No cache: a weight is cast once a pass, and kept casts would be the whole model where FSDP2 holds a block.
+    mixed = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
     began, save_s, peak = time.perf_counter(), 0.0, peak_flops(device, dtype)
     for step, batch in enumerate(_on_device(loader.batches(start, spec.steps), device), start):
         rate = learning_rate(step, spec)

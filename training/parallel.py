@@ -42,8 +42,8 @@ def running(model: Towers, ranks: int) -> nn.Module:
     """What computes the features of the step: the model, or DDP around one that is whole."""
     if ranks == 1 or isinstance(model, FSDPModule):
         return model
-    # To look for unused parameters keeps DDP from sorting its buckets anew after the first step: from three ranks on the
-    # order of a sum hangs on the place in a bucket, and a resumed run would differ from an unbroken one in the last bit.
+    # Looking for unused parameters keeps DDP from sorting its buckets anew after the first step: with three ranks or
+    # more a sum's order hangs on the place in a bucket, and a resumed run would differ in the last bit.
     return DistributedDataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=True)
 
 
@@ -67,10 +67,13 @@ def settle(model: nn.Module) -> None:
 
 def clip(parameters: Sequence[Tensor], most: float) -> float:
     """Scales the gradients down to the norm `most`, taken over all ranks; the norm before."""
-    kinds = [[p for p in parameters if isinstance(p, DTensor) == cut] for cut in (False, True)]
-    norms = [whole(get_total_norm([p.grad for p in kind if p.grad is not None])) for kind in kinds if kind]
-    norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
-    for kind in kinds:
+    alike, cut = ([p for p in parameters if isinstance(p, DTensor) == kind] for kind in (False, True))
+    norm = get_total_norm([p.grad for p in alike if p.grad is not None])
+    if cut:
+        square = get_total_norm([_local(p.grad) for p in cut if p.grad is not None]).square()
+        dist.all_reduce(square)
+        norm = (norm.square() + square).sqrt()
+    for kind in (alike, cut):
         clip_grads_with_norm_(kind, most, norm)
     return float(norm)
 
