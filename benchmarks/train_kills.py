@@ -108,13 +108,16 @@ def start(folder: Path, config: TrainConfig, number: int, ranks: int, parallel: 
     return subprocess.Popen(command, env=environment, start_new_session=True)
 
 
-def train(folder: Path, config: TrainConfig, ways: list[tuple[int, str]], kills: list[float]) -> float:
-    """Trains to the end after kills so many seconds after each start, on the next of `ways`; the last try's seconds."""
-    out, after_s = Path(config.out_dir), 0.0
+def train(folder: Path, config: TrainConfig, ways: list[tuple[int, str]], kills: list[float]) -> None:
+    """Trains to the end after kills, each try on the next of `ways`. A kill comes so many seconds after a first step;
+    every fourth after its start, which is before that."""
+    out = Path(config.out_dir)
     for number, kill_s in enumerate([*kills, None]):
         ranks, parallel = ways[number % len(ways)]
         began = time.monotonic()
         child = start(folder, config, number, ranks, parallel)
+        while number % 4 != 3 and child.poll() is None and not [*out.glob(f"consumed-{number:02d}-*")]:
+            time.sleep(0.05)
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(kill_s)
         ended, after_s = child.poll(), time.monotonic() - began
@@ -128,7 +131,6 @@ def train(folder: Path, config: TrainConfig, ways: list[tuple[int, str]], kills:
         print(f"{out.name} {number}: {ranks} ranks, {parallel}, {after_s:.1f} s: {what}", flush=True)
         if ended == 0:
             break
-    return after_s
 
 
 def consumed(out: Path) -> dict[int, list[int]]:
@@ -192,19 +194,18 @@ def main() -> None:
     folder, chance = given.folder.resolve(), random.Random(given.seed)
     shutil.rmtree(folder, ignore_errors=True)
     store = Store(str(folder / "space"))
-    pins, every = draw(store), max(1, given.steps // 24)
+    pins, every = draw(store), max(1, given.steps // 40)
     spec = PretrainSpec(
         model=MODEL, batch_pairs=BATCH, steps=given.steps, max_patches=36, checkpoint_every=every, precision="fp32"
     )
     job = {"store": str(folder / "space"), "shards": pins, "spec": spec}
     configs = {name: TrainConfig(**job, out_dir=str(folder / name)) for name in ("whole", "turns", "two")}
-    took_s = train(folder, configs["whole"], [(2, "ddp")], [])
+    train(folder, configs["whole"], [(2, "ddp")], [])
     steps_s = sum(line["pairs"] / line["pairs_per_s"] for line in metrics(folder / "whole"))
-    most_s = took_s - steps_s + 2 * steps_s / (given.kills + 1)  # a start, and twice a try's part of the steps
-    kills = [[chance.uniform(0.1, 1) * most_s for _ in range(given.kills)] for _ in range(2)]
+    kills = [chance.uniform(0, 2) * steps_s / (given.kills + 1) for _ in range(given.kills)]
     ways = [(ranks, parallel) for parallel in ("fsdp", "ddp") for ranks in RANKS]
-    train(folder, configs["turns"], ways, kills[0])
-    train(folder, configs["two"], [(2, "ddp")], kills[1])
+    train(folder, configs["turns"], ways, kills)
+    train(folder, configs["two"], [(2, "ddp")], kills[::2])
     result = compare(folder, store, pins, given.steps)
     print(json.dumps(result, indent=1))
     sys.exit(not all(value for name, value in result.items() if isinstance(value, bool)))

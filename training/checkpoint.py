@@ -4,7 +4,7 @@
 own part, and `state.json`, which records the files' sha256 and is sealed by its own. Any number of ranks, and whole or
 cut models, read it. A `Saver` copies the rank's part of the state and writes it while training goes on: into a folder
 of a temporary name, fsynced and renamed by rank 0 when all ranks have written. The last two stay, and the best.
-Cost: 12 bytes / ranks of memory a weight (4 more for a moving average) while it is written, and two files as bytes.
+Cost: 12 bytes / ranks of memory a weight (4 more for a moving average) while it is written, and one file as bytes.
 """
 
 import contextlib
