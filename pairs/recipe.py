@@ -282,10 +282,13 @@ class PretrainSpec(Spec):
     token_multiple: int = Field(1, ge=1)  # streams are filled up to it, so that an allocator sees few shapes
     accumulate: int = Field(1, ge=1)  # parts that a rank computes a batch in, for memory; the gradients are the same
     activations: Literal["all", "products", "inputs"] = "all"  # what is kept for the backward; the rest is recomputed
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp: weights, gradients and moments are cut over the workers (FSDP2)
+    deterministic: bool = False  # equal bytes on every run on one machine, or an error; slower on a GPU
     ema: float = Field(0.0, ge=0, lt=1)  # decay of the moving average of the weights that is exported; 0: none
     attention: Literal["auto", "reference", "sdpa", "varlen", "flash_attn", "flex", "triton"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     checkpoint_every: int = Field(100, ge=1)
+    keep_best: bool = False  # beside the last two, the checkpoint of the lowest mean loss since the one before it
     tensorboard: bool = False  # TensorBoard's files beside metrics.jsonl
     profile_steps: int = Field(0, ge=0)  # so many steps are traced into trace.json
     seed: int = 0

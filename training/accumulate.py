@@ -3,7 +3,8 @@
 A contrastive loss needs all features at once, so a sum of losses of parts would be another loss. Instead every part's
 features are computed without a graph, the loss gives each feature's gradient, and a second pass over the parts
 carries it into the weights: memory of one part, a third more compute (GradCache, arXiv 2101.06983). Ranks exchange
-gradients once, with the last part.
+gradients once, with the last part; under FSDP2 whole gradients lie on every rank until then. There a rank with fewer
+parts than another computes its first again, with zero gradients, because all take part in every gather of weights.
 """
 
 import contextlib
@@ -13,6 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from training.parallel import most_parts, settle
 
 Part = tuple[Any, Any]  # packed images, packed texts
 Features = tuple[Tensor, Tensor, Tensor, Tensor | None]  # images (B, E), texts (B, E), logit scale, logit bias
@@ -21,13 +25,19 @@ Context = Callable[[], AbstractContextManager[Any]]
 
 def features(run: nn.Module, parts: Sequence[Part], context: Context) -> tuple[Features, Callable[[Tensor], None]]:
     """The features of all parts, and the function that takes the loss's gradient back into the weights."""
-    if len(parts) == 1:
+    turns = [*parts, *[parts[0]] * (most_parts(run, len(parts)) - len(parts))]
+    if len(turns) == 1:
         with context():
             image_BE, text_BE, scale, bias = run(*parts[0])
-        return (image_BE, text_BE, scale, bias), lambda loss: loss.backward()  # type: ignore[no-untyped-call]
+
+        def at_once(loss: Tensor) -> None:
+            loss.backward()  # type: ignore[no-untyped-call]
+            settle(run)
+
+        return (image_BE, text_BE, scale, bias), at_once
     with torch.no_grad(), context():
-        found = [run(*part) for part in parts]
-    images, texts, scales, biases = zip(*found, strict=True)
+        found = [run(*part) for part in turns]
+    images, texts, scales, biases = zip(*found[: len(parts)], strict=True)
     leaves = [torch.cat(images), torch.cat(texts), scales[0].detach().clone()]
     leaves += [] if biases[0] is None else [biases[0].detach().clone()]
     for leaf in leaves:
@@ -37,12 +47,14 @@ def features(run: nn.Module, parts: Sequence[Part], context: Context) -> tuple[F
         loss.backward()  # type: ignore[no-untyped-call]
         sizes = [len(image) for image in images]
         of_images, of_texts = (_gradient(leaf).split(sizes) for leaf in leaves[:2])
-        shared = [_gradient(leaf) / len(parts) for leaf in leaves[2:]]
-        for place, part in enumerate(parts):
-            with _sync(run, place == len(parts) - 1):
+        shared = [_gradient(leaf) / len(turns) for leaf in leaves[2:]]
+        for place, part in enumerate(turns):
+            with _sync(run, place == len(turns) - 1):
                 with context():
                     outputs = [x for x in run(*part) if x is not None]
-                torch.autograd.backward(outputs, [of_images[place], of_texts[place], *shared])
+                own = [of[place] if place < len(parts) else torch.zeros_like(of[0]) for of in (of_images, of_texts)]
+                torch.autograd.backward(outputs, [*own, *shared])
+        settle(run)
 
     return (leaves[0], leaves[1], leaves[2], leaves[3] if len(leaves) > 3 else None), back
 
@@ -52,6 +64,9 @@ def _gradient(leaf: Tensor) -> Tensor:
 
 
 def _sync(run: nn.Module, now: bool) -> AbstractContextManager[Any]:
-    """DDP exchanges gradients in the block only if `now`."""
+    """DDP and FSDP2 exchange gradients in the block only if `now`."""
+    if isinstance(run, FSDPModule):
+        run.set_requires_gradient_sync(now)
+        run.set_is_last_backward(now)
     wait = getattr(run, "no_sync", None)
     return contextlib.nullcontext() if now or wait is None else wait()

@@ -14,6 +14,8 @@ UNSEEN = {
     "workers",
     "checkpoint_every",
     "activations",
+    "parallel",
+    "keep_best",
     "tensorboard",
     "profile_steps",
 }  # settings that change no number

@@ -1,6 +1,6 @@
 """The training loop, to be read from top to bottom: batch, loss over all ranks, step, line of metrics.
 
-Loss = global sum / global count; DDP averages gradients over ranks, so each rank's part is scaled by their number.
+Loss = global sum / global count; gradients are averaged over ranks, so each rank's part is scaled by their number.
 AdamW decays matrices only: not biases, norms, positions or token rows (a row that no text holds must not move).
 The schedule is a linear warm-up, then a cosine to zero. A step whose loss or gradient isn't finite is skipped and
 counted, on all ranks alike; `PATIENCE` in a row stop the run, and so do damaged images where they
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.tensor import DTensor
 
 from pairs.errors import PairmillError
 from pairs.recipe import PretrainSpec
@@ -27,6 +27,7 @@ from training.data import Loader
 from training.hardware import memory_bytes, peak_flops
 from training.models.clip import Towers
 from training.objectives import OBJECTIVES, Share
+from training.parallel import clip, follow, running
 
 PATIENCE = 10
 MAX_LOGIT_SCALE = math.log(100)
@@ -41,6 +42,7 @@ class Totals:
     damaged: int = 0
     skipped: int = 0
     losses: list[float] = field(default_factory=list)  # the finite ones of the last tenth of the steps
+    recent: list[float] = field(default_factory=list)  # the finite ones since the last checkpoint
     pairs: int = 0
     useful: int = 0
     computed: int = 0
@@ -75,8 +77,9 @@ def train_steps(
     ranks, rank, in_a_row, objective = loader.ranks, loader.rank, 0, OBJECTIVES[spec.objective]
     lately: deque[tuple[int, int]] = deque(maxlen=PATIENCE)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    run: nn.Module = DistributedDataParallel(model, gradient_as_bucket_view=True) if ranks > 1 else model
-    mixed = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    run = running(model, ranks)
+    # No cache: a weight is cast once a pass, and kept casts would be the whole model where FSDP2 holds a block.
+    mixed = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
     began, save_s, peak = time.perf_counter(), 0.0, peak_flops(device, dtype)
     for step, batch in enumerate(_on_device(loader.batches(start, spec.steps), device), start):
         rate = learning_rate(step, spec)
@@ -95,13 +98,13 @@ def train_steps(
 
         optimizer.zero_grad()
         back(total * (ranks / max(pairs, 1)))
-        norm = float(nn.utils.clip_grad_norm_(parameters, spec.clip_norm))
+        norm = clip(parameters, spec.clip_norm)
         if math.isfinite(loss) and math.isfinite(norm):
             optimizer.step()
             with torch.no_grad():
                 model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
-                if average:
-                    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - spec.ema)
+            if average:
+                follow(average, model, 1 - spec.ema)
             in_a_row = 0
         else:
             in_a_row += 1
@@ -110,8 +113,10 @@ def train_steps(
 
         now = time.perf_counter()
         seconds, began = now - began, now
-        if math.isfinite(loss) and step >= spec.steps - max(1, spec.steps // 10):
-            totals.losses.append(loss)
+        if math.isfinite(loss):
+            totals.recent.append(loss)
+            if step >= spec.steps - max(1, spec.steps // 10):
+                totals.losses.append(loss)
         totals.damaged += int(damaged_sum)
         totals.pairs, totals.useful = totals.pairs + int(pairs), totals.useful + int(useful)
         totals.computed, totals.seconds = totals.computed + int(all_tokens), totals.seconds + seconds
@@ -144,13 +149,11 @@ def train_steps(
 def make_optimizer(model: Towers, spec: PretrainSpec) -> torch.optim.Optimizer:
     """AdamW with weight decay on the matrices of the layers alone."""
     bare = ("embedding", "ln_", "logit_scale", "bias")
-    groups: dict[bool, list[Tensor]] = {True: [], False: []}
+    groups: dict[tuple[bool, bool], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
-        groups[parameter.ndim >= 2 and not any(part in name for part in bare)].append(parameter)
-    settings = [
-        {"params": groups[True], "weight_decay": spec.weight_decay},
-        {"params": groups[False], "weight_decay": 0.0},
-    ]
+        decays = parameter.ndim >= 2 and not any(part in name for part in bare)
+        groups.setdefault((decays, isinstance(parameter, DTensor)), []).append(parameter)  # one kernel takes one kind
+    settings = [{"params": p, "weight_decay": spec.weight_decay * decays} for (decays, _), p in groups.items()]
     return torch.optim.AdamW(settings, lr=spec.learning_rate, betas=(0.9, spec.beta2), eps=1e-6, fused=True)
 
 

@@ -32,6 +32,7 @@ from training.attention import chosen
 from training.config import RESULT, UNSEEN, BlipJob, BlipResult, TrainConfig, TrainResult
 from training.data import Loader
 from training.loop import Totals, make_optimizer, train_steps
+from training.parallel import place, whole_state
 from training.plan import Cost
 from training.tables import make_plan
 
@@ -73,14 +74,21 @@ def train_pair(job: BlipJob) -> BlipResult:
 def train_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device) -> TrainResult:
     """Plan, model, last checkpoint, steps, export."""
     began, spec, out = time.perf_counter(), config.spec, Path(config.out_dir)
+    if ranks > spec.batch_pairs:
+        raise PairmillError(
+            expected=f"a pair for each rank (pretrain.batch_pairs), {ranks} or more",
+            found=f"{spec.batch_pairs} pairs a step for {ranks} ranks",
+            remedy="start fewer ranks, or raise batch_pairs",
+        )
     store = Store(config.store)
     plan, left_out = make_plan(store, config.shards, spec, config.apart)
     if ranks > 1:
         _agree(plan.fingerprint)
     model = export.build(spec.model, spec.seed, spec.attention)
     model.with_vocabulary(model.token_embedding.weight[torch.from_numpy(plan.tokens.used)])
-    model.to(device)
     average = copy.deepcopy(model).requires_grad_(False) if spec.ema else None
+    for module in (model, average) if average else (model,):
+        place(module, spec.parallel, ranks, device)
     held = torch.nn.ModuleDict({"model": model, "average": average} if average else {"model": model})
     optimizer = make_optimizer(model, spec)
     identity = {"plan": plan.fingerprint, "config": config.fingerprint}
@@ -90,12 +98,14 @@ def train_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device)
     dtype = precision(spec, device)
     metrics = Metrics(out / "metrics.jsonl", start, spec.tensorboard) if rank == 0 else None
     if rank == 0:
-        _room(out, held)
+        _room(out, held, checkpoint.KEEP + 1 + spec.keep_best)
+    saver = checkpoint.Saver(out / "checkpoints", spec.keep_best)
 
     def save(step: int) -> None:
-        if rank == 0:
-            facts = plan.state(step) | identity | {"totals": dataclasses.asdict(totals)}
-            checkpoint.save(out / "checkpoints", held, optimizer, facts)
+        loss = sum(totals.recent) / len(totals.recent) if totals.recent else None
+        totals.recent.clear()
+        facts = plan.state(step) | identity | {"loss": loss, "totals": dataclasses.asdict(totals)}
+        saver.save(held, optimizer, facts)
 
     m = spec.model
     cost = Cost((m.vision.layers, m.vision.width), (m.text.layers, m.text.width))
@@ -103,11 +113,13 @@ def train_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device)
         plan, store, rank, ranks, cost, m.patch_px, spec.jitter, model.form, spec.patch_dropout, spec.accumulate
     )
     emit = metrics.add if metrics else lambda line: None  # the other ranks stay silent
-    with profiled(out / "trace.json", spec.profile_steps if rank == 0 else 0) as tick:
+    traced = spec.profile_steps if rank == 0 else 0
+    with deterministic(spec.deterministic), saver, profiled(out / "trace.json", traced) as tick:
 
         def told(line: dict[str, Any]) -> None:
             emit(line)
             tick()
+            saver.check()
 
         train_steps(model, optimizer, loader, spec, start, totals, device, dtype, told, save, average)
     facts: dict[str, Any] = {
@@ -132,9 +144,9 @@ def train_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device)
         torch=torch.__version__,
         **totals.figures(),
     )
+    weights = whole_state(average or model, keep=rank == 0)
     if rank == 0:
         Store(out).write(RESULT, result.model_dump_json(indent=2))  # before the model, which tells that all is done
-        weights = (average or model).state_dict()
         rows = weights["token_embedding.weight"]
         weights["token_embedding.weight"] = export.whole_table(m, spec.seed, plan.tokens.used, rows)
         export.save(out / "model", m, weights, facts)
@@ -192,6 +204,19 @@ class Metrics:
 
 
 @contextlib.contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """torch's deterministic kernels in the block, if `wanted`; an operation that has none raises there."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts, at the first product
+    torch.use_deterministic_algorithms(wanted or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@contextlib.contextmanager
 def profiled(path: Path, steps: int) -> Iterator[Callable[[], None]]:
     """Traces `steps` steps after `WARM` others, as Chrome and Perfetto read it; yields what to call after each step."""
     if not steps:
@@ -204,10 +229,10 @@ def profiled(path: Path, steps: int) -> Iterator[Callable[[], None]]:
         yield profiler.step
 
 
-def _room(out: Path, held: torch.nn.Module) -> None:
-    """Refuses to begin where the disk can't take the checkpoints: the weights, two moments of each, kept twice,
-    one more while it is written."""
-    needed = sum(p.numel() * 4 * (3 if p.requires_grad else 1) for p in held.parameters()) * (checkpoint.KEEP + 1)
+def _room(out: Path, held: torch.nn.Module, times: int) -> None:
+    """Refuses to begin where the disk can't take the checkpoints: the weights, two moments of each, as many `times` as
+    they are kept, and once more while they are written."""
+    needed = sum(p.numel() * 4 * (3 if p.requires_grad else 1) for p in held.parameters()) * times
     free = shutil.disk_usage(out).free
     if free < needed:
         raise PairmillError(

@@ -1,4 +1,5 @@
-"""Parts of a batch, recomputed activations and several ranks give the gradients of the whole batch on one."""
+"""Parts of a batch, recomputed activations and several ranks, whole or cut, give the gradients of the whole batch on
+one."""
 
 import contextlib
 import os
@@ -8,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.nn.parallel import DistributedDataParallel
 
 from pairs.store import Store
 from tests.training.small import MODEL, SPEC, config, shards
@@ -16,6 +16,7 @@ from training.accumulate import features
 from training.data import Batch, Loader
 from training.export import build, load
 from training.objectives import OBJECTIVES, Share
+from training.parallel import place, running, whole
 from training.plan import Cost
 from training.run import train_rank
 from training.tables import make_plan
@@ -24,31 +25,40 @@ torch.set_num_threads(1)
 RATIO = 1e-10
 
 
-def batch_of(root: Path, rank: int, ranks: int, accumulate: int) -> Batch:
+def batch_of(root: Path, rank: int, ranks: int, accumulate: int, among: int) -> Batch:
+    """A rank's batch, damaged so that of `among` ranks the first has one valid pair, and the second of four none."""
     store = Store(root)
     plan, _ = make_plan(store, shards(store), SPEC)
-    return Loader(plan, store, rank, ranks, Cost((2, 32), (2, 32)), 8, 0.1, accumulate=accumulate).load(1)
+    cost = Cost((2, 32), (2, 32))
+    batch = Loader(plan, store, rank, ranks, cost, 8, 0.1, accumulate=accumulate).load(1)
+    assert len(batch.parts) == min(accumulate, batch.counts[rank])
+    shares = plan.split(1, among, cost)
+    damaged = torch.tensor([row for _, row in [*shares[0][1:], *(shares[1] if among == 4 else [])]])
+    own = Share(batch.valid, batch.same, batch.counts, rank).own
+    batch.valid[:] = ~torch.isin(batch.same[own, 0], damaged)
+    return batch
 
 
 def gradients(
-    rank: int, ranks: int, root: str, objective: str, accumulate: int, remember: str = "all"
+    rank: int,
+    ranks: int,
+    root: str,
+    objective: str,
+    accumulate: int,
+    among: int,
+    remember: str = "all",
+    parallel: str = "ddp",
 ) -> dict[str, torch.Tensor]:
     """The loss and the gradients of one step in float64; rank 0 of several writes them."""
     torch.set_num_threads(1)
     spec = MODEL.model_copy(update={"logit_bias": -3.0 if objective == "siglip" else None})
     model = build(spec, 1).double()
     model.visual.transformer.remember = model.transformer.remember = remember  # type: ignore[union-attr, assignment]
-    run: torch.nn.Module = model
     if ranks > 1:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        dist.init_process_group(
-            "gloo", init_method=f"file://{root}/meet-{objective}{accumulate}", rank=rank, world_size=ranks
-        )
-        run = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    batch = batch_of(Path(root), rank, ranks, accumulate)
-    assert len(batch.parts) == accumulate
-    own = Share(batch.valid, batch.same, batch.counts, rank).own
-    batch.valid[:] = batch.same[own, 0] % 5 != 2  # some are damaged, wherever they are
+        dist.init_process_group("gloo", init_method=f"file://{root}/meet", rank=rank, world_size=ranks)
+    place(model, parallel, ranks, torch.device("cpu"))
+    run, batch = running(model, ranks), batch_of(Path(root), rank, ranks, accumulate, among)
     (image_BE, text_BE, scale, bias), back = features(run, batch.parts, contextlib.nullcontext)
     total, count = OBJECTIVES[objective](
         image_BE, text_BE, scale, bias, Share(batch.valid, batch.same, batch.counts, rank)
@@ -57,7 +67,7 @@ def gradients(
     if ranks > 1:
         dist.all_reduce(sums)
     back(total * ranks / sums[1])
-    found = {"loss": sums[0] / sums[1]} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    found = {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None} | {"loss": sums[0] / sums[1]}
     if ranks > 1:
         if rank == 0:
             torch.save(found, f"{root}/found.pt")
@@ -74,20 +84,37 @@ def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], rat
 
 @pytest.mark.parametrize("objective", ["clip", "siglip"])
 def test_parts_and_recomputed_activations_give_the_whole_batchs_gradients(tmp_path: Path, objective: str) -> None:
-    expected = gradients(0, 1, str(tmp_path), objective, 1)
+    expected = gradients(0, 1, str(tmp_path), objective, 1, 2)
     assert len(expected) > 30
     for parts, remember in ((3, "all"), (1, "inputs"), (1, "products"), (4, "inputs")):
-        close(gradients(0, 1, str(tmp_path), objective, parts, remember), expected)
+        close(gradients(0, 1, str(tmp_path), objective, parts, 2, remember), expected)
+
+
+SEVERAL = [  # objective, ranks, parts, what the backward finds, how the model lies on them
+    ("clip", 2, 1, "all", "ddp"),
+    ("siglip", 2, 3, "all", "ddp"),
+    ("clip", 2, 1, "inputs", "fsdp"),
+    ("siglip", 2, 3, "products", "fsdp"),
+]
+FOUR = [
+    ("clip", 4, 2, "all", "ddp"),
+    ("clip", 4, 1, "products", "fsdp"),
+    ("clip", 4, 9, "inputs", "fsdp"),  # as many parts as a rank has pairs, which is not the same everywhere
+    ("siglip", 4, 2, "all", "fsdp"),
+]
 
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
-    ("objective", "ranks", "parts"),
-    [("clip", 2, 1), ("siglip", 2, 3), pytest.param("clip", 4, 2, marks=pytest.mark.slow)],
+    ("objective", "ranks", "parts", "remember", "parallel"),
+    [*SEVERAL, *(pytest.param(*case, marks=pytest.mark.slow) for case in FOUR)],
 )
-def test_so_do_several_ranks(tmp_path: Path, objective: str, ranks: int, parts: int) -> None:
-    expected = gradients(0, 1, str(tmp_path), objective, 1)
-    mp.start_processes(gradients, (ranks, str(tmp_path), objective, parts), nprocs=ranks, start_method="spawn")
+def test_so_do_several_ranks(
+    tmp_path: Path, objective: str, ranks: int, parts: int, remember: str, parallel: str
+) -> None:
+    expected = gradients(0, 1, str(tmp_path), objective, 1, ranks)
+    given = (ranks, str(tmp_path), objective, parts, ranks, remember, parallel)
+    mp.start_processes(gradients, given, nprocs=ranks, start_method="spawn")
     close(torch.load(tmp_path / "found.pt"), expected)
 
 

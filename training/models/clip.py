@@ -117,7 +117,8 @@ class Towers(nn.Module):
     def forward(self, images: PackedImages, texts: PackedTexts) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         features = self.encode_image(images), self.encode_text(texts)
         image_BE, text_BE = (F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1) for x in features)
-        return image_BE, text_BE, self.logit_scale.exp(), self.logit_bias
+        bias = None if self.logit_bias is None else self.logit_bias.clone()  # FSDP2 hooks each output, each step
+        return image_BE, text_BE, self.logit_scale.exp(), bias
 
     def encode_image(self, images: PackedImages) -> Tensor:
         features: Tensor = self.visual(images)
