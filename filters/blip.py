@@ -1,4 +1,4 @@
-"""What `blip_caption` and `blip_match` share: loading a BLIP of transformers' format, its pictures, its two towers' layers.
+"""What `blip_caption` and `blip_match` share: loading a BLIP of transformers' format, its pictures, its layers.
 
 The weights are transformers' modules; the passes are ours, because transformers' BLIP writes out every attention
 matrix and projects an image's patches to keys and values in each text layer, once for each text (a sixth of the
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 CAPTIONS, MATCHES = "BlipForConditionalGeneration", "BlipForImageTextRetrieval"
-PATCHES = {"cpu": 1024, "cuda": 32768}  # of all images that are encoded at once
+PATCHES = {"cpu": 2400, "cuda": 32768}  # of all images that are encoded at once
 
 Precision = Literal["auto", "bf16", "fp32"]
 

@@ -55,9 +55,9 @@ class BlipCaption(Filter):
     def __post_init__(self) -> None:
         object.__setattr__(self, "precision", blip.resolved(self.precision))
         most = {"greedy": 1, "beam": self.beams, "nucleus": 100}[self.sample]
-        if not 1 <= self.captions <= most or not 0 <= self.min_tokens < self.max_tokens:
+        if not 1 <= self.captions <= most or not 0 <= self.min_tokens <= self.max_tokens:
             raise PairmillError(
-                expected=f"1 to {most} captions by {self.sample}, and 0 <= min_tokens < max_tokens",
+                expected=f"1 to {most} captions by {self.sample}, and 0 <= min_tokens <= max_tokens",
                 found=f"captions {self.captions}, min_tokens {self.min_tokens}, max_tokens {self.max_tokens}",
                 remedy="several captions come of `sample: nucleus`, or of as many `beams`",
             )
@@ -95,7 +95,7 @@ class BlipCaption(Filter):
         length, end = len(prompt) + self.max_tokens - 1, config.sep_token_id
         if length > config.max_position_embeddings:
             raise PairmillError(
-                expected=f"blip_caption's prompt and max_tokens within the model's {config.max_position_embeddings} places",
+                expected=f"prompt and captions within the captioner's {config.max_position_embeddings} places",
                 found=f"{len(prompt)} of the prompt, {self.max_tokens} of max_tokens",
                 remedy="lower max_tokens or shorten the prompt",
             )

@@ -93,7 +93,7 @@ def pick_from_nucleus(chance_SGV: torch.Tensor, searches: Sequence[Any], top_p: 
 
 
 def nucleus(chance_RV: torch.Tensor, top_p: float, draws_R: torch.Tensor) -> torch.Tensor:
-    """A token of each row, (R,): of the likeliest that hold `top_p` of the chance, the one at `draws` in [0, 1) of it."""
+    """A token of each row, (R,): of the likeliest that hold `top_p` of the chance, that at `draws` in [0, 1) of it."""
     chance = chance_RV.softmax(-1)
     likeliest = chance.topk(min(LIKELIEST, chance.shape[-1]))
     tokens = _drawn(*likeliest, top_p, draws_R)
