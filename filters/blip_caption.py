@@ -1,12 +1,12 @@
-"""A caption for each image, written by BLIP's captioner: the synthetic text of CapFilt.
+"""Captions for each image, written by BLIP's captioner: the synthetic texts of CapFilt.
 
 Nucleus sampling as in BLIP (top-p 0.9; arXiv 2201.12086), because beam search writes what is safe and says little new.
-The draws of a row are hashes of its uid, so that a caption depends neither on batch-mates nor on the worker. All rows
-share the prompt, so nothing is padded. Keys and values are cached. About 2.6 ms an image on one core with the small
-BLIP of the default recipe.
+The draws of a caption are hashes of its uid and number, and all that is computed has one fixed shape, so that a caption
+depends neither on batch-mates nor on the worker, in bf16 too. An image is encoded once for all its captions.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,30 +15,56 @@ import pyarrow as pa
 from filters import blip
 from filters.base import Batch, Filter
 from filters.weights import blip_hashes
+from pairs.errors import PairmillError
 from pairs.identity import unit_hash
 
 if TYPE_CHECKING:
     import torch
 
+TEXTS = {"cpu": 32, "cuda": 256}  # that are written at once
+
 
 @dataclass(frozen=True)
 class BlipCaption(Filter):
-    """`texts`: the caption in a list of one, without the prompt. `reason` says why there is none: `undecodable`,
-    `empty` or `endless` (no end within `max_tokens`); null where there is one. Lengths count tokens after
-    the prompt."""
+    """`texts`: the captions without the prompt; of beams the best `captions`, best first. `reason` says why there
+    isn't one, or not as many: `undecodable`, `empty` or `endless` (no end within `max_tokens`). Lengths count tokens
+    after the prompt, [SEP] too.
+
+    `precision: auto` is bf16 where this machine's GPU or CPU multiplies it, else fp32; it becomes part of the
+    fingerprint as what it is. Beams are those of transformers' `generate`.
+    """
 
     weights: str = "Salesforce/blip-image-captioning-base"
     prompt: str = "a picture of "
-    sample: Literal["nucleus", "greedy"] = "nucleus"
+    sample: Literal["nucleus", "greedy", "beam"] = "nucleus"
+    captions: int = 1
     top_p: float = 0.9
+    beams: int = 3
+    length_penalty: float = 1.0
+    early_stopping: bool = False
     min_tokens: int = 3
     max_tokens: int = 30
+    precision: blip.Precision = "auto"
     seed: int = 0
 
+    version = 2
     needs = ("pixels",)
     columns = {"texts": pa.list_(pa.string()), "reason": pa.string()}
-    dtype = "fp32"
     gpu = 0.2
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "precision", blip.resolved(self.precision))
+        most = {"greedy": 1, "beam": self.beams, "nucleus": 100}[self.sample]
+        if not 1 <= self.captions <= most or not 0 <= self.min_tokens <= self.max_tokens:
+            raise PairmillError(
+                expected=f"1 to {most} captions by {self.sample}, and 0 <= min_tokens <= max_tokens",
+                found=f"captions {self.captions}, min_tokens {self.min_tokens}, max_tokens {self.max_tokens}",
+                remedy="several captions come of `sample: nucleus`, or of as many `beams`",
+            )
+
+    @property
+    def dtype(self) -> str:
+        return self.precision
 
     def content_hashes(self) -> dict[str, str]:
         return blip_hashes(self.weights, blip.CAPTIONS)
@@ -48,51 +74,47 @@ class BlipCaption(Filter):
         reason: list[str | None] = ["undecodable"] * len(batch)
         seen = [i for i, image in enumerate(batch.pixels) if image is not None]
         if seen:
-            model, processor = blip.load(self.weights, blip.CAPTIONS)
-            pixels = blip.pictures(processor, [p for p in batch.pixels if p is not None], model.device)
-            rows = self.write(model, processor.tokenizer, pixels, [batch.uids[i] for i in seen])
+            model, processor = blip.load(self.weights, blip.CAPTIONS, self.precision)
+            images = blip.encoded(model, processor, [p for p in batch.pixels if p is not None])
+            rows = self.write(model, processor.tokenizer, images, [batch.uids[i] for i in seen])
             for i, row in zip(seen, rows, strict=True):
-                text = processor.tokenizer.decode(row or [], skip_special_tokens=True).strip()
-                reason[i] = "endless" if row is None else None if text else "empty"
-                texts[i] = None if reason[i] else [text]
+                plain = [processor.tokenizer.decode(t or [], skip_special_tokens=True).strip() for t in row]
+                whys = ["endless" if t is None else "empty" for t, text in zip(row, plain, strict=True) if not text]
+                texts[i], reason[i] = [text for text in plain if text] or None, next(iter(whys), None)
         return {"texts": texts, "reason": reason}
 
-    def write(self, model: Any, tokenizer: Any, pixels: "torch.Tensor", uids: list[str]) -> list[list[int] | None]:
-        """New tokens of each image without [SEP]; None where no end was reached."""
-        import torch
+    def write(
+        self, model: Any, tokenizer: Any, images: "Iterator[torch.Tensor]", uids: list[str]
+    ) -> list[list[list[int] | None]]:
+        """New tokens of each image's captions without [SEP]; None where no end was reached."""
+        from filters import blip_search
+        from filters.blip_decoder import Decoder
 
-        end, device = model.config.text_config.sep_token_id, model.device
-        ids = tokenizer(self.prompt, return_tensors="pt")["input_ids"][:, :-1].repeat(len(uids), 1).to(device)
-        ids[:, 0] = model.config.text_config.bos_token_id
-        written: list[list[int]] = [[] for _ in uids]
-        open_rows, cache = torch.ones(len(uids), dtype=torch.bool, device=device), None
-        with torch.inference_mode():
-            images = model.vision_model(pixels)[0]
-            for step in range(self.max_tokens):
-                out = model.text_decoder(
-                    ids, encoder_hidden_states=images, past_key_values=cache, use_cache=True, is_decoder=True,
-                    logits_to_keep=1,
-                )  # fmt: skip
-                cache = out.past_key_values
-                ids = self.choose(out.logits[:, -1].float(), uids, step, end)[:, None]
-                for row, token in zip(open_rows.nonzero()[:, 0].tolist(), ids[open_rows, 0].tolist(), strict=True):
-                    written[row].append(token)
-                open_rows &= ids[:, 0] != end
-                if not open_rows.any():
-                    break
-        return [None if still else row[:-1] for row, still in zip(written, open_rows.tolist(), strict=True)]
+        config = model.config.text_config
+        prompt = [config.bos_token_id, *tokenizer(self.prompt)["input_ids"][1:-1]]
+        length, end = len(prompt) + self.max_tokens - 1, config.sep_token_id
+        if length > config.max_position_embeddings:
+            raise PairmillError(
+                expected=f"prompt and captions within the captioner's {config.max_position_embeddings} places",
+                found=f"{len(prompt)} of the prompt, {self.max_tokens} of max_tokens",
+                remedy="lower max_tokens or shorten the prompt",
+            )
+        pick, start = self.search(blip_search, end)
+        texts = self.beams if self.sample == "beam" else self.captions
+        searches = [start(uid) for uid in uids]
+        decoder = Decoder(model, max(1, TEXTS[model.device.type] // texts), texts, length)
+        blip_search.write(decoder, images, prompt, searches, pick, self.min_tokens, end)
+        return [one.found() for one in searches]
 
-    def choose(self, logits: "torch.Tensor", uids: list[str], step: int, end: int) -> "torch.Tensor":
-        """The next token of each row, (N,), from `logits` (N, vocabulary)."""
-        import torch
-
-        if step < self.min_tokens:
-            logits[:, end] = -torch.inf
-        if self.sample == "greedy":
-            return logits.argmax(-1)
-        chance, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
-        below = chance.cumsum(-1)
-        chance = chance.masked_fill(below - chance >= self.top_p, 0.0)
-        draws = torch.tensor([unit_hash("caption", self.seed, uid, step) for uid in uids], device=logits.device)
-        place = (chance.cumsum(-1) <= draws[:, None] * chance.sum(-1, keepdim=True)).sum(-1)
-        return order.gather(-1, place.clamp_max(int(logits.shape[-1]) - 1)[:, None])[:, 0]
+    def search(self, how: Any, end: int) -> tuple[Any, Callable[[str], Any]]:
+        """What picks for all images, and what begins an image's search by its uid."""
+        if self.sample == "beam":
+            beams = (self.beams, self.captions, self.max_tokens, end, self.length_penalty, self.early_stopping)
+            return how.pick_beams, lambda uid: how.Beams(*beams)
+        draw = functools.partial(unit_hash, "caption", self.seed)
+        pick = (
+            how.pick_likeliest
+            if self.sample == "greedy"
+            else functools.partial(how.pick_from_nucleus, top_p=self.top_p)
+        )
+        return pick, lambda uid: how.Samples(self.captions, self.max_tokens, end, functools.partial(draw, uid))

@@ -2,7 +2,7 @@
 
 The image is encoded once for all its texts. Texts of one length are computed together, so that no padding enters and
 a text's figures don't depend on its batch-mates. A text is cut at the model's length; `cut` counts how many were.
-About 2.5 ms a pair of two texts on one core with the small BLIP of the default recipe. BLIP: arXiv 2201.12086.
+BLIP: arXiv 2201.12086.
 """
 
 from collections import defaultdict
@@ -31,10 +31,18 @@ class BlipMatch(Filter):
     weights: str = "Salesforce/blip-itm-base-coco"
     of: tuple[str, ...] = ("texts", "blip_caption.texts")
     max_tokens: int = 35
+    precision: blip.Precision = "auto"
 
+    version = 2
     columns = {"probability": pa.list_(pa.float32()), "cosine": pa.list_(pa.float32()), "cut": pa.int32()}
-    dtype = "fp32"
     gpu = 0.2
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "precision", blip.resolved(self.precision))
+
+    @property
+    def dtype(self) -> str:
+        return self.precision
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -53,10 +61,10 @@ class BlipMatch(Filter):
         seen = [i for i, image in enumerate(batch.pixels) if image is not None and any(texts[i])]
         places = [(i, j) for i in seen for j, text in enumerate(texts[i]) if text]
         if places:
-            model, processor = blip.load(self.weights, blip.MATCHES)
+            model, processor = blip.load(self.weights, blip.MATCHES, self.precision)
             with torch.inference_mode():
                 looks = [image for i in seen if (image := batch.pixels[i]) is not None]
-                images = model.vision_model(blip.pictures(processor, looks, model.device))[0]
+                images = torch.stack(list(blip.encoded(model, processor, looks)))
                 ids = processor.tokenizer([str(texts[i][j])[:LONGEST] for i, j in places], verbose=False)["input_ids"]
                 for (i, _), row in zip(places, ids, strict=True):
                     cut[i] += len(row) > self.max_tokens
@@ -91,7 +99,7 @@ def measure(model: Any, images: "torch.Tensor", ids: "torch.Tensor") -> tuple[li
     (N, patches, width), `ids` (N, tokens)."""
     from torch.nn.functional import normalize
 
-    fused = model.text_encoder(ids, encoder_hidden_states=images).last_hidden_state
-    alone = model.text_encoder(ids).last_hidden_state
-    image, text = normalize(model.vision_proj(images[:, 0]), dim=-1), normalize(model.text_proj(alone[:, 0]), dim=-1)
-    return model.itm_head(fused[:, 0]).softmax(-1)[:, 1].tolist(), (image * text).sum(-1).tolist()
+    fused, alone = (blip.read(model.text_encoder, ids, seen)[:, 0] for seen in (images, None))
+    image = normalize(model.vision_proj(images[:, 0]).float(), dim=-1)
+    text = normalize(model.text_proj(alone).float(), dim=-1)
+    return model.itm_head(fused).float().softmax(-1)[:, 1].tolist(), (image * text).sum(-1).tolist()

@@ -104,12 +104,18 @@ def blip_folder(weights: str, architecture: str) -> Path:
     names = _names(folder)
     missing = [name for name in ("config.json", "model.safetensors") if name not in names]
     missing += [] if {"tokenizer.json", "vocab.txt"} & set(names) else ["tokenizer.json"]
+    missing += (
+        [] if {"processor_config.json", "preprocessor_config.json"} & set(names) else ["preprocessor_config.json"]
+    )
+    pickled = "model.safetensors" in missing and any(name.endswith((".bin", ".pt", ".pth")) for name in names)
+    advice = "no pickle is read: load it where you trust it and save_pretrained it as safetensors, or "
     made = [] if missing else json.loads((folder / "config.json").read_text()).get("architectures") or []
     if missing or architecture not in made:
         raise PairmillError(
             expected=f"a {architecture} with its tokenizer, as save_pretrained leaves it, in {weights}",
             found=f"no {', '.join(missing)}" if missing else f"a model of {made}",
-            remedy="name the folder of a trained captioner for blip_caption, of a matcher for blip_match",
+            remedy=advice * pickled
+            + "name the folder of a trained captioner for blip_caption, of a matcher for blip_match",
         )
     return folder.resolve()
 

@@ -40,7 +40,7 @@ ROWS: list[tuple[list[str] | None, list[str] | None]] = [
 
 
 def test_figures_are_those_of_transformers(folder: str) -> None:
-    found = BlipMatch(weights=folder).score(batch(ROWS))
+    found = BlipMatch(weights=folder, precision="fp32").score(batch(ROWS))
     model = BlipForImageTextRetrieval.from_pretrained(folder).eval()
     processor = BlipProcessor.from_pretrained(folder)
     inputs = processor(images=image(0), text="the long text of another page", return_tensors="pt")
@@ -59,8 +59,17 @@ def test_lists_follow_the_texts_of_the_page_then_the_caption(folder: str) -> Non
     assert only["probability"][0][0] == pytest.approx(found["probability"][0][2], abs=1e-6)
 
 
-def test_batch_mates_change_nothing(folder: str) -> None:
-    together, one = BlipMatch(weights=folder).score(batch(ROWS)), BlipMatch(weights=folder)
+def test_bf16_is_close_to_fp32(folder: str) -> None:
+    made = [BlipMatch(weights=folder, precision=p).score(batch(ROWS)) for p in ("bf16", "fp32")]  # type: ignore[arg-type]
+    for name, tolerance in (("probability", 0.02), ("cosine", 0.02)):
+        for half, full in zip(*(one[name] for one in made), strict=True):
+            assert half == pytest.approx(full, abs=tolerance) and None not in half or None in full
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_batch_mates_change_nothing(folder: str, precision: Any) -> None:
+    one = BlipMatch(weights=folder, precision=precision)
+    together = one.score(batch(ROWS))
     for i in range(len(ROWS)):
         alone = one.score(batch([ROWS[i]], [image(i)]))
         for name in ("probability", "cosine"):
