@@ -14,6 +14,7 @@ machine that does other work too. Prints Markdown; stops where greedy captions i
 """
 
 import argparse
+import functools
 import platform
 import statistics
 import time
@@ -105,8 +106,17 @@ def ours(one: BlipCaption, images: list[np.ndarray]) -> Side:
     return lambda: [text for texts in one.score(batch)["texts"] for text in texts or [""]]
 
 
+@functools.lru_cache(maxsize=1)
+def untouched(weights: str, precision: str) -> tuple[Any, Any]:
+    """transformers' own model and processor."""
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    model = transformers.BlipForConditionalGeneration.from_pretrained(weights, dtype=dtype).eval()
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(where), transformers.BlipProcessor.from_pretrained(weights)
+
+
 def theirs(one: BlipCaption, images: list[np.ndarray], at_most: int) -> Side:
-    model, processor = blip.load(one.weights, blip.CAPTIONS, one.precision)
+    model, processor = untouched(one.weights, one.precision)
     asked: dict[str, Any] = {"max_new_tokens": MOST, "min_new_tokens": LEAST, "num_return_sequences": one.captions}
     asked |= {"greedy": {"do_sample": False}, "nucleus": SAMPLED, "beam": {"num_beams": one.beams}}[one.sample]
 
@@ -126,7 +136,8 @@ def theirs(one: BlipCaption, images: list[np.ndarray], at_most: int) -> Side:
 def encoders(one: BlipCaption, images: list[np.ndarray], at_most: int) -> tuple[Side, Side]:
     """Both sides' image tower alone."""
     model, processor = blip.load(one.weights, blip.CAPTIONS, one.precision)
-    ready = blip.pictures(processor, images, model.device)
+    ready = blip.pictures(processor, images, model.device).to(model.dtype)
+    tower = untouched(one.weights, one.precision)[0].vision_model
 
     @torch.inference_mode()
     def own() -> list[str]:
@@ -135,7 +146,7 @@ def encoders(one: BlipCaption, images: list[np.ndarray], at_most: int) -> tuple[
 
     @torch.inference_mode()
     def other() -> list[str]:
-        return [str(len(model.vision_model(rows)[0])) for rows in ready.split(at_most)]
+        return [str(len(tower(rows)[0])) for rows in ready.split(at_most)]
 
     return own, other
 

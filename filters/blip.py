@@ -53,7 +53,30 @@ def _load(folder: Path, architecture: str, precision: str, _stamp: Stamp) -> tup
     made = getattr(transformers, architecture)
     model = made.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True)
     processor = transformers.BlipProcessor.from_pretrained(folder, local_files_only=True)
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor
+    model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    if model.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        _pack(model, torch.ops.mkldnn)
+    return model, processor
+
+
+def _pack(model: Any, onednn: Any) -> None:
+    """Lays the weights of linear layers out for the CPU's matrix products once, instead of at each call: an eighth
+    less time for an image, a third less for a token. They are kept in that form alone."""
+    import torch
+
+    if model.dtype == torch.bfloat16 and not onednn._is_mkldnn_bf16_supported():
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and not name.endswith(
+            ("crossattention.self.key", "crossattention.self.value")
+        ):
+            weight = onednn._reorder_linear_weight(module.weight.data)
+            module.weight = None  # type: ignore[assignment]
+            module.forward = functools.partial(_linear, onednn._linear_pointwise, weight, module.bias)  # type: ignore[method-assign]
+
+
+def _linear(apply: Any, weight: "torch.Tensor", bias: "torch.Tensor", x: "torch.Tensor") -> "torch.Tensor":
+    return apply(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
 
 
 def pictures(processor: Any, pixels: Sequence[np.ndarray], device: "torch.device") -> "torch.Tensor":
@@ -82,15 +105,28 @@ def encoded(model: Any, processor: Any, pixels: Sequence[np.ndarray]) -> "Iterat
 
 def encode(vision: Any, pixels_B3HW: "torch.Tensor") -> "torch.Tensor":
     """(B, N, E): what a BlipVisionModel's `last_hidden_state` is."""
-    from torch.nn.functional import scaled_dot_product_attention
-
     x = vision.embeddings(pixels_B3HW)
     for layer in vision.encoder.layers:
         own = layer.self_attn
         q, k, v = heads(own.qkv(layer.layer_norm1(x)), 3 * own.num_heads).chunk(3, 1)
-        x = x + own.projection(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        x = x + own.projection(attend(q, k, v).transpose(1, 2).flatten(2))
         x = x + layer.mlp(layer.layer_norm2(x))
     return vision.post_layernorm(x)  # type: ignore[no-any-return]
+
+
+def attend(*q_k_v_BHLd: "torch.Tensor") -> "torch.Tensor":
+    """Attention without a mask. A CPU's fused kernel is slow in bf16 (17 ms a layer of 577 patches where three plain
+    products image by image take 12); in fp32 it is the faster one (14 against 20)."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    q, k, v = q_k_v_BHLd
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return scaled_dot_product_attention(q, k, v)
+    scale = q.shape[-1] ** -0.5
+    return torch.stack(
+        [((one * scale) @ keys.mT).softmax(-1) @ values for one, keys, values in zip(q, k, v, strict=True)]
+    )
 
 
 def heads(x_BLD: "torch.Tensor", number: int) -> "torch.Tensor":
@@ -101,13 +137,11 @@ def heads(x_BLD: "torch.Tensor", number: int) -> "torch.Tensor":
 def read(text: Any, ids_BL: "torch.Tensor", images_BNE: "torch.Tensor | None") -> "torch.Tensor":
     """(B, L, D): what a BlipTextModel's `last_hidden_state` is, as encoder of texts of one length; with an image for
     each text, or without."""
-    from torch.nn.functional import scaled_dot_product_attention
-
     x = text.embeddings(ids_BL)
     for layer in text.encoder.layer:
         own = layer.attention.self
         q, k, v = (heads(to(x), own.num_attention_heads) for to in (own.query, own.key, own.value))
-        x = layer.attention.output(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), x)
+        x = layer.attention.output(attend(q, k, v).transpose(1, 2).flatten(2), x)
         x = x if images_BNE is None else look(layer.crossattention, x, images_BNE)
         x = layer.output(layer.intermediate(x), x)
     return x  # type: ignore[no-any-return]
@@ -118,7 +152,7 @@ def look(cross: Any, x_BLD: "torch.Tensor", images_BNE: "torch.Tensor") -> "torc
     same to all of a query's scores, so it is left out.)"""
     own, (batch, length) = cross.self, x_BLD.shape[:2]
     H, d = own.num_attention_heads, own.attention_head_size
-    asked_HRE = own.query(x_BLD).view(-1, H, d).transpose(0, 1) @ (own.key.weight.view(H, d, -1) * d**-0.5)
+    asked_HRE = (own.query(x_BLD) * d**-0.5).view(-1, H, d).transpose(0, 1) @ own.key.weight.view(H, d, -1)
     asked_BQE = asked_HRE.unflatten(1, (batch, length)).transpose(0, 1).flatten(1, 2)
     found_BQE = (asked_BQE @ images_BNE.mT).softmax(-1) @ images_BNE
     found_HRE = found_BQE.unflatten(1, (H, length)).transpose(0, 1).flatten(1, 2)

@@ -21,7 +21,7 @@ from pairs.identity import unit_hash
 if TYPE_CHECKING:
     import torch
 
-TEXTS = {"cpu": 32, "cuda": 256}  # that are written at once
+TEXTS = {"cpu": 16, "cuda": 256}  # that are written at once
 
 
 @dataclass(frozen=True)

@@ -95,10 +95,11 @@ def pick_from_nucleus(chance_SGV: torch.Tensor, searches: Sequence[Any], top_p: 
 def nucleus(chance_RV: torch.Tensor, top_p: float, draws_R: torch.Tensor) -> torch.Tensor:
     """A token of each row, (R,): of the likeliest that hold `top_p` of the chance, that at `draws` in [0, 1) of it."""
     chance = chance_RV.softmax(-1)
-    likeliest = chance.topk(min(LIKELIEST, chance.shape[-1]))
-    tokens = _drawn(*likeliest, top_p, draws_R)
-    if (wide := likeliest[0].cumsum(-1)[:, -1] < top_p).any():
-        tokens[wide] = _drawn(*chance[wide].sort(descending=True, stable=True), top_p, draws_R[wide])
+    likeliest, order = chance.topk(min(LIKELIEST, chance.shape[-1]))
+    tokens = _drawn(likeliest, order, top_p, draws_R)
+    if (wide := likeliest.cumsum(-1)[:, -1] < top_p).any():
+        likeliest, order = chance[wide].sort(descending=True, stable=True)
+        tokens[wide] = _drawn(likeliest, order, top_p, draws_R[wide])
     return tokens
 
 
