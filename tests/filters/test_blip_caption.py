@@ -65,7 +65,7 @@ def test_captions_are_those_of_transformers(folder: str, asked: dict[str, Any]) 
 def test_a_caption_hangs_on_its_image_uid_and_seed_alone(
     folder: str, asked: dict[str, Any], precision: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(blip_caption.TEXTS, "cpu", 6)
+    monkeypatch.setitem(blip_caption.TEXTS, "cpu", 1)
     monkeypatch.setitem(blip.PATCHES, "cpu", 64)  # three images at a time, in few slots: they follow one another
     one = BlipCaption(weights=folder, max_tokens=60, precision=precision, **asked)
     together = captions(one, list(range(6)))
