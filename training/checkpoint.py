@@ -123,6 +123,20 @@ def restore(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer
         ) from error
 
 
+def check_room(out: Path, held: torch.nn.Module, keep_best: bool) -> None:
+    """Raises PairmillError where the disk can't take the checkpoints: the weights and two moments of each, as often as
+    they are kept, and once more while they are written."""
+    each = sum(p.numel() * 4 * (3 if p.requires_grad else 1) for p in held.parameters())
+    needed = each * (KEEP + 1 + keep_best)
+    free = shutil.disk_usage(out).free
+    if free < needed:
+        raise PairmillError(
+            expected=f"{needed / 1e6:.0f} MB free for checkpoints in {out}",
+            found=f"{free / 1e6:.0f} MB",
+            remedy="free some space, or take another workspace",
+        )
+
+
 def tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """All that a checkpoint holds, in place: the model's state, and AdamW's of each parameter. Scalars are (1,)."""
     found = {f"model.{name}": value for name, value in model.state_dict().items()}

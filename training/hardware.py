@@ -1,8 +1,12 @@
-"""What the hardware could do: the peak that MFU is a fraction of, and the memory in use.
+"""What the hardware could do: the peak that MFU is a fraction of, the memory in use, and the same sums every time.
 
 Peaks are the vendors' dense figures for tensor cores in 16 bit (half of them in TF32). On anything else MFU is null: a
 CPU has no figure that means anything.
 """
+
+import contextlib
+import os
+from collections.abc import Iterator
 
 import psutil
 import torch
@@ -25,3 +29,16 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return int(psutil.Process().memory_info().rss)
+
+
+@contextlib.contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """torch's deterministic kernels in the block, if `wanted`; an operation that has none raises there."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts, at the first product
+    torch.use_deterministic_algorithms(wanted or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

@@ -31,6 +31,7 @@ from training import checkpoint, export
 from training.attention import chosen
 from training.config import RESULT, UNSEEN, BlipJob, BlipResult, TrainConfig, TrainResult
 from training.data import Loader
+from training.hardware import deterministic
 from training.loop import Totals, make_optimizer, train_steps
 from training.parallel import place, whole_state
 from training.plan import Cost
@@ -98,7 +99,7 @@ def train_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device)
     dtype = precision(spec, device)
     metrics = Metrics(out / "metrics.jsonl", start, spec.tensorboard) if rank == 0 else None
     if rank == 0:
-        _room(out, held, checkpoint.KEEP + 1 + spec.keep_best)
+        checkpoint.check_room(out, held, spec.keep_best)
     saver = checkpoint.Saver(out / "checkpoints", spec.keep_best)
 
     def save(step: int) -> None:
@@ -204,19 +205,6 @@ class Metrics:
 
 
 @contextlib.contextmanager
-def deterministic(wanted: bool) -> Iterator[None]:
-    """torch's deterministic kernels in the block, if `wanted`; an operation that has none raises there."""
-    before = torch.are_deterministic_algorithms_enabled()
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts, at the first product
-    torch.use_deterministic_algorithms(wanted or before)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
-@contextlib.contextmanager
 def profiled(path: Path, steps: int) -> Iterator[Callable[[], None]]:
     """Traces `steps` steps after `WARM` others, as Chrome and Perfetto read it; yields what to call after each step."""
     if not steps:
@@ -227,19 +215,6 @@ def profiled(path: Path, steps: int) -> Iterator[Callable[[], None]]:
     plan = schedule(wait=WARM, warmup=1, active=steps, repeat=1)
     with profile(schedule=plan, on_trace_ready=lambda p: p.export_chrome_trace(str(path))) as profiler:
         yield profiler.step
-
-
-def _room(out: Path, held: torch.nn.Module, times: int) -> None:
-    """Refuses to begin where the disk can't take the checkpoints: the weights, two moments of each, as many `times` as
-    they are kept, and once more while they are written."""
-    needed = sum(p.numel() * 4 * (3 if p.requires_grad else 1) for p in held.parameters()) * times
-    free = shutil.disk_usage(out).free
-    if free < needed:
-        raise PairmillError(
-            expected=f"{needed / 1e6:.0f} MB free for checkpoints in {out}",
-            found=f"{free / 1e6:.0f} MB",
-            remedy="free some space, or take another workspace",
-        )
 
 
 def _agree(mark: str) -> None:

@@ -17,6 +17,7 @@ from tests.training.small import MODEL, SPEC, config
 from training import checkpoint, run
 from training.config import TrainConfig
 from training.export import build
+from training.hardware import deterministic
 from training.loop import make_optimizer
 from training.parallel import clip, follow, place, whole
 from training.run import train_rank
@@ -179,5 +180,5 @@ def test_deterministic_runs_are_equal_byte_for_byte(tmp_path: Path, monkeypatch:
     assert content_hash(Path(results[0].model)) == content_hash(Path(results[1].model))
     assert _losses(first) == _losses(second)
     assert seen == [True] * 8 and not torch.are_deterministic_algorithms_enabled()
-    with run.deterministic(True), pytest.raises(RuntimeError, match="deterministic"):
+    with deterministic(True), pytest.raises(RuntimeError, match="deterministic"):
         torch.zeros(4).put_(torch.tensor([1, 1]), torch.ones(2))
