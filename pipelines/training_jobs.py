@@ -104,7 +104,8 @@ def _record(
     result = train(job.model_copy(update={"out_dir": str(out)}), lambda line: show(*tell(line)))
     facts = {"result": result.model_dump(mode="json"), "folder": f"{run.folder}/{folder}"} | told
     record = publish_models(run.workspace, job.fingerprint, result.models, facts)
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    if not (isinstance(job, TrainConfig) and job.spec.keep_best):
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return record | {"reused": False}
 
 
