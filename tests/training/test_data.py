@@ -10,7 +10,8 @@ from pairs.errors import PairmillError
 from pairs.store import Store
 from tests.training.small import SPEC, encoded, picture, shards
 from training import data
-from training.data import Loader, decode, patchify, resize
+from training.data import Loader
+from training.pixels import decode, patchify, resize
 from training.plan import Cost
 from training.tables import make_plan
 
