@@ -39,7 +39,7 @@ def ours(plan: Plan, store: Store, ranks: int, steps: int) -> tuple[float, int, 
     shapes, useful = Counter[tuple[int, int, int]](), np.zeros(2)
     for step in range(steps):
         for share in plan.split(step, ranks, COST):
-            tokens = plan.tokens_of(share).sum(0) + (len(share), 0)
+            tokens = plan.tokens_of(share).sum(0) + np.array([len(share), 0])
             full = [int(n) + tail(int(n), MULTIPLE, least)[0] for n, least in zip(tokens, loader.least, strict=True)]
             shapes[len(share), full[0], full[1]] += 1
             useful += tokens

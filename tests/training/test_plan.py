@@ -111,7 +111,7 @@ def test_steps_and_ranks_hold_nearly_equal_tokens(memory_store: Store) -> None:
     rows, epochs = plan.order.of(0)[: 16 * 64].reshape(16, 64), np.zeros(64, np.int64)
     plain = np.array([plan.tokens_of(list(zip(epochs, part, strict=True))).sum(0) for part in rows])
     dealt = np.array([plan.tokens_of(plan.rows(step)).sum(0) for step in range(16)])
-    assert (np.ptp(plain, axis=0) > 60).all() and (np.ptp(dealt, axis=0) <= 4).all()
+    assert (np.ptp(plain, axis=0) > 60).all() and (np.ptp(dealt, axis=0) <= 10).all()
     for ranks in (2, 4):
         shares = [plan.split(3, ranks, COST)[rank] for rank in range(ranks)]
         assert {len(share) for share in shares} == {64 // ranks}
