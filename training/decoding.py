@@ -43,7 +43,7 @@ class Decoders:
         self._stack.close()
 
     def fill(self, memory: int, width: int, items: Sequence[Item], told: Callable[[], str]) -> list[bool]:
-        """As `pixels.fill`, by whichever decoder is free, for neighbours in the stream (T, `width`) in a file of memory.
+        """As `pixels.fill`, by whichever decoder is free, for neighbours in the stream (T, `width`) in a memory's file.
         `told` names the images in the message about a decoder that died."""
         process, pipe = self._free.get()
         try:

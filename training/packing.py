@@ -102,9 +102,18 @@ def frame_images(
     return Frame(order, starts, kinds, torch.from_numpy(place), torch.tensor(pool), layout, useful)
 
 
-def pack_images(patches: Sequence[Tensor], grids: Sequence[Grid], form: Form = CLIP, multiple: int = 1) -> PackedImages:
-    """Packs images given as patches (h·w, 3·P·P) in row-major order of their (h, w) `grids`."""
-    frame = frame_images(grids, [np.arange(h * w) for h, w in grids], form, multiple)
+def pack_images(
+    patches: Sequence[Tensor],
+    grids: Sequence[Grid],
+    form: Form = CLIP,
+    cells: Sequence[Tensor] | None = None,
+    multiple: int = 1,
+) -> PackedImages:
+    """Packs images given as patches (their number, 3·P·P) in row-major order of their (h, w) `grids`; where `cells` are
+    given (patch dropout), they name the cells of each image that are there."""
+    held = [c.numpy() for c in cells] if cells else [np.arange(h * w) for h, w in grids]
+    assert all(len(p) == len(c) for p, c in zip(patches, held, strict=True))
+    frame = frame_images(grids, held, form, multiple)
     rows = patches[0].new_zeros(len(frame.place), patches[0].shape[1])
     for start, own in zip(frame.starts, patches, strict=True):
         rows[start : start + len(own)] = own
