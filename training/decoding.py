@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
-from subprocess import Popen
+from subprocess import DEVNULL, Popen
 
 import cv2
 import numpy as np
@@ -69,7 +69,8 @@ def _start(stack: contextlib.ExitStack, pixels: int) -> Worker:
         places = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         settings = {"PYTHONPATH": places, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "training.decoding", str(theirs.fileno()), str(pixels)]
-        process = stack.enter_context(child(command, environment=settings, keep=[theirs.fileno()], patience_s=1))
+        running = child(command, environment=settings, stdout=DEVNULL, keep=[theirs.fileno()], patience_s=1)
+        process = stack.enter_context(running)
     return process, stack.enter_context(Connection(ours.detach()))
 
 

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from pairs.errors import PairmillError
+from pairs.fingerprint import content_hash
 from pairs.shard import ShardRef
 from pairs.store import Store
-from tests.training.small import SPEC, encoded, picture, shards
+from tests.training.small import SPEC, config, encoded, picture, shards
 from training import blocks
 from training.blocks import Cache
 from training.config import Pin
@@ -24,6 +25,7 @@ from training.data import Batch, Loader
 from training.decoding import Decoders
 from training.pixels import Item, Look, decode, fill, patchify, resize
 from training.plan import Block, Cost
+from training.run import train_rank
 from training.tables import make_plan
 
 COST = Cost((2, 32), (2, 32))
@@ -287,3 +289,15 @@ def test_a_cache_on_a_full_disk_warns_once(
     monkeypatch.setattr(blocks.os, "replace", full)
     assert len([*loader.batches(0, 3)]) == 3 and caplog.text.count("takes no more blocks: No space left") == 1
     assert not list((tmp_path / "near").iterdir())
+
+
+def test_a_run_with_decoders_and_a_cache_ends_in_the_same_model(tmp_path: Path) -> None:
+    settings = {"steps": 4, "token_multiple": 8, "loader_workers": 2, "cache": str(tmp_path / "near")}
+    runs = [
+        config(tmp_path, "here", **settings | {"loader_workers": 0, "cache": None}),
+        config(tmp_path, "apart", **settings),
+    ]
+    assert runs[0].fingerprint == runs[1].fingerprint
+    results = [train_rank(run, 0, 1, torch.device("cpu")) for run in runs]
+    assert content_hash(Path(results[0].model)) == content_hash(Path(results[1].model))
+    assert results[0].fill == results[1].fill < 1 and len(list((tmp_path / "near").iterdir())) == 3
