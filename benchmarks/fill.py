@@ -4,7 +4,7 @@
 
 FOLDER holds pairs as `real_pairs.py` makes them. An image counts its patches within the budget and a class token, a
 text its CLIP tokens. Ours: one shape for each of the two streams of a rank, made by the trainer's own plan. Rows: next
-fit over the endless stream (as lmms-engine packs), best fit of descending lengths over the same windows of 16 steps,
+fit over the endless stream (as lmms-engine packs), best fit of descending lengths over the same windows,
 in the length that fills best of 512, 1,024 and 2,048 for each stream. `optimum` is the least that one shape can be:
 all tokens spread evenly over all steps and ranks. Prints a Markdown table; no clock is read.
 """
@@ -93,7 +93,7 @@ def main() -> None:
         parser.add_argument(name, type=int, nargs="+", default=values)
     parser.add_argument("--epochs", type=int, default=2)
     arguments = parser.parse_args()
-    print("| patches | batch | ranks | ours | shapes | optimum | next fit | best fit, 16 steps | best fit, a step |")
+    print("| patches | batch | ranks | ours | shapes | optimum | next fit | best fit, a window | best fit, a step |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
         store = Store(folder)

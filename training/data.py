@@ -29,7 +29,7 @@ from training.pixels import Item, Look, cells_of, fill
 from training.plan import Cost, Plan
 
 log = logging.getLogger("pairmill.training")
-SLACK = 8  # tokens by which whole pairs may leave a share above its part of a window
+SLACK, IN = 4, 4096  # tokens by which whole pairs may leave a share above its part of a window: so many, and one in
 Pairs = Sequence[tuple[int, int]]  # epoch and row
 
 
@@ -150,7 +150,7 @@ class Loader:
         shares = self.ranks * self.parts
         patches, texts = self.plan.largest(steps, shares)
         tokens = patches + int(self.form.class_token) * -(-self.plan.batch_pairs // shares), texts
-        images, words = (-(-(n + SLACK) // self.multiple) * self.multiple for n in tokens)
+        images, words = (-(-(n + SLACK + n // IN) // self.multiple) * self.multiple for n in tokens)
         return images, words
 
     def _part(self, pairs: Pairs) -> tuple[tuple[PackedImages, PackedTexts], torch.Tensor]:

@@ -1,6 +1,6 @@
 """The plan: which pairs each step takes, from the tables alone: every rank knows every batch beforehand.
 
-The pairs of the endless order (`order`) are dealt, `DEALT` steps at a time, to the steps, so that all have nearly equal
+The pairs of the endless order (`order`) are dealt, some `DEALT` at a time, to the steps, so that all have nearly equal
 patches and text tokens (decision 11). The state is {fingerprint, epoch, step}, free of ranks. Every draw is a hash of
 (seed, epoch, uid). Cost: tokenising each different text once, then microseconds per pair.
 """
@@ -21,7 +21,7 @@ from training.pixels import Grid, kept
 from training.tokens import Tokens
 
 BLOCK = 64  # neighbouring rows that are read by one range request
-DEALT = 16  # steps whose pairs are dealt together
+DEALT, FEWEST = 8192, 4  # pairs that are dealt together, and the fewest steps
 SURVEYED = 1024  # times so many steps tell how large a step's streams become
 
 
@@ -74,7 +74,7 @@ class Plan:
     @functools.cached_property
     def dealt(self) -> int:
         """How many steps are dealt together: no more than an epoch has, or a pair could meet itself in a step."""
-        return max(1, min(DEALT, self.order.start(1) // self.batch_pairs))
+        return max(1, min(max(FEWEST, DEALT // self.batch_pairs), self.order.start(1) // self.batch_pairs))
 
     @functools.lru_cache(maxsize=4)  # noqa: B019  a plan lives as long as its process
     def window(self, number: int) -> tuple[Ints, Ints]:

@@ -15,7 +15,7 @@ from pairs.store import Store, table_metadata
 from pairs.workspace import Dead, Workspace, alive
 from training.config import Pin
 from training.order import WINDOW
-from training.plan import BLOCK, DEALT, Block, Plan
+from training.plan import BLOCK, DEALT, FEWEST, Block, Plan
 from training.tokens import Tokeniser
 
 COLUMNS = ["uid", "url_key", "status", "text", "texts", "width", "height", "image_offset", "image_size"]
@@ -59,7 +59,7 @@ def make_plan(
     offsets, sizes, widths, heights = (np.array(values, dtype=np.int64) for values in columns.values())
     m = spec.model
     identity = {
-        "version": [VERSION, BLOCK, WINDOW, DEALT],
+        "version": [VERSION, BLOCK, WINDOW, DEALT, FEWEST],
         "shards": [pin.model_dump() for pin in pins],
         "uids": fingerprint({"uids": uids}),
         "settings": [spec.batch_pairs, spec.max_patches, m.patch_px, m.context, spec.jitter, spec.seed],

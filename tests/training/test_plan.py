@@ -107,11 +107,11 @@ def test_weights_are_part_of_a_plan_only_where_there_are_any(memory_store: Store
 def test_steps_and_ranks_hold_nearly_equal_tokens(memory_store: Store) -> None:
     spec = SPEC.model_copy(update={"batch_pairs": 64, "max_patches": 196})
     plan = varied(make_plan(memory_store, shards(memory_store), SPEC)[0], 4000, spec.batch_pairs)
-    assert plan.dealt == 16
-    rows, epochs = plan.order.of(0)[: 16 * 64].reshape(16, 64), np.zeros(64, np.int64)
+    assert plan.dealt == 62  # as many as an epoch has
+    rows, epochs = plan.order.of(0)[: 62 * 64].reshape(62, 64), np.zeros(64, np.int64)
     plain = np.array([plan.tokens_of(list(zip(epochs, part, strict=True))).sum(0) for part in rows])
-    dealt = np.array([plan.tokens_of(plan.rows(step)).sum(0) for step in range(16)])
-    assert (np.ptp(plain, axis=0) > 60).all() and (np.ptp(dealt, axis=0) <= 10).all()
+    dealt = np.array([plan.tokens_of(plan.rows(step)).sum(0) for step in range(62)])
+    assert (np.ptp(plain, axis=0) > 60).all() and (np.ptp(dealt, axis=0) <= 30).all()
     for ranks in (2, 4):
         shares = [plan.split(3, ranks, COST)[rank] for rank in range(ranks)]
         assert {len(share) for share in shares} == {64 // ranks}
