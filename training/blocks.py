@@ -15,6 +15,8 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+
 from pairs.errors import PairmillError
 from pairs.store import TEMPORARY, Store, advice
 from training.plan import Block, Plan
@@ -98,11 +100,14 @@ class Blocks:
         self._held: dict[int, Future[bytes]] = {}
         self._lock, self._last = threading.Lock(), 0
 
-    def look(self, steps: range) -> None:
-        """Asks for the blocks of the windows that hold `steps`, and lets go of all others."""
+    def look(self, first: int, last: int) -> None:
+        """Asks for the blocks of the steps from `first` to the end of the window of `last`, and lets go of others."""
+        dealt = self.plan.dealt
         with self._lock:  # a late step must not let go of what a later one has asked for
-            self._last = max(self._last, steps[-1] // self.plan.dealt)
-            wanted = [b for w in range(steps[0] // self.plan.dealt, self._last + 1) for b in self._of(w)]
+            self._last = max(self._last, last // dealt)
+            windows = range(first // dealt, self._last + 1)
+            rows = [self.plan.window(w)[1][max(0, first - w * dealt) :].ravel() for w in windows]
+            wanted = dict.fromkeys(self.plan.block_of[np.concatenate(rows)].tolist())
             kept = {number: self._held[number] for number in wanted if number in self._held}
             self._held = kept | {n: self._pool.submit(self._read, n) for n in wanted if n not in kept}
 
@@ -113,10 +118,6 @@ class Blocks:
             block = self._held[number]
         start = int(self.plan.offsets[row]) - self.plan.blocks[number].start
         return block.result()[start : start + int(self.plan.sizes[row])]
-
-    def _of(self, window: int) -> list[int]:
-        """The window's blocks in the order of its steps."""
-        return list(dict.fromkeys(self.plan.block_of[self.plan.window(window)[1].ravel()].tolist()))
 
     def _read(self, number: int) -> bytes:
         block = self.plan.blocks[number]

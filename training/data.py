@@ -30,6 +30,7 @@ from training.plan import Cost, Plan
 
 log = logging.getLogger("pairmill.training")
 SLACK, IN = 4, 4096  # tokens by which whole pairs may leave a share above its part of a window: so many, and one in
+AHEAD = 3  # steps in the making
 Pairs = Sequence[tuple[int, int]]  # epoch and row
 
 
@@ -94,17 +95,17 @@ class Loader:
         self._decoders: Decoders | None = None
         self._portions: ThreadPoolExecutor | None = None
 
-    def batches(self, start: int, end: int, ahead: int = 3) -> Iterator[Batch]:
-        """The batches of steps [start, end), `ahead` of them in the making."""
-        with self._processes(), ThreadPoolExecutor(ahead if self.workers else 1, "decode") as pool:
-            pending: list[Future[Batch]] = [pool.submit(self.load, s) for s in range(start, min(end, start + ahead))]
+    def batches(self, start: int, end: int) -> Iterator[Batch]:
+        """The batches of steps [start, end), `AHEAD` of them in the making."""
+        with self._processes(), ThreadPoolExecutor(AHEAD if self.workers else 1, "decode") as pool:
+            pending: list[Future[Batch]] = [pool.submit(self.load, s) for s in range(start, min(end, start + AHEAD))]
             try:
                 for step in range(start, end):
                     began = time.perf_counter()
                     batch = pending.pop(0).result()
                     self.wait_s = time.perf_counter() - began
-                    if step + ahead < end:
-                        pending.append(pool.submit(self.load, step + ahead))
+                    if step + AHEAD < end:
+                        pending.append(pool.submit(self.load, step + AHEAD))
                     yield batch
             finally:
                 pool.shutdown(cancel_futures=True)
@@ -127,7 +128,7 @@ class Loader:
         """This rank's batch of `step`, packed; heavy and light pairs are spread over ranks and parts."""
         shares = self.plan.split(step, self.ranks * self.parts, self.cost)
         own = shares[self.rank * self.parts : (self.rank + 1) * self.parts]
-        self._blocks.look(range(max(0, step - 3), step + 1 + self.plan.dealt // 2))
+        self._blocks.look(max(0, step - AHEAD), step + self.plan.dealt // 2)
         made = [self._part(pairs) for pairs in own]
         valid = torch.cat([fine for _, fine in made])
         lost = int((~valid).sum())

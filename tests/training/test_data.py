@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -246,7 +247,7 @@ def test_more_ranks_than_pairs_of_a_step(memory_store: Store) -> None:
 
 
 def test_blocks_are_read_from_the_cache_where_they_are_whole(tmp_path: Path) -> None:
-    store, folder = Counted(tmp_path / "far"), tmp_path / "near"
+    store, folder = Counted(f"memory://{uuid.uuid4().hex}"), tmp_path / "near"
     store.requests, pins = [], shards(store)
     expected = [*_varied(store, pins, 0).batches(0, 3)]
     requests = []
