@@ -104,6 +104,7 @@ class Loader:
                     began = time.perf_counter()
                     batch = pending.pop(0).result()
                     self.wait_s = time.perf_counter() - began
+                    self.shapes.update((len(i.pool), len(i.place), len(t.tokens)) for i, t in batch.parts)
                     if step + AHEAD < end:
                         pending.append(pool.submit(self.load, step + AHEAD))
                     yield batch
@@ -163,7 +164,6 @@ class Loader:
         patches, fine = self._pixels(len(frame.place), items)
         texts = [torch.from_numpy(self.plan.tokens.ids[self.plan.text(epoch, row)]) for epoch, row in pairs]
         packed = frame.holding(patches), pack_texts(texts, self.form, self.multiple, self.least[1])
-        self.shapes[len(pairs), len(patches), len(packed[1].tokens)] += 1
         valid = torch.empty(len(pairs), dtype=torch.bool)
         valid[torch.tensor(frame.order)] = torch.tensor(fine)
         return packed, valid
