@@ -29,6 +29,7 @@ from training.plan import Block, Cost
 from training.run import train_rank
 from training.tables import make_plan
 
+torch.set_num_threads(1)
 COST = Cost((2, 32), (2, 32))
 
 
@@ -293,7 +294,7 @@ def test_a_cache_on_a_full_disk_warns_once(
 
 
 def test_a_run_with_decoders_and_a_cache_ends_in_the_same_model(tmp_path: Path) -> None:
-    settings = {"steps": 4, "token_multiple": 8, "loader_workers": 2, "cache": str(tmp_path / "near")}
+    settings = {"steps": 2, "token_multiple": 8, "loader_workers": 2, "cache": str(tmp_path / "near")}
     runs = [
         config(tmp_path, "here", **settings | {"loader_workers": 0, "cache": None}),
         config(tmp_path, "apart", **settings),
