@@ -6,7 +6,7 @@ FOLDER holds pairs as `real_pairs.py` makes them; they are written into shards f
 aspect within the budget of 16 px patches, jittered, texts as tokens, by so many decoder processes. Theirs: the pipeline
 of open_clip_train (shards split over workers, sample shuffle of 5,000, PIL, its transforms to a square of the same
 number of pixels, its tokenizer, batches made in the workers, WebLoader with persistent workers), once as it is and once
-with OpenCV in PIL's place and uint8 squares, which its documentation allows and nobody ships. They take turns within a
+with OpenCV in PIL's place and uint8 squares, without crops, which its documentation allows. They take turns within a
 repeat; the first batches of each, while workers start, aren't counted. Resume: time to the first batch of the epoch's
 middle beyond that to its very first; theirs must read and drop the samples before it, here without decoding them.
 `CPU ms` is processor time of all processes. Prints a Markdown table; run it alone on the machine.
