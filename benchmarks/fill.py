@@ -77,12 +77,14 @@ def in_rows(windows: Streams, rows: Callable[[Sequence[int], int], int], joined:
     return useful / computed
 
 
-def windows_of(plan: Plan, steps: int, each: int) -> Streams:
-    found = []
-    for start in range(0, steps, each):
-        pairs = [pair for step in range(start, min(steps, start + each)) for pair in plan.rows(step)]
-        patches, texts = plan.tokens_of(pairs).T
+def windows_of(plan: Plan, steps: int, single: bool) -> Streams:
+    """Lengths by window of the plan, or by single step."""
+    found, step = [], 0
+    while step < steps:
+        end = step + 1 if single else plan.window_of(step)[1]
+        patches, texts = plan.tokens_of([pair for s in range(step, min(end, steps)) for pair in plan.rows(s)]).T
         found.append(((patches + 1).tolist(), texts.tolist()))
+        step = end
     return found
 
 
@@ -102,7 +104,7 @@ def main() -> None:
             spec = PretrainSpec(model=MODEL, max_patches=patches, batch_pairs=batch, workers=1)
             plan, _ = make_plan(store, pins, spec)
             steps = arguments.epochs * len(plan) // batch
-            wide, narrow = (windows_of(plan, steps, each) for each in (plan.dealt, 1))
+            wide, narrow = (windows_of(plan, steps, each) for each in (False, True))
             rows = in_rows(wide, next_fit, True), in_rows(wide, best_fit, False), in_rows(narrow, best_fit, False)
             for ranks in arguments.ranks:
                 fill, shapes, optimum = ours(plan, store, ranks, steps)

@@ -60,8 +60,10 @@ class Cache:
                 file.write(hashlib.sha256(data).digest() + data)
             os.replace(name, self._path(block))
         except OSError as error:
-            self.full = True
-            log.warning("the cache %s takes no more blocks: %s", self.folder, error.strerror)
+            with self._lock:
+                told, self.full = self.full, True
+            if not told:
+                log.warning("the cache %s takes no more blocks: %s", self.folder, error.strerror)
             Path(name).unlink(missing_ok=True) if name else None
         with self._lock:
             self._room -= len(data)
@@ -102,11 +104,13 @@ class Blocks:
 
     def look(self, first: int, last: int) -> None:
         """Asks for the blocks of the steps from `first` to the end of the window of `last`, and lets go of others."""
-        dealt = self.plan.dealt
+        rows = []
         with self._lock:  # a late step must not let go of what a later one has asked for
-            self._last = max(self._last, last // dealt)
-            windows = range(first // dealt, self._last + 1)
-            rows = [self.plan.window(w)[1][max(0, first - w * dealt) :].ravel() for w in windows]
+            self._last = max(self._last, last)
+            while first <= self._last:
+                begin, end = self.plan.window_of(first)
+                rows.append(self.plan.window(begin, end)[1][first - begin :].ravel())
+                first = end
             wanted = dict.fromkeys(self.plan.block_of[np.concatenate(rows)].tolist())
             kept = {number: self._held[number] for number in wanted if number in self._held}
             self._held = kept | {n: self._pool.submit(self._read, n) for n in wanted if n not in kept}

@@ -129,7 +129,8 @@ class Loader:
         """This rank's batch of `step`, packed; heavy and light pairs are spread over ranks and parts."""
         shares = self.plan.split(step, self.ranks * self.parts, self.cost)
         own = shares[self.rank * self.parts : (self.rank + 1) * self.parts]
-        self._blocks.look(max(0, step - AHEAD), step + self.plan.dealt // 2)
+        first, end = self.plan.window_of(step)
+        self._blocks.look(max(0, step - AHEAD), end if 2 * step >= first + end else step)
         made = [self._part(pairs) for pairs in own]
         valid = torch.cat([fine for _, fine in made])
         lost = int((~valid).sum())

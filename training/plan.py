@@ -67,26 +67,31 @@ class Plan:
 
     def rows(self, step: int) -> list[tuple[int, int]]:
         """(epoch, row) of each of the step's pairs; a step may end one epoch and begin the next."""
-        number, place = divmod(step, self.dealt)
-        epochs, rows = self.window(number)
-        return list(zip(epochs[place].tolist(), rows[place].tolist(), strict=True))
+        first, end = self.window_of(step)
+        epochs, rows = self.window(first, end)
+        return list(zip(epochs[step - first].tolist(), rows[step - first].tolist(), strict=True))
 
-    @functools.cached_property
-    def dealt(self) -> int:
-        """How many steps are dealt together: no more than an epoch has, or a pair could meet itself in a step."""
-        return max(1, min(max(FEWEST, DEALT // self.batch_pairs), self.order.start(1) // self.batch_pairs))
+    def window_of(self, step: int) -> tuple[int, int]:
+        """The steps [first, end) whose pairs are dealt together with this one's. Windows share out the steps that begin
+        in an epoch, so that with the last of them every pair of it has been met."""
+        pairs = self.batch_pairs
+        epoch = self.order.epoch_at(step * pairs)
+        begin, after = (-(-self.order.start(e) // pairs) for e in (epoch, epoch + 1))
+        steps = after - begin
+        count = max(1, round(steps / max(FEWEST, DEALT // pairs)))
+        number = ((step - begin + 1) * count - 1) // steps
+        return begin + steps * number // count, begin + steps * (number + 1) // count
 
     @functools.lru_cache(maxsize=4)  # noqa: B019  a plan lives as long as its process
-    def window(self, number: int) -> tuple[Ints, Ints]:
-        """Epochs and rows, each (dealt, batch_pairs), of the steps from `number` · dealt on."""
-        epochs, rows = self._entries(number)
-        dealt = deal(self._tokens_of(epochs, rows), self.dealt)
+    def window(self, first: int, end: int) -> tuple[Ints, Ints]:
+        """Epochs and rows, each (steps, batch_pairs), of the steps of a window."""
+        epochs, rows = self._entries(first, end)
+        dealt = deal(self._tokens_of(epochs, rows), end - first)
         return epochs[dealt], rows[dealt]
 
-    def _entries(self, number: int) -> tuple[Ints, Ints]:
+    def _entries(self, first: int, end: int) -> tuple[Ints, Ints]:
         """Epochs and rows of the window's places in the endless order."""
-        pairs = self.dealt * self.batch_pairs
-        return self.order.entries(number * pairs, (number + 1) * pairs)
+        return self.order.entries(first * self.batch_pairs, end * self.batch_pairs)
 
     def tokens_of(self, pairs: Sequence[tuple[int, int]]) -> Ints:
         """(pairs, 2): patches that are looked at, and text tokens, of pairs of epoch and row."""
@@ -161,9 +166,14 @@ class Plan:
     def largest(self, steps: int, shares: int) -> tuple[int, int]:
         """Patches and text tokens that one of `shares` of a step holds at most, were each step's pairs dealt without a
         rest; over the steps of a run, the first windows of a long one."""
-        windows = range(min(SURVEYED, -(-steps // self.dealt)))
-        sums = np.array([self._tokens_of(*self._entries(number)).sum(0) for number in windows])
-        patches, texts = -(-sums.max(0) // (self.dealt * shares))
+        most, step = np.zeros(2, np.int64), 0
+        for _ in range(SURVEYED):
+            first, end = self.window_of(step)
+            most = np.maximum(most, -(-self._tokens_of(*self._entries(first, end)).sum(0) // ((end - first) * shares)))
+            step = end
+            if step >= steps:
+                break
+        patches, texts = most
         return int(patches), int(texts)
 
     def digest(self, step: int) -> str:
@@ -191,15 +201,17 @@ class Cost:
 def taken(plan: Plan, uids: Collection[str], steps: int) -> Iterator[tuple[int, str]]:
     """(step, uid) each time that the steps below `steps` take one of `uids`, in order of steps."""
     rows = np.array([row for row, uid in enumerate(plan.uids) if uid in uids], np.int64)
-    pairs = plan.dealt * plan.batch_pairs
-    epoch, windows = 0, set[int]()
-    while len(rows) and plan.order.start(epoch) < -(-steps // plan.dealt) * pairs:
-        windows.update((np.flatnonzero(np.isin(plan.order.of(epoch), rows)) + plan.order.start(epoch)) // pairs)
+    windows, epoch = set[tuple[int, int]](), 0
+    end = plan.window_of(steps - 1)[1] * plan.batch_pairs
+    while len(rows) and plan.order.start(epoch) < end:
+        places = np.flatnonzero(np.isin(plan.order.of(epoch), rows)) + plan.order.start(epoch)
+        windows.update(plan.window_of(int(place) // plan.batch_pairs) for place in places)
         epoch += 1
-    for number in sorted(windows):
-        for place, found in zip(*np.nonzero(np.isin(plan.window(number)[1], rows)), strict=True):
-            if number * plan.dealt + place < steps:
-                yield int(number * plan.dealt + place), plan.uids[plan.window(number)[1][place, found]]
+    for first, end in sorted(windows):
+        found = plan.window(first, end)[1]
+        for place, pair in zip(*np.nonzero(np.isin(found, rows)), strict=True):
+            if first + place < steps:
+                yield int(first + place), plan.uids[found[place, pair]]
 
 
 def grid_of(width: int, height: int, max_patches: int) -> Grid:
