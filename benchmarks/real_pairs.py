@@ -20,6 +20,12 @@ from defusedxml.common import DefusedXmlException
 from PIL import Image
 from stamps_web import stamps
 
+from pairs.identity import local_key, make_uid, sha256_hex
+from pairs.schemas import TRAINING
+from pairs.shard import ShardRef, write_shard
+from pairs.store import Store, table_metadata
+from training.config import Pin
+
 SIDE_PX, MAX_PIXELS = 512, 50_000_000
 TITLE = "{http://purl.org/dc/elements/1.1/}title"
 
@@ -64,6 +70,27 @@ def write(packages: Path, folder: Path) -> dict[str, int]:
                 image.save(folder / f"{name}.jpg", quality=95)
                 (folder / f"{name}.txt").write_text(text + "\n")
     return dict(told)
+
+
+def as_shards(folder: Path, store: Store, each: int = 1000) -> list[Pin]:
+    """The pairs of a folder as training shards, a source for each kind."""
+    pins = []
+    for kind in ("clipart", "stamp"):
+        images = sorted(folder.glob(f"{kind}-*.jpg"))
+        for index, start in enumerate(range(0, len(images), each)):
+            ref = ShardRef(f"shards/{kind}-0123456789ab/0000", index)
+            write_shard(store, ref, map(_row, images[start : start + each]), TRAINING)
+            sha256 = table_metadata(store.read_table(ref.table))["tar_sha256"]
+            pins.append(Pin(folder=ref.folder, index=ref.index, tar_sha256=sha256))
+    return pins
+
+
+def _row(path: Path) -> tuple[dict[str, object], bytes]:
+    data, text, key = path.read_bytes(), path.with_suffix(".txt").read_text().strip(), local_key("real", path.name)
+    with Image.open(path) as image:
+        width, height = image.size
+    row = {"uid": make_uid(key, sha256_hex(data)), "url_key": key, "status": "ok", "text": text, "texts": []}
+    return row | {"width": width, "height": height, "image_ext": "jpg"}, data
 
 
 def main() -> None:

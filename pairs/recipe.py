@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pairs.errors import PairmillError
 from pairs.fingerprint import LENGTH, content_hash
-from pairs.strict import strict
+from pairs.strict import nearest, strict
 
 FITTED = ("top_fraction", "quantile", "target_recall")
 TESTS = ("min", "max", "between", "equals", "among", "in_list", *FITTED, "is_null")
@@ -279,7 +279,11 @@ class PretrainSpec(Spec):
     max_patches: int = Field(64, ge=1)  # token budget of an image; its aspect stays
     patch_dropout: float = Field(0.0, ge=0, lt=1)  # share of an image's patches that training leaves out (FLIP)
     jitter: float = Field(0.15, ge=0, lt=0.5)  # turn, stretch, zoom and shift; no mirror: captions say left and right
-    token_multiple: int = Field(1, ge=1)  # streams are filled up to it, so that an allocator sees few shapes
+    token_multiple: int = Field(1, ge=1)  # above 1, streams are filled up to one shape, which is a multiple of it
+    weights: dict[str, Annotated[float, Field(ge=0.001, le=100)]] = {}  # times that an epoch meets a source's pairs; 1
+    loader_workers: int = Field(0, ge=0, le=256)  # processes of each rank that decode images; 0: a thread
+    cache: str | None = None  # a local folder that keeps blocks of far shards
+    cache_gb: float = Field(50.0, gt=0)
     accumulate: int = Field(1, ge=1)  # parts that a rank computes a batch in, for memory; the gradients are the same
     activations: Literal["all", "products", "inputs"] = "all"  # what is kept for the backward; the rest is recomputed
     parallel: Literal["ddp", "fsdp"] = "ddp"  # fsdp: weights, gradients and moments are cut over the workers (FSDP2)
@@ -382,6 +386,16 @@ class Recipe(Spec):
         kinds = [rule.one_per is not None for rule in self.keep]
         if kinds != sorted(kinds):
             raise ValueError("`one_per` rules come last in `keep`: the others commute, these don't")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_are_of_sources(self) -> "Recipe":
+        for spec in (self.pretrain, self.first_filter.clip):
+            for name in spec.weights if spec else ():
+                if name not in self.sources:
+                    raise ValueError(
+                        f"`weights` names {name!r}, which is no source: {nearest(name, list(self.sources))}"
+                    )
         return self
 
     @property

@@ -20,7 +20,7 @@ from pairs.verify import verify
 from pairs.workspace import Workspace
 from pipelines.console import printable
 from training.config import TrainConfig
-from training.plan import steps_of
+from training.plan import taken
 from training.tables import make_plan, pinned_path
 
 _out = Rich(highlight=False)
@@ -217,7 +217,7 @@ def _training(workspace: Workspace, uid: str) -> list[dict[str, Any]]:
         plan, left_out = make_plan(workspace.store, config.shards, config.spec, config.apart)
         if plan.fingerprint != record["result"]["plan"]:
             rows.append(told | {"steps": [], "note": _changed(left_out, record["result"]["left_out"])})
-        elif steps := list(steps_of(plan, uid, config.spec.steps)):
+        elif steps := [step for step, _ in taken(plan, {uid}, config.spec.steps)]:
             rows.append(told | {"steps": steps})
     return rows
 

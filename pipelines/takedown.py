@@ -32,6 +32,7 @@ from pipelines.fetch.policies import RESTS, load_rests, save_rests
 from pipelines.models import trained
 from pipelines.scrub import needles, scrub
 from training.config import Pin, TrainConfig
+from training.plan import taken
 from training.tables import make_plan, pinned_path
 
 Record = dict[str, Any]
@@ -295,12 +296,8 @@ def _taken(store: Store, record: Record, uids: AbstractSet[str], dead: Dead) -> 
         return unknown
     if plan.fingerprint != record["result"]["plan"]:
         return unknown
-    rows = [row for row, uid in enumerate(plan.uids) if uid in uids]
-    total, taken = config.spec.steps * config.spec.batch_pairs, Counter[str]()
-    for epoch in range(-(-total // len(plan))):
-        order = plan.order(epoch)[: total - epoch * len(plan)]
-        taken.update(plan.uids[row] for row in order[np.isin(order, rows)])
-    return dict(sorted(taken.items()))
+    times = Counter(uid for _, uid in taken(plan, uids, config.spec.steps))
+    return dict(sorted(times.items()))
 
 
 def _canaries(store: Store, found: Found) -> None:

@@ -23,7 +23,7 @@ from pairs.shard import ShardRef
 from pairs.store import Store
 from pairs.workspace import Workspace
 from training.config import BlipJob
-from training.data import decode
+from training.pixels import decode
 from training.tables import pinned_table
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"]

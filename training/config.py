@@ -9,7 +9,7 @@ from pairs.fingerprint import fingerprint
 from pairs.recipe import BlipSpec, PretrainSpec
 from pairs.shard import ShardRef
 
-VERSION, BLIP_VERSION = 1, 1  # of what a training makes of the same job: raise with any change that reaches the weights
+VERSION, BLIP_VERSION = 2, 1  # of what a training makes of the same job: raise with any change that reaches the weights
 UNSEEN = {
     "workers",
     "checkpoint_every",
@@ -18,6 +18,9 @@ UNSEEN = {
     "keep_best",
     "tensorboard",
     "profile_steps",
+    "loader_workers",
+    "cache",
+    "cache_gb",
 }  # settings that change no number
 RESULT = "result.json"  # in the run's folder, beside its model: what varies from run to run
 

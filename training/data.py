@@ -1,34 +1,37 @@
-"""From the plan to packed batches: one range request per block, decoding ahead of the step in threads.
+"""From the plan to packed batches, made ahead of the step: blocks are read, decoded and packed.
 
-Everything about a batch's shape comes from the plan, so a damaged image changes none: its patches
-are zeros, its pair is masked and counted. A block that can't be read ends the run. Decoding releases the
-interpreter's lock. JPEGs far larger than
-their patches are decoded at a half, a quarter or an eighth. Cost: the blocks of two windows in memory.
+Everything about a batch's shape comes from the plan, so a damaged image changes none: its patches are zeros, its pair
+is masked and counted. A block that can't be read ends the run. Decoding takes place in a thread (it releases the
+interpreter's lock) or in processes (`decoding`), with the same bytes in any number of them. With a `multiple` of tokens
+above 1, streams are filled up to one shape for the whole run, which the plan's survey tells (decision 11).
 """
 
-import threading
+import contextlib
+import logging
+import mmap
+import os
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
-import cv2
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from pairs.errors import PairmillError
-from pairs.identity import unit_hash
 from pairs.store import Store
-from training.packing import CLIP, Form, Grid, PackedImages, PackedTexts, pack_images, pack_texts
-from training.plan import WINDOW, Block, Cost, Plan
+from training.blocks import Blocks, Cache
+from training.decoding import PORTION, Decoders
+from training.packing import CLIP, Form, PackedImages, PackedTexts, frame_images, pack_texts
+from training.pixels import Item, Look, cells_of, fill
+from training.plan import Cost, Plan
 
-REDUCED = {8: cv2.IMREAD_REDUCED_COLOR_8, 4: cv2.IMREAD_REDUCED_COLOR_4, 2: cv2.IMREAD_REDUCED_COLOR_2}
-JPEG = b"\xff\xd8"
-READS, PAUSE_S = 4, 0.5  # tries of a block, and the first pause between them, which doubles
-DRAWS = ("turn", "stretch", "zoom", "x", "y")
-Pixels = npt.NDArray[np.uint8]
+log = logging.getLogger("pairmill.training")
+SLACK, IN = 4, 4096  # tokens by which whole pairs may leave a share above its part of a window: so many, and one in
+AHEAD = 3  # steps in the making
+Pairs = Sequence[tuple[int, int]]  # epoch and row
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class Batch:
 
 
 class Loader:
-    """Batches of one rank, step after step; `wait_s` is how long the last one was waited for."""
+    """Batches of one rank, step after step. `wait_s` is how long the last one was waited for; `shapes` counts parts by
+    pairs, image tokens and text tokens. `steps` are those of the run that its shape shall serve."""
 
     def __init__(
         self,
@@ -70,170 +74,133 @@ class Loader:
         patch_px: int,
         jitter: float,
         form: Form = CLIP,
-        dropout: float = 0.0,
         accumulate: int = 1,
         multiple: int = 1,
+        steps: int = 1,
+        workers: int = 0,
+        cache: Cache | None = None,
     ) -> None:
-        self.plan, self.store, self.rank, self.ranks, self.cost = plan, store, rank, ranks, cost
-        self.patch_px, self.jitter, self.form, self.dropout = patch_px, jitter, form, dropout
-        self.accumulate, self.multiple = accumulate, multiple
-        self.wait_s = 0.0
-        self._blocks: OrderedDict[int, bytes] = OrderedDict()
-        self._lock = threading.Lock()
+        if ranks > plan.batch_pairs:
+            raise PairmillError(
+                expected=f"a pair of each step for each of {ranks} ranks",
+                found=f"pretrain.batch_pairs: {plan.batch_pairs}",
+                remedy="start fewer ranks, or raise batch_pairs",
+            )
+        self.plan, self.rank, self.ranks, self.cost, self.form = plan, rank, ranks, cost, form
+        self.look = Look(plan.seed, patch_px, jitter, plan.dropout)
+        self.parts, self.multiple, self.workers = min(accumulate, plan.batch_pairs // ranks), multiple, workers
+        self.least = self._least(steps) if multiple > 1 else (0, 0)
+        self.wait_s, self.shapes = 0.0, Counter[tuple[int, int, int]]()
+        self._blocks = Blocks(plan, store, cache)
+        self._decoders: Decoders | None = None
+        self._portions: ThreadPoolExecutor | None = None
 
-    def batches(self, start: int, end: int, ahead: int = 3, threads: int = 1) -> Iterator[Batch]:
-        """The batches of steps [start, end), `ahead` of them in the making."""
-        with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-            pending: list[Future[Batch]] = [pool.submit(self.load, s) for s in range(start, min(end, start + ahead))]
-            for step in range(start, end):
-                began = time.perf_counter()
-                batch = pending.pop(0).result()
-                self.wait_s = time.perf_counter() - began
-                if step + ahead < end:
-                    pending.append(pool.submit(self.load, step + ahead))
-                yield batch
+    def batches(self, start: int, end: int) -> Iterator[Batch]:
+        """The batches of steps [start, end), `AHEAD` of them in the making."""
+        with self._processes(), ThreadPoolExecutor(AHEAD if self.workers else 1, "decode") as pool:
+            pending: list[Future[Batch]] = [pool.submit(self.load, s) for s in range(start, min(end, start + AHEAD))]
+            try:
+                for step in range(start, end):
+                    began = time.perf_counter()
+                    batch = pending.pop(0).result()
+                    self.wait_s = time.perf_counter() - began
+                    self.shapes.update((len(i.pool), len(i.place), len(t.tokens)) for i, t in batch.parts)
+                    if step + AHEAD < end:
+                        pending.append(pool.submit(self.load, step + AHEAD))
+                    yield batch
+            finally:
+                pool.shutdown(cancel_futures=True)
+        if self.multiple > 1:
+            log.info("rank %d met %d shapes of %d parts", self.rank, len(self.shapes), self.shapes.total())
+
+    @contextlib.contextmanager
+    def _processes(self) -> Iterator[None]:
+        """Decoder processes, while the block lasts, if any are wanted."""
+        if not self.workers:
+            yield
+            return
+        decoders = Decoders(self.workers, self.look, int((self.plan.widths * self.plan.heights).max()))
+        with contextlib.closing(decoders), ThreadPoolExecutor(self.workers, "portion") as self._portions:
+            self._decoders = decoders
+            yield
+        self._decoders = None
 
     def load(self, step: int) -> Batch:
-        """This rank's batch of `step`, packed; heavy and light pairs are spread over its parts."""
-        split = self.plan.split(step, self.ranks, self.cost)
-        portions = [
-            [own[i :: self.accumulate] for i in range(self.accumulate) if own[i :: self.accumulate]] for own in split
-        ]
-        own = portions[self.rank]
-        reasons: Counter[str] = Counter()
-        valid: list[bool] = []
-        parts = tuple(self._part(pairs, reasons, valid) for pairs in own)
+        """This rank's batch of `step`, packed; heavy and light pairs are spread over ranks and parts."""
+        shares = self.plan.split(step, self.ranks * self.parts, self.cost)
+        own = shares[self.rank * self.parts : (self.rank + 1) * self.parts]
+        first, end = self.plan.window_of(step)
+        self._blocks.look(max(0, step - AHEAD), end if 2 * step >= first + end else step)
+        made = [self._part(pairs) for pairs in own]
+        valid = torch.cat([fine for _, fine in made])
+        lost = int((~valid).sum())
         return Batch(
-            parts=parts,
-            valid=torch.tensor(valid),
-            same=torch.tensor([[r, self.plan.text(e, r)] for rank in portions for part in rank for e, r in part]),
-            counts=tuple(map(len, split)),
-            damaged=dict(reasons),
-            flops=3 * sum(self._cost(epoch, row) for pairs in own for epoch, row in pairs),
+            parts=tuple(part for part, _ in made),
+            valid=valid,
+            same=torch.tensor([[row, self.plan.text(epoch, row)] for share in shares for epoch, row in share]),
+            counts=tuple(sum(map(len, shares[i : i + self.parts])) for i in range(0, len(shares), self.parts)),
+            damaged={"undecodable": lost} if lost else {},
+            flops=3 * float(sum(self._cost(pairs) for pairs in own)),
         )
 
-    def _cost(self, epoch: int, row: int) -> float:
-        """FLOPs of a pair's forward pass."""
-        h, w = self.plan.grid(row)
-        patches = max(1, round(h * w * (1 - self.dropout)))
-        return self.cost(int(self.form.class_token) + patches, len(self.plan.tokens.ids[self.plan.text(epoch, row)]))
+    def _cost(self, pairs: Pairs) -> float:
+        """FLOPs of the pairs' forward pass."""
+        patches, texts = self.plan.tokens_of(pairs).T
+        return float(self.cost(int(self.form.class_token) + patches, texts).sum())
 
-    def _part(
-        self, pairs: list[tuple[int, int]], reasons: Counter[str], valid: list[bool]
-    ) -> tuple[PackedImages, PackedTexts]:
-        """The pairs (epoch, row), packed; adds to `valid` whether each has an image, and to `reasons` why not."""
-        patches, cells = [], []
-        for epoch, row in pairs:
-            grid = self.plan.grid(row)
-            pixels, reason = self._pixels(epoch, row, grid)
-            valid.append(reason is None)
-            if reason:
-                reasons[reason] += 1
-            cells.append(torch.from_numpy(self._cells(epoch, row, grid)))
-            patches.append(torch.from_numpy(patchify(pixels, grid, self.patch_px))[cells[-1]])
-        texts = [torch.from_numpy(self.plan.tokens.ids[self.plan.text(e, r)]) for e, r in pairs]
-        grids = [self.plan.grid(r) for _, r in pairs]
-        images = pack_images(patches, grids, self.form, cells, self.multiple)
-        return images, pack_texts(texts, self.form, self.multiple)
+    def _least(self, steps: int) -> tuple[int, int]:
+        """The lengths of the two streams that hold a part of (nearly) every step."""
+        shares = self.ranks * self.parts
+        patches, texts = self.plan.largest(steps, shares)
+        tokens = patches + int(self.form.class_token) * -(-self.plan.batch_pairs // shares), texts
+        images, words = (-(-(n + SLACK + n // IN) // self.multiple) * self.multiple for n in tokens)
+        return images, words
 
-    def _cells(self, epoch: int, row: int, grid: Grid) -> npt.NDArray[np.int64]:
-        """The cells of an image that this epoch looks at: all, or without those that patch dropout takes (FLIP, arXiv
-        2212.00794), drawn by the pair's uid."""
-        count = grid[0] * grid[1]
-        kept = max(1, round(count * (1 - self.dropout)))
-        if kept == count:
-            return np.arange(count)
-        draws = np.random.default_rng(int(unit_hash(self.plan.seed, epoch, self.plan.uids[row], "cells") * 2**53))
-        return np.sort(draws.permutation(count)[:kept])
+    def _part(self, pairs: Pairs) -> tuple[tuple[PackedImages, PackedTexts], torch.Tensor]:
+        """The pairs, packed, and whether each has an image."""
+        grids = [self.plan.grid(row) for _, row in pairs]
+        cells = [cells_of(grid, e, self.plan.uids[r], self.look) for grid, (e, r) in zip(grids, pairs, strict=True)]
+        frame = frame_images(grids, cells, self.form, self.multiple, self.least[0])
+        items = [self._item(*pairs[i], frame.starts[i]) for i in frame.order]
+        patches, fine = self._pixels(len(frame.place), items)
+        texts = [torch.from_numpy(self.plan.tokens.ids[self.plan.text(epoch, row)]) for epoch, row in pairs]
+        packed = frame.holding(patches), pack_texts(texts, self.form, self.multiple, self.least[1])
+        valid = torch.empty(len(pairs), dtype=torch.bool)
+        valid[torch.tensor(frame.order)] = torch.tensor(fine)
+        return packed, valid
 
-    def _pixels(self, epoch: int, row: int, grid: Grid) -> tuple[Pixels, str | None]:
-        """The jittered and resized picture (h·P, w·P, 3), RGB; zeros and the reason where it can't be read."""
+    def _item(self, epoch: int, row: int, start: int) -> Item:
         size = (int(self.plan.widths[row]), int(self.plan.heights[row]))
-        picture = decode(self._bytes(row), size, grid, self.patch_px)
-        if picture is None:
-            return np.zeros((grid[0] * self.patch_px, grid[1] * self.patch_px, 3), np.uint8), "undecodable"
-        if self.jitter:
-            draws = [unit_hash(self.plan.seed, epoch, self.plan.uids[row], what) for what in DRAWS]
-            picture = jittered(picture, self.jitter, draws)
-        return resize(picture, grid, self.patch_px), None
+        return Item(self._blocks.image(row), size, self.plan.grid(row), epoch, self.plan.uids[row], start)
 
-    def _bytes(self, row: int) -> bytes:
-        number = int(self.plan.block_of[row])
-        block = self.plan.blocks[number]
-        with self._lock:
-            if number not in self._blocks:
-                self._blocks[number] = _read(self.store, block)
-                if len(self._blocks) > 2 * WINDOW:
-                    self._blocks.popitem(last=False)
-            self._blocks.move_to_end(number)
-            data = self._blocks[number]
-        start = int(self.plan.offsets[row]) - block.start
-        return data[start : start + int(self.plan.sizes[row])]
-
-
-def _read(store: Store, block: Block) -> bytes:
-    """The block's bytes. A store that is away for a moment is asked again: pairs must not be lost to its weather."""
-    found = ""
-    for attempt in range(READS):
-        if attempt:
-            time.sleep(PAUSE_S * 2 ** (attempt - 1))
+    def _pixels(self, tokens: int, items: Sequence[Item]) -> tuple[torch.Tensor, list[bool]]:
+        """The images' patches in a stream (tokens, 3·P·P) of uint8, zeros elsewhere; whether each could be decoded."""
+        width = 3 * self.look.patch_px**2
+        if not self._decoders or not self._portions:
+            rows = np.zeros((tokens, width), np.uint8)
+            return torch.from_numpy(rows), [fill(rows, item, self.look) for item in items]
+        memory = os.memfd_create("pairmill-stream")
         try:
-            data = store.read(block.shard.tar, block.start, block.size)
-            if len(data) == block.size:
-                return data
-            found = f"{len(data)} of {block.size} bytes from {block.start}"
-        except OSError as error:
-            found = f"{type(error).__name__}: {error}"
-    raise PairmillError(
-        expected=f"to read {block.shard.tar}",
-        found=f"{found}, {READS} times",
-        remedy="mend the store, then run the same command again: it resumes after the last checkpoint",
-    )
+            os.ftruncate(memory, tokens * width)
+            portions = [items[i : i + PORTION] for i in range(0, len(items), PORTION)]
+            done = self._portions.map(lambda part: self._decode(memory, width, part), portions)
+            fine = [one for portion in done for one in portion]
+            shared = mmap.mmap(memory, tokens * width)
+        finally:
+            os.close(memory)
+        return torch.frombuffer(shared, dtype=torch.uint8).view(tokens, width), fine
+
+    def _decode(self, memory: int, width: int, items: Sequence[Item]) -> list[bool]:
+        assert self._decoders
+
+        def told() -> str:
+            uids = {item.uid for item in items}
+            rows = [row for row, uid in enumerate(self.plan.uids) if uid in uids]
+            return ", ".join(sorted({self.plan.blocks[self.plan.block_of[row]].shard.tar for row in rows}))
+
+        return self._decoders.fill(memory, width, items, told)
 
 
-def decode(data: bytes, size: tuple[int, int] | None = None, grid: Grid = (1, 1), patch_px: int = 1) -> Pixels | None:
-    """The picture (height, width, 3), RGB. Where `size` (width, height) is given, it may be reduced to no less than
-    `grid` holds. None where it can't be decoded or isn't of `size`."""
-    flag, shrink = cv2.IMREAD_COLOR, 1
-    if size and data[:2] == JPEG:  # other decoders make the whole picture first
-        spare = min(size[0] / (grid[1] * patch_px), size[1] / (grid[0] * patch_px))
-        shrink = next((factor for factor in REDUCED if spare >= factor), 1)
-        flag = REDUCED.get(shrink, cv2.IMREAD_COLOR)
-    try:
-        picture = cv2.imdecode(np.frombuffer(data, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)
-    except cv2.error:  # no bytes at all, or more pixels than OpenCV is allowed
-        return None
-    if picture is None or (size and picture.shape[:2] != (-(-size[1] // shrink), -(-size[0] // shrink))):
-        return None
-    return np.asarray(picture[:, :, ::-1], dtype=np.uint8)
-
-
-def resize(picture: Pixels, grid: Grid, patch_px: int) -> Pixels:
-    """The picture at (h·P, w·P): averaged where it shrinks, cubic where it grows."""
-    width, height = grid[1] * patch_px, grid[0] * patch_px
-    shrinks = picture.shape[1] >= width and picture.shape[0] >= height
-    how = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
-    return np.asarray(cv2.resize(picture, (width, height), interpolation=how), dtype=np.uint8)
-
-
-def patchify(pixels: Pixels, grid: Grid, patch_px: int) -> Pixels:
-    """(h·P, w·P, 3) to (h·w, 3·P·P) in the order of a convolution's weights: channel, row, column."""
-    h, w = grid
-    cells = pixels.reshape(h, patch_px, w, patch_px, 3).transpose(0, 2, 4, 1, 3)
-    return np.ascontiguousarray(cells).reshape(h * w, -1)
-
-
-def jittered(picture: Pixels, amount: float, draws: Sequence[float]) -> Pixels:
-    """The picture turned, stretched, zoomed and shifted a little, its edges drawn out; never mirrored or tinted.
-
-    `amount` 0.1 allows 6 degrees, and 10 % of stretch, zoom and shift each; `draws` are in [0, 1), one of `DRAWS` each.
-    """
-    height, width = picture.shape[:2]
-    turn, stretch, zoom, x, y = (amount * (2 * draw - 1) for draw in draws)
-    sizes = np.diag([np.exp(zoom + stretch / 2), np.exp(zoom - stretch / 2)])
-    turned = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]) @ sizes
-    middle = np.array([width, height]) / 2
-    shift = middle - turned @ middle + (x * width, y * height)
-    matrix = np.column_stack([turned, shift])
-    moved = cv2.warpAffine(picture, matrix, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-    return np.asarray(moved, dtype=np.uint8)
+def cache_at(folder: str | None, gigabytes: float) -> Cache | None:
+    """The cache of blocks that a recipe asks for."""
+    return Cache(Path(folder), int(gigabytes * 1e9)) if folder else None

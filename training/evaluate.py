@@ -17,9 +17,9 @@ from torch import Tensor
 
 from pairs.errors import PairmillError
 from training import export
-from training.data import decode, patchify, resize
 from training.models.clip import Towers
 from training.packing import pack_images, pack_texts
+from training.pixels import decode, patchify, resize
 from training.plan import grid_of
 from training.tokens import encode
 

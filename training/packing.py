@@ -2,19 +2,19 @@
 
 Segments are sorted by length inside a stream, so that equal lengths are neighbours (see `attention`); `pool`
 finds each example's pooled token again, in the examples' own order. Where shapes shall repeat, so that a compiler sees
-few, a stream is filled up to a multiple of tokens by a tail: a segment of its own that nothing looks at. Fill is useful
-over computed tokens, tails included. Cost: index arithmetic on the host. NaViT: arXiv 2307.06304.
+one, a stream is filled up by a tail: a segment of its own that nothing looks at. Fill is useful over computed tokens,
+tails included. Cost: index arithmetic on the host. NaViT: arXiv 2307.06304.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from training.attention import Layout
-
-Grid = tuple[int, int]  # rows and columns of patches
+from training.pixels import Cells, Grid
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,48 @@ class PackedTexts:
         return PackedTexts(tokens, positions, pool, self.layout.to(device), self.useful)
 
 
+@dataclass(frozen=True)
+class Frame:
+    """A stream of images without its pixels: their order by length, and the row of each image's first patch."""
+
+    order: list[int]
+    starts: list[int]
+    grids: tuple[Grid, ...]
+    place: Tensor
+    pool: Tensor
+    layout: Layout
+    useful: int
+
+    def holding(self, patches: Tensor) -> PackedImages:
+        """With `patches` (T, 3·P·P)."""
+        assert len(patches) == len(self.place)
+        return PackedImages(patches, self.grids, self.place, self.pool, self.layout, self.useful)
+
+
+def frame_images(
+    grids: Sequence[Grid], cells: Sequence[Cells], form: Form = CLIP, multiple: int = 1, least: int = 0
+) -> Frame:
+    """Where images go of which `cells` (row-major in their (h, w) `grids`) are looked at. For `multiple` see `tail`."""
+    order = sorted(range(len(grids)), key=lambda i: (len(cells[i]), grids[i]))
+    kinds = tuple(sorted(set(grids)))
+    first, numbered = {}, 1
+    for kind in kinds:
+        first[kind] = numbered
+        numbered += kind[0] * kind[1]
+    extra = int(form.class_token)
+    lengths = [extra + len(cells[i]) for i in order]
+    useful, rest = sum(lengths), tail(sum(lengths), multiple, least)
+    place = np.zeros(useful + sum(rest), np.int64)
+    starts, pool, start = [0] * len(grids), [0] * len(grids), 0
+    for segment, (i, length) in enumerate(zip(order, lengths, strict=True)):
+        starts[i] = start + extra
+        place[start + extra : start + length] = first[grids[i]] + cells[i]
+        pool[i] = start if form.class_token else segment
+        start += length
+    layout = Layout.of([*lengths, *rest])
+    return Frame(order, starts, kinds, torch.from_numpy(place), torch.tensor(pool), layout, useful)
+
+
 def pack_images(
     patches: Sequence[Tensor],
     grids: Sequence[Grid],
@@ -69,41 +111,28 @@ def pack_images(
 ) -> PackedImages:
     """Packs images given as patches (their number, 3·P·P) in row-major order of their (h, w) `grids`; where `cells` are
     given (patch dropout), they name the cells of each image that are there."""
-    held = cells or [torch.arange(h * w) for h, w in grids]
-    assert len(patches) == len(grids) and all(len(p) == len(c) for p, c in zip(patches, held, strict=True))
-    order = sorted(range(len(grids)), key=lambda i: (len(held[i]), grids[i]))
-    kinds = tuple(sorted(set(grids)))
-    first, numbered = {}, 1
-    for kind in kinds:
-        first[kind] = numbered
-        numbered += kind[0] * kind[1]
-    extra = int(form.class_token)
-    lengths = [extra + len(held[i]) for i in order]
-    tail = _tail(sum(lengths), multiple)
-    rows = patches[0].new_zeros(sum(lengths) + sum(tail), patches[0].shape[1])
-    place = torch.zeros(len(rows), dtype=torch.int64)
-    pool = torch.zeros(len(grids), dtype=torch.int64)
-    start = 0
-    for segment, (i, length) in enumerate(zip(order, lengths, strict=True)):
-        rows[start + extra : start + length] = patches[i]
-        place[start + extra : start + length] = first[grids[i]] + held[i]
-        pool[i] = start if form.class_token else segment
-        start += length
-    return PackedImages(rows, kinds, place, pool, Layout.of([*lengths, *tail]), start)
+    held = [c.numpy() for c in cells] if cells else [np.arange(h * w) for h, w in grids]
+    assert all(len(p) == len(c) for p, c in zip(patches, held, strict=True))
+    frame = frame_images(grids, held, form, multiple)
+    rows = patches[0].new_zeros(len(frame.place), patches[0].shape[1])
+    for start, own in zip(frame.starts, patches, strict=True):
+        rows[start : start + len(own)] = own
+    return frame.holding(rows)
 
 
-def pack_texts(texts: Sequence[Tensor], form: Form = CLIP, multiple: int = 1) -> PackedTexts:
+def pack_texts(texts: Sequence[Tensor], form: Form = CLIP, multiple: int = 1, least: int = 0) -> PackedTexts:
     """Packs texts given as (length,) token ids, pooled at the last token (EOT)."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     lengths = [len(texts[i]) for i in order]
-    tail = _tail(sum(lengths), multiple)
-    tokens = torch.cat([*(texts[i] for i in order), texts[0].new_zeros(sum(tail))]).long()
-    positions = torch.cat([*map(torch.arange, lengths), torch.zeros(sum(tail), dtype=torch.int64)])
+    rest = tail(sum(lengths), multiple, least)
+    tokens = torch.cat([*(texts[i] for i in order), texts[0].new_zeros(sum(rest))]).long()
+    positions = torch.cat([*map(torch.arange, lengths), torch.zeros(sum(rest), dtype=torch.int64)])
     pool = torch.zeros(len(texts), dtype=torch.int64)
     pool[torch.tensor(order)] = torch.tensor(lengths).cumsum(0) - 1
-    return PackedTexts(tokens, positions, pool, Layout.of([*lengths, *tail], causal=form.causal), sum(lengths))
+    return PackedTexts(tokens, positions, pool, Layout.of([*lengths, *rest], causal=form.causal), sum(lengths))
 
 
-def _tail(tokens: int, multiple: int) -> list[int]:
-    """The length of the segment that fills a stream up, if there is any."""
-    return [-tokens % multiple] if tokens % multiple else []
+def tail(tokens: int, multiple: int, least: int = 0) -> list[int]:
+    """The length of the segment that fills a stream up to a multiple of tokens, above `least`; there always is one
+    where shapes shall repeat (`multiple` above 1), for the number of segments is a shape too."""
+    return [max(least, tokens // multiple * multiple + multiple) - tokens] if multiple > 1 else []

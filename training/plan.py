@@ -1,29 +1,28 @@
 """The plan: which pairs each step takes, from the tables alone: every rank knows every batch beforehand.
 
-Step s takes pairs [s·B, (s+1)·B) of an endless order, epoch after epoch. An epoch shuffles blocks of
-neighbouring rows and mixes the rows of `WINDOW` blocks: one range request per block, and rows from many blocks
-in a batch. Its state is {fingerprint, epoch, step}, free of ranks. Every draw is a hash of (seed, epoch, uid).
-Cost: tokenising each different text once, then microseconds per pair.
+The pairs of the endless order (`order`) are dealt, some `DEALT` at a time, to the steps, so that all have nearly equal
+patches and text tokens (decision 11). The state is {fingerprint, epoch, step}, free of ranks. Every draw is a hash of
+(seed, epoch, uid). Cost: tokenising each different text once, then microseconds per pair.
 """
 
 import functools
 import hashlib
-import heapq
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from pairs.identity import unit_hash
 from pairs.shard import ShardRef
-from training.packing import Grid
+from training.dealing import deal
+from training.order import Draws, Ints, Order, draws
+from training.pixels import Grid, kept
 from training.tokens import Tokens
 
 BLOCK = 64  # neighbouring rows that are read by one range request
-WINDOW = 32  # blocks whose rows are mixed
-Ints = npt.NDArray[np.int64]
+DEALT, FEWEST = 8192, 4  # pairs that are dealt together, and the fewest steps
+SURVEYED = 1024  # times so many steps tell how large a step's streams become
 
 
 @dataclass(frozen=True)
@@ -35,11 +34,18 @@ class Block:
     count: int
     start: int
     size: int
+    tar_sha256: str = ""
+
+    @property
+    def source(self) -> str:
+        """Shards lie in `…/<source>-<fingerprint>/<increment>`."""
+        return self.shard.folder.split("/")[-2].rpartition("-")[0]
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """All pairs in table order. `texts[i]` are the candidates of pair i, as numbers into `tokens.ids`."""
+    """All pairs in table order. `texts[i]` are the candidates of pair i, as numbers into `tokens.ids`. `weights` are
+    those of sources, as far as they aren't 1."""
 
     uids: list[str]
     texts: list[list[int]]
@@ -53,39 +59,93 @@ class Plan:
     max_patches: int
     seed: int
     fingerprint: str
+    dropout: float = 0.0
+    weights: dict[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.uids)
 
     def rows(self, step: int) -> list[tuple[int, int]]:
         """(epoch, row) of each of the step's pairs; a step may end one epoch and begin the next."""
-        start = step * self.batch_pairs
-        places = (divmod(p, len(self)) for p in range(start, start + self.batch_pairs))
-        return [(epoch, int(self.order(epoch)[place])) for epoch, place in places]
+        first, end = self.window_of(step)
+        epochs, rows = self.window(first, end)
+        return list(zip(epochs[step - first].tolist(), rows[step - first].tolist(), strict=True))
+
+    def window_of(self, step: int) -> tuple[int, int]:
+        """The steps [first, end) whose pairs are dealt together with this one's. Windows share out the steps that begin
+        in an epoch, so that with the last of them every pair of it has been met."""
+        pairs = self.batch_pairs
+        epoch = self.order.epoch_at(step * pairs)
+        begin, after = (-(-self.order.start(e) // pairs) for e in (epoch, epoch + 1))
+        steps = after - begin
+        count = max(1, round(steps / max(FEWEST, DEALT // pairs)))
+        number = ((step - begin + 1) * count - 1) // steps
+        return begin + steps * number // count, begin + steps * (number + 1) // count
 
     @functools.lru_cache(maxsize=4)  # noqa: B019  a plan lives as long as its process
-    def order(self, epoch: int) -> Ints:
-        """The epoch's order: a permutation of the rows."""
-        blocks = np.argsort(_draws(len(self.blocks), self.seed, epoch, 1), kind="stable")
-        draws = _draws(len(self), self.seed, epoch, 2)
-        parts = []
-        for start in range(0, len(blocks), WINDOW):
-            spans = [self.blocks[b] for b in blocks[start : start + WINDOW]]
-            rows = np.concatenate([np.arange(s.first, s.first + s.count) for s in spans])
-            parts.append(rows[np.argsort(draws[rows], kind="stable")])
-        return np.concatenate(parts)
+    def window(self, first: int, end: int) -> tuple[Ints, Ints]:
+        """Epochs and rows, each (steps, batch_pairs), of the steps of a window."""
+        epochs, rows = self._entries(first, end)
+        dealt = deal(self._tokens_of(epochs, rows), end - first)
+        return epochs[dealt], rows[dealt]
+
+    def _entries(self, first: int, end: int) -> tuple[Ints, Ints]:
+        """Epochs and rows of the window's places in the endless order."""
+        return self.order.entries(first * self.batch_pairs, end * self.batch_pairs)
+
+    def tokens_of(self, pairs: Sequence[tuple[int, int]]) -> Ints:
+        """(pairs, 2): patches that are looked at, and text tokens, of pairs of epoch and row."""
+        epochs, rows = np.array(pairs).T
+        return self._tokens_of(epochs, rows)
+
+    def _tokens_of(self, epochs: Ints, rows: Ints) -> Ints:
+        texts = np.empty(len(rows), np.int64)
+        for epoch in np.unique(epochs):
+            texts[epochs == epoch] = self._lengths[self._texts(int(epoch))[rows[epochs == epoch]]]
+        return np.stack([self._patches[rows], texts], axis=1)
+
+    @functools.cached_property
+    def order(self) -> Order:
+        """Epoch after epoch of the rows."""
+        return Order(self._keys, self.block_of, [block.source for block in self.blocks], self.seed, self.weights)
 
     @functools.cached_property
     def block_of(self) -> Ints:
         """The block of each row."""
         return np.repeat(np.arange(len(self.blocks)), [b.count for b in self.blocks])
 
+    @functools.cached_property
+    def _keys(self) -> Draws:
+        return np.array([int(uid[:16], 16) for uid in self.uids], np.uint64)
+
+    @functools.cached_property
+    def _lengths(self) -> Ints:
+        """Tokens of each text."""
+        return np.array([len(ids) for ids in self.tokens.ids])
+
+    @functools.cached_property
+    def _patches(self) -> Ints:
+        """Patches of each row that are looked at."""
+        different, which = np.unique(np.stack([self.widths, self.heights]), axis=1, return_inverse=True)
+        found = [kept(math.prod(self._grid(int(w), int(h))), self.dropout) for w, h in different.T]
+        return np.array(found)[which.ravel()]
+
+    @functools.cached_property
+    def _choices(self) -> tuple[Ints, Ints, Ints]:
+        """All pairs' texts one after another, where each pair's begin, and how many they are."""
+        counts = np.array([len(texts) for texts in self.texts])
+        return np.array([n for texts in self.texts for n in texts]), np.cumsum(counts) - counts, counts
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019
+    def _texts(self, epoch: int) -> Ints:
+        """The text that each row brings in the epoch: each of its texts with equal chance."""
+        texts, first, counts = self._choices
+        chance = (draws(self._keys, self.seed, epoch, "text") >> np.uint64(11)) / 2.0**53
+        return texts[first + (chance * counts).astype(np.int64)]
+
     def text(self, epoch: int, row: int) -> int:
-        """Which of the pair's texts it brings in this epoch: each with equal chance."""
-        choices = self.texts[row]
-        if len(choices) == 1:
-            return choices[0]
-        return choices[int(unit_hash(self.seed, epoch, self.uids[row], "text") * len(choices))]
+        """Which of the pair's texts it brings in this epoch."""
+        return int(self._texts(epoch)[row])
 
     @functools.lru_cache(maxsize=65536)  # noqa: B019
     def _grid(self, width: int, height: int) -> Grid:
@@ -94,21 +154,27 @@ class Plan:
     def grid(self, row: int) -> Grid:
         return self._grid(int(self.widths[row]), int(self.heights[row]))
 
-    def split(self, step: int, ranks: int, cost: "Cost") -> list[list[tuple[int, int]]]:
-        """The step's pairs by rank, the heaviest first, each to the rank with the least work so far."""
-        if ranks == 1:
-            return [self.rows(step)]
-        works = []
-        for place, (epoch, row) in enumerate(self.rows(step)):
-            h, w = self.grid(row)
-            works.append((-cost(1 + h * w, len(self.tokens.ids[self.text(epoch, row)])), place, (epoch, row)))
-        parts: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
-        loads = [(0.0, rank) for rank in range(ranks)]
-        for work, _, pair in sorted(works):
-            load, rank = heapq.heappop(loads)
-            parts[rank].append(pair)
-            heapq.heappush(loads, (load - work, rank))
-        return parts
+    def split(self, step: int, shares: int, cost: "Cost") -> list[list[tuple[int, int]]]:
+        """The step's pairs in `shares` of nearly equal patches, text tokens and work, and of equal counts but for one.
+        Work is told in tokens of a mean pair, so that all three weigh alike."""
+        pairs = self.rows(step)
+        tokens = self.tokens_of(pairs)
+        work = cost(1 + tokens[:, 0], tokens[:, 1])
+        scaled = np.rint(work * (tokens.sum() / work.sum())).astype(np.int64)
+        return [[pairs[i] for i in share if i >= 0] for share in deal(np.column_stack([tokens, scaled]), shares)]
+
+    def largest(self, steps: int, shares: int) -> tuple[int, int]:
+        """Patches and text tokens that one of `shares` of a step holds at most, were each step's pairs dealt without a
+        rest; over the steps of a run, the first windows of a long one."""
+        most, step = np.zeros(2, np.int64), 0
+        for _ in range(SURVEYED):
+            first, end = self.window_of(step)
+            most = np.maximum(most, -(-self._tokens_of(*self._entries(first, end)).sum(0) // ((end - first) * shares)))
+            step = end
+            if step >= steps:
+                break
+        patches, texts = most
+        return int(patches), int(texts)
 
     def digest(self, step: int) -> str:
         """sha256 over the step's uids in order: two runs that agree consumed the same pairs."""
@@ -116,7 +182,7 @@ class Plan:
 
     def state(self, step: int) -> dict[str, object]:
         """Where training stands before `step`: rank-free, a few bytes."""
-        return {"plan": self.fingerprint, "epoch": step * self.batch_pairs // len(self), "step": step}
+        return {"plan": self.fingerprint, "epoch": self.order.epoch_at(step * self.batch_pairs), "step": step}
 
 
 @dataclass(frozen=True)
@@ -126,19 +192,26 @@ class Cost:
     vision: tuple[int, int]  # layers, width
     text: tuple[int, int]
 
-    def __call__(self, image_tokens: int, text_tokens: int) -> float:
+    def __call__(self, image_tokens: Ints, text_tokens: Ints) -> npt.NDArray[np.float64]:
         sizes = ((self.vision, image_tokens), (self.text, text_tokens))
-        return float(sum(layers * (24 * width * width * n + 4 * width * n * n) for (layers, width), n in sizes))
+        found = sum(layers * (24.0 * width * width * n + 4.0 * width * n * n) for (layers, width), n in sizes)
+        return np.asarray(found, np.float64)
 
 
-def steps_of(plan: Plan, uid: str, steps: int) -> Iterator[int]:
-    """The steps below `steps` that take the pair `uid`, in order; none where the plan doesn't hold it."""
-    if uid in plan.uids:
-        row = plan.uids.index(uid)
-        for epoch in range(-(-steps * plan.batch_pairs // len(plan))):
-            place = epoch * len(plan) + int(np.flatnonzero(plan.order(epoch) == row)[0])
-            if place // plan.batch_pairs < steps:
-                yield place // plan.batch_pairs
+def taken(plan: Plan, uids: Collection[str], steps: int) -> Iterator[tuple[int, str]]:
+    """(step, uid) each time that the steps below `steps` take one of `uids`, in order of steps."""
+    rows = np.array([row for row, uid in enumerate(plan.uids) if uid in uids], np.int64)
+    windows, epoch = set[tuple[int, int]](), 0
+    end = plan.window_of(steps - 1)[1] * plan.batch_pairs
+    while len(rows) and plan.order.start(epoch) < end:
+        places = np.flatnonzero(np.isin(plan.order.of(epoch), rows)) + plan.order.start(epoch)
+        windows.update(plan.window_of(int(place) // plan.batch_pairs) for place in places)
+        epoch += 1
+    for first, end in sorted(windows):
+        found = plan.window(first, end)[1]
+        for place, pair in zip(*np.nonzero(np.isin(found, rows)), strict=True):
+            if first + place < steps:
+                yield int(first + place), plan.uids[found[place, pair]]
 
 
 def grid_of(width: int, height: int, max_patches: int) -> Grid:
@@ -156,13 +229,3 @@ def grid_of(width: int, height: int, max_patches: int) -> Grid:
                 if score > best_score:
                     best, best_score = (h, w), score
     return best
-
-
-def _draws(count: int, *key: int) -> npt.NDArray[np.uint64]:
-    """`count` 64-bit draws that depend on the key alone (splitmix64), equal on any machine and numpy."""
-    start = int(unit_hash(*key) * 2**53)
-    with np.errstate(over="ignore"):
-        x = np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(start << 11)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))

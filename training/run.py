@@ -30,7 +30,7 @@ from pairs.store import Store
 from training import checkpoint, export
 from training.attention import chosen
 from training.config import RESULT, UNSEEN, BlipJob, BlipResult, TrainConfig, TrainResult
-from training.data import Loader
+from training.data import Loader, cache_at
 from training.hardware import deterministic
 from training.loop import Totals, make_optimizer, train_steps
 from training.parallel import place, whole_state
@@ -111,7 +111,19 @@ def train_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device)
     m = spec.model
     cost = Cost((m.vision.layers, m.vision.width), (m.text.layers, m.text.width))
     loader = Loader(
-        plan, store, rank, ranks, cost, m.patch_px, spec.jitter, model.form, spec.patch_dropout, spec.accumulate
+        plan,
+        store,
+        rank,
+        ranks,
+        cost,
+        m.patch_px,
+        spec.jitter,
+        model.form,
+        spec.accumulate,
+        spec.token_multiple,
+        spec.steps,
+        spec.loader_workers,
+        cache_at(spec.cache, spec.cache_gb),
     )
     emit = metrics.add if metrics else lambda line: None  # the other ranks stay silent
     traced = spec.profile_steps if rank == 0 else 0

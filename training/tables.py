@@ -6,19 +6,21 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pairs.errors import PairmillError
 from pairs.fingerprint import fingerprint
 from pairs.recipe import PretrainSpec
-from pairs.shard import ShardRef
 from pairs.store import Store, table_metadata
 from pairs.workspace import Dead, Workspace, alive
 from training.config import Pin
-from training.plan import BLOCK, WINDOW, Block, Plan
+from training.order import WINDOW
+from training.plan import BLOCK, DEALT, FEWEST, Block, Plan
 from training.tokens import Tokeniser
 
 COLUMNS = ["uid", "url_key", "status", "text", "texts", "width", "height", "image_offset", "image_size"]
-VERSION = 1  # of the order that a plan gives; enters its fingerprint
+NUMBERS = ("width", "height", "image_offset", "image_size")
+VERSION = 2  # of the order that a plan gives; enters its fingerprint
 
 
 def make_plan(
@@ -35,7 +37,7 @@ def make_plan(
     for pin in pins:
         table = pinned_table(store, pin)
         kept = _usable(table, list(alive(table, dead).to_pylist()), frozenset(apart), left_out)
-        blocks += _blocks(pin.ref, kept, len(uids))
+        blocks += _blocks(pin, kept, len(uids))
         for row in kept:
             uids.append(row["uid"])
             texts.append(list(dict.fromkeys(tokeniser.number(text) for text in row["choices"])))
@@ -57,12 +59,12 @@ def make_plan(
     offsets, sizes, widths, heights = (np.array(values, dtype=np.int64) for values in columns.values())
     m = spec.model
     identity = {
-        "version": [VERSION, BLOCK, WINDOW],
+        "version": [VERSION, BLOCK, WINDOW, DEALT, FEWEST],
         "shards": [pin.model_dump() for pin in pins],
         "uids": fingerprint({"uids": uids}),
         "settings": [spec.batch_pairs, spec.max_patches, m.patch_px, m.context, spec.jitter, spec.seed],
         "extra": [m.kind, m.tokenizer, spec.patch_dropout],
-    }
+    } | ({"weights": spec.weights} if spec.weights else {})
     plan = Plan(
         uids=uids,
         texts=texts,
@@ -76,6 +78,8 @@ def make_plan(
         max_patches=spec.max_patches,
         seed=spec.seed,
         fingerprint=fingerprint(identity),
+        dropout=spec.patch_dropout,
+        weights=spec.weights,
     )
     return plan, dict(left_out)
 
@@ -108,7 +112,28 @@ def pinned_table(store: Store, pin: Pin) -> pa.Table:
             found=f"{size} bytes",
             remedy=f"delete {pin.ref.table} and {pin.ref.tar}, then run the same command again",
         )
-    return table.select(COLUMNS)
+    return _sound(table.select(COLUMNS), pin.ref.table, int(recorded["tar_size"]))
+
+
+def _sound(table: pa.Table, path: str, tar_size: int) -> pa.Table:
+    """The table with whole numbers where they belong, none of which points behind the tar's end."""
+    for name in NUMBERS:
+        try:
+            table = table.set_column(table.schema.get_field_index(name), name, table[name].cast(pa.int64()))
+        except pa.ArrowException as error:  # a NaN, a word
+            raise PairmillError(
+                expected=f"whole numbers in the column {name} of {path}",
+                found=" ".join(str(error).split()),
+                remedy="run `pairmill verify` on the workspace, and mend what it names",
+            ) from error
+    end = pc.max(pc.add(table["image_offset"], table["image_size"])).as_py() or 0
+    if end > tar_size:
+        raise PairmillError(
+            expected=f"images of {path} within its tar of {tar_size} bytes",
+            found=f"one that ends at byte {end}",
+            remedy="run `pairmill verify` on the workspace, and mend what it names",
+        )
+    return table
 
 
 def _usable(table: pa.Table, living: list[bool], apart: frozenset[str], left_out: Counter[str]) -> list[dict[str, Any]]:
@@ -127,11 +152,11 @@ def _usable(table: pa.Table, living: list[bool], apart: frozenset[str], left_out
     return kept
 
 
-def _blocks(shard: ShardRef, rows: list[dict[str, Any]], first: int) -> list[Block]:
+def _blocks(pin: Pin, rows: list[dict[str, Any]], first: int) -> list[Block]:
     blocks = []
     for at in range(0, len(rows), BLOCK):
         part = rows[at : at + BLOCK]
         start = min(row["image_offset"] for row in part)
         end = max(row["image_offset"] + row["image_size"] for row in part)
-        blocks.append(Block(shard, first + at, len(part), start, end - start))
+        blocks.append(Block(pin.ref, first + at, len(part), start, end - start, pin.tar_sha256))
     return blocks

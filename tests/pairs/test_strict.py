@@ -102,6 +102,16 @@ def test_a_source_keeps_its_own_settings() -> None:
     assert made.trusted == ["b"]
 
 
+@pytest.mark.parametrize("place", ["pretrain", "first_filter"])
+def test_weights_are_of_sources(place: str) -> None:
+    def settings(name: str) -> dict[str, Any]:
+        spec = {"weights": {name: 2.5}}
+        return {place: spec if place == "pretrain" else {"clip": spec}}
+
+    recipe(**settings("docs"))
+    assert "did you mean 'docs'?" in refusal(**settings("dosc")).expected
+
+
 def test_a_recipe_is_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         recipe().seed = 3  # type: ignore[misc]

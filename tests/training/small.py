@@ -62,12 +62,12 @@ def pair(i: int) -> tuple[dict[str, Any], bytes]:
     return row | {"width": width, "height": height}, data
 
 
-def shards(store: Store, count: int = 60, each: int = 24) -> list[Pin]:
-    """`count` pairs in shards of `each`, the last one uneven."""
+def shards(store: Store, count: int = 60, each: int = 24, source: str = "all", first: int = 0) -> list[Pin]:
+    """`count` pairs from `first` on in shards of `each`, the last one uneven."""
     pins = []
-    for index, start in enumerate(range(0, count, each)):
-        ref = ShardRef("shards/all-0123456789ab/0000", index)
-        write_shard(store, ref, (pair(i) for i in range(start, min(count, start + each))), TRAINING)
+    for index, start in enumerate(range(first, first + count, each)):
+        ref = ShardRef(f"shards/{source}-0123456789ab/0000", index)
+        write_shard(store, ref, (pair(i) for i in range(start, min(first + count, start + each))), TRAINING)
         pins.append(pin(store, ref))
     return pins
 

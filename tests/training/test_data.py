@@ -1,19 +1,35 @@
 """The loader: pixels where the plan says, one request per block, damage masked and counted."""
 
+import contextlib
+import dataclasses
+import errno
+import os
+import subprocess
+import sys
+import uuid
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from pairs.errors import PairmillError
+from pairs.fingerprint import content_hash
+from pairs.shard import ShardRef
 from pairs.store import Store
-from tests.training.small import SPEC, encoded, picture, shards
-from training import data
-from training.data import Loader, decode, patchify, resize
-from training.plan import Cost
+from tests.training.small import SPEC, config, encoded, picture, shards
+from training import blocks
+from training.blocks import Cache
+from training.config import Pin
+from training.data import Batch, Loader
+from training.decoding import Decoders
+from training.pixels import Item, Look, decode, fill, patchify, resize
+from training.plan import Block, Cost
+from training.run import train_rank
 from training.tables import make_plan
 
+torch.set_num_threads(1)
 COST = Cost((2, 32), (2, 32))
 
 
@@ -108,11 +124,11 @@ class Shaky(Counted):
 def test_a_store_that_is_away_is_asked_again_and_in_the_end_stops_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "PAUSE_S", 0.0)
+    monkeypatch.setattr(blocks, "PAUSE_S", 0.0)
     store = Shaky(tmp_path)
-    loader, store.requests, store.fails = _loader(store), [], data.READS - 1
+    loader, store.requests, store.fails = _loader(store), [], blocks.READS - 1
     assert loader.load(0).valid.all()
-    store.requests, store.fails = [], data.READS
+    store.requests, store.fails = [], 3 * blocks.READS  # of three blocks, read at once
     with pytest.raises(PairmillError, match=r"ConnectionResetError: reset by peer, 4 times"):
         _again(loader).load(0)
 
@@ -123,7 +139,7 @@ def test_what_is_no_image_is_none(nothing: bytes) -> None:
 
 
 def _again(loader: Loader) -> Loader:
-    return Loader(loader.plan, loader.store, 0, 1, COST, 8, 0.0)
+    return Loader(loader.plan, loader._blocks.store, 0, 1, COST, 8, 0.0)
 
 
 def test_ranks_together_hold_the_step(memory_store: Store) -> None:
@@ -141,3 +157,149 @@ def test_big_pictures_may_be_decoded_small(ext: str) -> None:
     near = [resize(p, (4, 4), 8).astype(float) for p in (reduced, whole)]
     assert np.abs(near[0] - near[1]).mean() < 3
     assert decode(big_bytes, (641, 640), (4, 4), 8) is None  # not what the table says
+
+
+def same(one: list[Batch], other: list[Batch]) -> bool:
+    """Whether batches agree to the last byte."""
+    for a, b in zip(one, other, strict=True):
+        for (images, texts), (images_b, texts_b) in zip(a.parts, b.parts, strict=True):
+            pairs = [(images.patches, images_b.patches), (images.place, images_b.place), (texts.tokens, texts_b.tokens)]
+            if not all(torch.equal(x, y) for x, y in [*pairs, (a.valid, b.valid), (a.same, b.same)]):
+                return False
+    return True
+
+
+def _varied(store: Store, pins: list[Pin], workers: int, cache: Cache | None = None) -> Loader:
+    plan, _ = make_plan(store, pins, SPEC.model_copy(update={"patch_dropout": 0.3}))
+    return Loader(plan, store, 0, 1, COST, 8, 0.1, accumulate=2, multiple=8, workers=workers, cache=cache)
+
+
+def test_batches_are_the_same_bytes_from_any_number_of_decoder_processes(memory_store: Store) -> None:
+    pins = shards(memory_store)
+    ref = pins[1].ref
+    tar, row = bytearray(memory_store.read(ref.tar)), memory_store.read_table(ref.table).to_pylist()[5]
+    tar[row["image_offset"] : row["image_offset"] + row["image_size"]] = bytes(row["image_size"])
+    memory_store.write(ref.tar, bytes(tar))
+    here, *others = ([*_varied(memory_store, pins, workers).batches(0, 4)] for workers in (0, 1, 3))
+    assert all(same(here, batches) for batches in others) and sum(sum(b.damaged.values()) for b in here) == 1
+    assert not psutil.Process().children()
+
+
+def test_a_run_resumed_in_the_middle_sees_the_same_batches(memory_store: Store) -> None:
+    pins = shards(memory_store)
+    whole = [*_varied(memory_store, pins, 0).batches(0, 7)]
+    assert same(whole[5:], [*_varied(memory_store, pins, 0).batches(5, 7)])
+
+
+def test_a_decoder_that_dies_is_told_with_its_shards(memory_store: Store) -> None:
+    loader = _varied(memory_store, shards(memory_store), 1)
+    batches = loader.batches(0, 100)
+    next(batches)
+    psutil.Process().children()[0].kill()
+    with pytest.raises(PairmillError, match=r"(?s)decode shards/all-0123456789ab/0000/0000\d\.tar.*exit code -9"):
+        for _ in batches:
+            pass
+    assert not psutil.Process().children()
+
+
+def test_a_decoder_s_memory_is_limited(tmp_path: Path) -> None:
+    big = encoded(np.zeros((5000, 5000, 3), np.uint8))  # 75 MB
+    look, decoders = Look(0, 8, 0.0, 0.0), Decoders(1, Look(0, 8, 0.0, 0.0), -19 << 20)  # 56 MB beyond its own
+    items = [Item(data, size, (1, 1), 0, "0", start) for start, (data, size) in enumerate(
+        [(big, (5000, 5000)), (encoded(picture(0)), (96, 64))]
+    )]  # fmt: skip
+    with contextlib.closing(decoders), (tmp_path / "stream").open("w+b") as file:
+        file.truncate(2 * 192)
+        assert decoders.fill(file.fileno(), 192, items, str) == [False, True]
+    assert fill(np.zeros((1, 192), np.uint8), items[0], look)
+
+
+def test_no_decoder_outlives_a_killed_trainer() -> None:
+    code = """
+import os, psutil
+from training.decoding import Decoders
+from training.pixels import Look
+decoders = Decoders(2, Look(0, 8, 0.0, 0.0), 1000)
+print(*(c.pid for c in psutil.Process().children()), flush=True)
+os.kill(os.getpid(), 9)
+"""
+    told = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=False).stdout.split()
+    _, alive = psutil.wait_procs([psutil.Process(int(pid)) for pid in told if psutil.pid_exists(int(pid))], timeout=10)
+    assert len(told) == 2 and not alive
+
+
+@pytest.mark.parametrize(("ranks", "accumulate"), [(1, 1), (2, 1), (1, 2), (4, 2)])
+def test_one_shape_serves_a_run(memory_store: Store, ranks: int, accumulate: int) -> None:
+    plan, _ = make_plan(memory_store, shards(memory_store), SPEC)
+    settings = {"accumulate": accumulate, "multiple": 16, "steps": 12}
+    loaders = [Loader(plan, memory_store, rank, ranks, COST, 8, 0.0, **settings) for rank in range(ranks)]
+    batches = [batch for loader in loaders for batch in loader.batches(0, 12)]
+    shapes = {shape for loader in loaders for shape in loader.shapes}
+    assert len(shapes) == 1 and all(n % 16 == 0 for n in next(iter(shapes))[1:])
+    for images, texts in (part for batch in batches for part in batch.parts):
+        for packed in (images, texts):
+            assert packed.layout.tokens - packed.useful == int(packed.layout.cu_seqlens.diff()[-1]) > 0
+            assert len(packed.layout.cu_seqlens) == len(packed.pool) + 2
+
+
+def test_more_ranks_than_pairs_of_a_step(memory_store: Store) -> None:
+    with pytest.raises(PairmillError, match="for each of 17 ranks"):
+        _loader(memory_store, 0, 17)
+
+
+def test_blocks_are_read_from_the_cache_where_they_are_whole(tmp_path: Path) -> None:
+    store, folder = Counted(f"memory://{uuid.uuid4().hex}"), tmp_path / "near"
+    store.requests, pins = [], shards(store)
+    expected = [*_varied(store, pins, 0).batches(0, 3)]
+    requests = []
+    for damage in (None, None, b"cut", b"wrong"):
+        files = sorted(folder.glob("*"))
+        if damage == b"cut":
+            files[0].write_bytes(files[0].read_bytes()[:-1])
+        if damage == b"wrong":
+            data = bytearray(files[1].read_bytes())
+            data[500] ^= 1
+            files[1].write_bytes(data)
+        store.requests = []
+        assert same(expected, [*_varied(store, pins, 0, Cache(folder, 10**9)).batches(0, 3)])
+        requests.append(len(store.requests))
+    assert requests == [3, 0, 1, 1] and len(list(folder.iterdir())) == 3
+
+
+def test_a_cache_lets_go_of_what_was_used_least_recently(tmp_path: Path) -> None:
+    cache, block = Cache(tmp_path, 1000), Block(ShardRef("shards/a-0/0000", 0), 0, 1, 0, 100, "f" * 64)
+    blocks = [dataclasses.replace(block, start=n) for n in range(12)]
+    for age, one in enumerate(blocks[:6]):
+        cache.put(one, bytes([age]) * 100)
+        os.utime(cache._path(one), (age, age))
+    assert cache.get(blocks[0]) == bytes(100)  # now used most recently
+    for one in blocks[6:]:
+        cache.put(one, b"x" * 100)
+    held = [cache.get(one) is not None for one in blocks]
+    assert held[0] and not held[1] and held[11] and sum(f.stat().st_size for f in tmp_path.iterdir()) <= 1000
+
+
+def test_a_cache_on_a_full_disk_warns_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(source: str, target: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store = Counted(tmp_path / "far")
+    store.requests, pins = [], shards(store)
+    loader = _varied(store, pins, 0, Cache(tmp_path / "near", 10**9))
+    monkeypatch.setattr(blocks.os, "replace", full)
+    assert len([*loader.batches(0, 3)]) == 3 and caplog.text.count("takes no more blocks: No space left") == 1
+    assert not list((tmp_path / "near").iterdir())
+
+
+def test_a_run_with_decoders_and_a_cache_ends_in_the_same_model(tmp_path: Path) -> None:
+    settings = {"steps": 2, "token_multiple": 8, "loader_workers": 2, "cache": str(tmp_path / "near")}
+    runs = [
+        config(tmp_path, "here", **settings | {"loader_workers": 0, "cache": None}),
+        config(tmp_path, "apart", **settings),
+    ]
+    assert runs[0].fingerprint == runs[1].fingerprint
+    results = [train_rank(run, 0, 1, torch.device("cpu")) for run in runs]
+    assert content_hash(Path(results[0].model)) == content_hash(Path(results[1].model))
+    assert results[0].fill == results[1].fill < 1 and len(list((tmp_path / "near").iterdir())) == 3

@@ -17,9 +17,9 @@ from pairs.errors import PairmillError
 from pairs.recipe import ModelSpec, PretrainSpec, TowerSpec
 from tests.training.small import MODEL
 from training import export
-from training.data import patchify
 from training.models.clip import Towers
 from training.packing import pack_images, pack_texts
+from training.pixels import patchify
 
 NAMES = [
     "ViT-B-32",

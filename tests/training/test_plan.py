@@ -1,20 +1,23 @@
 """The plan: every pair once per epoch, on any number of ranks, from the tables alone."""
 
+import dataclasses
 import math
 from collections import Counter
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pairs.errors import PairmillError
 from pairs.shard import ShardRef
-from pairs.store import Store
+from pairs.store import Store, table_metadata
 from pairs.workspace import Workspace
 from tests.training.small import SPEC, pair, shards
-from training.plan import Cost, Plan, grid_of, steps_of
+from training.plan import Cost, Plan, grid_of, taken
 from training.tables import make_plan
-from training.tokens import Tokeniser, encode
+from training.tokens import Tokeniser, Tokens, encode
 
 COST = Cost((2, 32), (2, 32))
 
@@ -44,7 +47,7 @@ def test_ranks_share_the_step_without_loss_and_evenly(plan: Plan, ranks: int) ->
         parts = plan.split(step, ranks, COST)
         assert sorted(p for part in parts for p in part) == sorted(plan.rows(step))
         loads = [
-            sum(COST(1 + math.prod(plan.grid(r)), len(plan.tokens.ids[plan.text(e, r)])) for e, r in part)
+            sum(float(COST(1 + math.prod(plan.grid(r)), len(plan.tokens.ids[plan.text(e, r)]))) for e, r in part)
             for part in parts
         ]
         assert max(loads) <= 1.25 * sum(loads) / ranks
@@ -57,11 +60,87 @@ def test_the_order_hangs_on_seed_and_shards_not_on_ranks(memory_store: Store) ->
     assert plans[0].digest(3) == plans[1].digest(3) != plans[2].digest(3)
 
 
-def test_steps_of_finds_the_steps_that_took_a_uid(plan: Plan) -> None:
-    uid = plan.uids[17]
-    expected = [s for s in range(20) if any(plan.uids[row] == uid for _, row in plan.rows(s))]
-    assert list(steps_of(plan, uid, 20)) == expected and len(expected) >= 4
-    assert list(steps_of(plan, "0" * 32, 20)) == []
+@pytest.mark.parametrize("steps", [1, 4, 20])
+def test_what_took_a_uid_is_told(plan: Plan, steps: int) -> None:
+    uids = {plan.uids[17], plan.uids[40]}
+    expected = [(s, plan.uids[row]) for s in range(steps) for _, row in plan.rows(s) if plan.uids[row] in uids]
+    assert list(taken(plan, uids, steps)) == expected and (steps < 20 or len(expected) >= 10)
+    assert list(taken(plan, {"0" * 32}, steps)) == []
+
+
+def weighted(store: Store, **weights: float) -> Plan:
+    """30 pairs of each of `a` and `b`, 20 of `c`."""
+    pins = [
+        pin for n, (name, count) in enumerate({"a": 30, "b": 30, "c": 20}.items())
+        for pin in shards(store, count, 12, name, 30 * n)
+    ]  # fmt: skip
+    return make_plan(store, pins, SPEC.model_copy(update={"weights": weights}))[0]
+
+
+def test_sources_are_met_as_often_as_their_weights_say(memory_store: Store) -> None:
+    plan = weighted(memory_store, a=2.5, b=0.4)
+    times = np.array([np.bincount(plan.order.of(epoch), minlength=80) for epoch in range(10)])
+    assert (
+        set(times[:, :30].ravel()) == {2, 3} and set(times[:, 30:60].ravel()) == {0, 1} and (times[:, 60:] == 1).all()
+    )
+    assert times.sum(1).tolist() == [75 + 12 + 20] * 10
+    assert (times.sum(0) == [25] * 30 + [4] * 30 + [10] * 20).all()
+    assert (times[:5].sum(0)[30:60] == 2).all() and [plan.order.start(e) for e in (0, 1, 10)] == [0, 107, 1070]
+    consumed = [pair for step in range(24) for pair in plan.rows(step)]
+    assert Counter(row for epoch, row in consumed if epoch == 1) == Counter(plan.order.of(1).tolist())
+
+
+def test_an_epoch_is_met_whole_by_the_step_that_ends_it(plan: Plan) -> None:
+    for epoch in (1, 2, 7):
+        steps = range(-(-60 * epoch // 16))
+        assert Counter(pair for step in steps for pair in plan.rows(step) if pair[0] < epoch).total() == 60 * epoch
+        assert all(plan.window_of(step)[0] <= step < plan.window_of(step)[1] for step in steps)
+
+
+def test_a_far_step_is_found_at_once(memory_store: Store) -> None:
+    plan = weighted(memory_store, a=0.333, b=1.7)
+    begin = plan.order.start(123_456)
+    assert plan.order.epoch_at(begin) == 123_456 and plan.order.epoch_at(begin - 1) == 123_455
+    epochs, rows = plan.order.entries(begin - 1, begin + 2)
+    assert epochs.tolist() == [123_455, 123_456, 123_456] and rows[1:].tolist() == plan.order.of(123_456)[:2].tolist()
+
+
+def test_weights_are_part_of_a_plan_only_where_there_are_any(memory_store: Store) -> None:
+    plain, double = weighted(memory_store), weighted(memory_store, a=2)
+    assert plain.fingerprint != double.fingerprint
+    assert plain.order.of(0).tolist() == weighted(memory_store, a=1).order.of(0).tolist()
+
+
+def test_steps_and_ranks_hold_nearly_equal_tokens(memory_store: Store) -> None:
+    spec = SPEC.model_copy(update={"batch_pairs": 64, "max_patches": 196})
+    plan = varied(make_plan(memory_store, shards(memory_store), SPEC)[0], 4000, spec.batch_pairs)
+    assert plan.window_of(0) == plan.window_of(62) == (0, 63)  # an epoch's
+    rows, epochs = plan.order.of(0)[: 62 * 64].reshape(62, 64), np.zeros(64, np.int64)
+    plain = np.array([plan.tokens_of(list(zip(epochs, part, strict=True))).sum(0) for part in rows])
+    dealt = np.array([plan.tokens_of(plan.rows(step)).sum(0) for step in range(62)])
+    assert (np.ptp(plain, axis=0) > 60).all() and (np.ptp(dealt, axis=0) <= 30).all()
+    for ranks in (2, 4):
+        shares = [plan.split(3, ranks, COST)[rank] for rank in range(ranks)]
+        assert {len(share) for share in shares} == {64 // ranks}
+        assert (np.ptp([plan.tokens_of(share).sum(0) for share in shares], axis=0) <= 16).all()
+
+
+def varied(plan: Plan, count: int, batch_pairs: int) -> Plan:
+    """A plan of `count` pairs of many sizes and text lengths."""
+    draw = np.random.default_rng(5)
+    texts = [np.zeros(n, np.int64) for n in range(3, 40)]
+    block = plan.blocks[0]
+    return dataclasses.replace(
+        plan,
+        uids=[f"{n:032x}" for n in draw.permutation(count)],
+        texts=[[int(n)] for n in np.minimum(draw.geometric(0.12, count), 36)],
+        widths=draw.integers(40, 500, count),
+        heights=draw.integers(40, 500, count),
+        blocks=[dataclasses.replace(block, first=n, count=50) for n in range(0, count, 50)],
+        tokens=Tokens(texts, np.arange(1), 0),
+        batch_pairs=batch_pairs,
+        max_patches=196,
+    )
 
 
 def test_texts_of_a_pair_are_taken_in_turn_by_chance(plan: Plan) -> None:
@@ -103,6 +182,33 @@ def test_bad_shards_are_named(memory_store: Store) -> None:
         make_plan(memory_store, pins, SPEC)
     with pytest.raises(PairmillError, match="at least 2 pairs"):
         make_plan(memory_store, [], SPEC)
+    with pytest.raises(PairmillError, match="at least 61 pairs"):
+        make_plan(memory_store, shards(memory_store), SPEC.model_copy(update={"workers": 61}))
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "told"),
+    [
+        ("width", float("nan"), "whole numbers in the column width"),
+        ("image_offset", 10**6, "one that ends at byte 100"),
+    ],
+)
+def test_a_table_that_cannot_be_of_its_tar_is_named(memory_store: Store, column: str, value: float, told: str) -> None:
+    pin = shards(memory_store)[0]
+    table = memory_store.read_table(pin.ref.table)
+    changed = [value, *table[column].to_pylist()[1:]]
+    table = table.set_column(table.schema.get_field_index(column), column, pa.array(changed))
+    memory_store.write_table(pin.ref.table, table, table_metadata(table))
+    with pytest.raises(PairmillError, match=told):
+        make_plan(memory_store, [pin], SPEC)
+
+
+def test_sizes_that_are_missing_are_counted(memory_store: Store) -> None:
+    pin = shards(memory_store)[0]
+    table = memory_store.read_table(pin.ref.table)
+    table = table.set_column(table.schema.get_field_index("width"), "width", pa.array([None, 0, -3] + [96] * 21))
+    memory_store.write_table(pin.ref.table, table, table_metadata(table))
+    assert make_plan(memory_store, [pin], SPEC)[1] == {"no_size": 3}
 
 
 @given(st.integers(1, 4000), st.integers(1, 4000), st.sampled_from([4, 16, 64, 196]))
