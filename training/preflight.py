@@ -1,21 +1,20 @@
 """What is tried before step 0, so that a run fails in its first seconds or not for these reasons: that all ranks come
 and hear each other, and that the largest step fits into memory.
 
-The largest step is run forwards and backwards on zeros: nothing is read and no weight moves; what is compiled is
-compiled by it. A GPU says when its memory is out. On a CPU the kernel would kill some process, so an eighth of the step
-is measured first. Cost: a step and an eighth, and some milliseconds of collectives.
+The largest of the steps at hand is run forwards and backwards and no weight moves; what is compiled is compiled by it.
+A GPU says when its memory is out; on a CPU the kernel would kill some process, so an estimate is compared first.
+Cost: a step, and some milliseconds of collectives.
 """
 
+import functools
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -23,18 +22,18 @@ from torch import nn
 from cluster.guard import free_bytes
 from pairs.errors import PairmillError
 from pairs.recipe import PretrainSpec
-from training.accumulate import Part, features
-from training.data import Loader
+from training.accumulate import Context, features
+from training.data import Batch, Loader
 from training.hardware import memory_bytes
+from training.models.transformer import Transformer
 from training.objectives import OBJECTIVES, Share
-from training.packing import pack_images, pack_texts
 from training.plan import Plan
 
 log = logging.getLogger("pairmill.training")
 MEET_S, HEAR_S = 300.0, 60.0  # within which all ranks come, and a collective of a few bytes ends
-SHARE = 8  # the part of a step that is measured before the whole
+LOOKED = 20_000  # pairs in whose steps the largest is looked for
 LOOK_S = 0.005
-Context = Callable[[], AbstractContextManager[Any]]
+KEPT = {"all": (64, 46), "products": (40, 22), "inputs": (4, 4)}  # bytes a token, layer and unit of width: fp32, bf16
 
 
 def meet(rank: int, ranks: int, url: str, backend: str, meet_s: float = MEET_S, hear_s: float = HEAR_S) -> None:
@@ -83,42 +82,34 @@ def rehearse(
     context: Context,
     device: torch.device,
 ) -> int:
-    """Runs the largest step on zeros; its peak in bytes, which is logged. Raises PairmillError where memory doesn't do,
-    or what is to be compiled can't be. Every rank calls it: gradients are exchanged as in any step."""
+    """Runs the largest step without an update; by how many bytes memory grew at most, which is logged. Raises
+    PairmillError where that isn't there, or what is to be compiled can't be. Every rank calls it, as it calls a step."""
     began, trained = time.perf_counter(), [p for p in run.parameters() if p.requires_grad]
     moments = [torch.empty_like(p) for p in trained for _ in range(0 if optimizer.state else 2)]
     step, free = largest(loader.plan, spec.steps), _free(device)
-    parts, whole = blank(loader, step)
-    tokens = _tokens(parts)
+    batch = loader.load(step)
+    too_large = functools.partial(_too_large, step, batch.computed, free, spec)
 
-    def once(parts: list[Part], share: Share) -> None:
-        moved = [(images.to(device), texts.to(device)) for images, texts in parts]
-        on = Share(share.valid_B.to(device), share.same.to(device), share.counts, share.rank)
-        found, back = features(run, moved, context)
-        back(OBJECTIVES[spec.objective](*found, on)[0])
+    def once() -> None:
+        own = batch.to(device)
+        features_, back = features(run, own.parts, context)
+        share = Share(own.valid, own.same, own.counts, loader.rank)
+        back(OBJECTIVES[spec.objective](*features_, share)[0])
         for parameter in trained:
             parameter.grad = None
 
-    def too_large(found: str) -> PairmillError:
-        return PairmillError(
-            expected=f"the largest step ({step}, {tokens} tokens on this rank) to fit into {free / 1e9:.1f} GB",
-            found=found,
-            remedy=f"lower pretrain.batch_pairs ({spec.batch_pairs}), raise accumulate ({spec.accumulate}), or have less "
-            f"kept for the backward (activations: products or inputs; now {spec.activations})",
-        )
-
     try:
         if device.type == "cpu":
-            few, share = blank(loader, step, SHARE)
-            grown = _growth(lambda: once(few, share))
-            fixed = sum(p.numel() * p.element_size() for p in trained)  # gradients; as much for each moment
-            needed = (1 + len(moments) // max(1, len(trained))) * fixed + max(0, grown - fixed) * tokens / _tokens(few)
+            with context():
+                needed = estimate(run, batch, torch.is_autocast_enabled("cpu")) + _bytes(moments)
             if needed > free:
-                raise too_large(f"it takes about {needed / 1e9:.1f} GB, by {_tokens(few)} of its tokens")
-            peak = _growth(lambda: once(parts, whole))
+                raise too_large(f"it takes about {needed / 1e9:.1f} GB")
+            grown = _growth(once)
         else:
-            once(parts, whole)
-            peak = memory_bytes(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            once()
+            grown = memory_bytes(device) - before
     except torch.OutOfMemoryError as error:
         raise too_large(" ".join(str(error).split())[:200]) from error
     except torch._dynamo.exc.TorchDynamoException as error:
@@ -127,50 +118,56 @@ def rehearse(
             found=" ".join(str(error).split())[:300],
             remedy="mend what it tells, or set compile: false",
         ) from error
-    log.info("preflight: the largest step, %d tokens, takes %.0f of %.0f MB; %.1f s", tokens, peak / 1e6, free / 1e6,
-             time.perf_counter() - began)  # fmt: skip
-    return peak
+    log.info(
+        "preflight: the largest step (%d, %d tokens) takes %.0f MB beside the weights, of %.0f MB; %.1f s",
+        *(step, batch.computed, grown / 1e6, free / 1e6, time.perf_counter() - began),
+    )
+    return grown
 
 
 def largest(plan: Plan, steps: int) -> int:
-    """The step below `steps` with the most tokens; of the first epoch's, as later ones differ by chance alone."""
-    sizes, place = np.unique(np.stack([plan.widths, plan.heights]), axis=1, return_inverse=True)
-    cells = np.array([np.prod(plan.grid(int(np.flatnonzero(place == i)[0]))) for i in range(sizes.shape[1])])
-    lengths = np.array([len(ids) for ids in plan.tokens.ids])
-    tokens = cells[place] + lengths[[texts[0] for texts in plan.texts]]
-    first = tokens[plan.order(0)][: steps * plan.batch_pairs]
-    return int(np.add.reduceat(first, np.arange(0, len(first), plan.batch_pairs)).argmax())
+    """The step with the most tokens, among the first."""
+
+    def tokens(step: int) -> int:
+        pairs = ((plan.grid(row), plan.tokens.ids[plan.text(epoch, row)]) for epoch, row in plan.rows(step))
+        return sum(h * w + len(ids) for (h, w), ids in pairs)
+
+    return max(range(min(steps, -(-LOOKED // plan.batch_pairs))), key=tokens)
 
 
-def blank(loader: Loader, step: int, share: int = 1) -> tuple[list[Part], Share]:
-    """The first of `share` shares of this rank's batch, in its parts, with zeros for pixels and tokens."""
-    plan, n = loader.plan, loader.accumulate
-    split = [own[: max(1, len(own) // share)] for own in plan.split(step, loader.ranks, loader.cost)]
-    portions = [[own[i::n] for i in range(n) if own[i::n]] for own in split]
-    same = torch.tensor([[row, plan.text(e, row)] for rank in portions for part in rank for e, row in part])
-    counts = [len(own) for own in split]
-    valid = torch.ones(counts[loader.rank], dtype=torch.bool)
-    return [_part(loader, pairs) for pairs in portions[loader.rank]], Share(valid, same, counts, loader.rank)
+def estimate(run: nn.Module, batch: Batch, half: bool) -> float:
+    """Bytes that a step takes on a CPU beside the weights: gradients, and what the blocks of its largest part keep."""
+    towers = [(name, m) for name, m in run.named_modules() if isinstance(m, Transformer)]
+    most = 0.0
+    for images, texts in batch.parts:
+        sizes = {True: len(getattr(images, "place", ())), False: len(getattr(texts, "tokens", ()))}
+        kept = 0.0
+        for name, tower in towers:
+            if any(p.requires_grad for p in tower.parameters()):
+                width, layers = tower.resblocks[0].attn.out_proj.in_features, len(tower.resblocks)
+                kept += sizes["visual" in name] * width * (layers * KEPT[tower.remember][half] + 2 * KEPT["all"][half])
+        most = max(most, kept)
+    trained = [p for p in run.parameters() if p.requires_grad]
+    return most + _bytes(trained) * (1.5 if half else 1.0)  # weights in 16 bit are kept too
 
 
-def _part(loader: Loader, pairs: list[tuple[int, int]]) -> Part:
-    plan = loader.plan
-    grids = [plan.grid(row) for _, row in pairs]
-    cells = [torch.arange(max(1, round(h * w * (1 - loader.dropout)))) for h, w in grids]
-    patches = [torch.zeros(len(kept), 3 * loader.patch_px**2, dtype=torch.uint8) for kept in cells]
-    texts = [torch.zeros(len(plan.tokens.ids[plan.text(e, row)]), dtype=torch.int64) for e, row in pairs]
-    images = pack_images(patches, grids, loader.form, cells, loader.multiple)
-    return images, pack_texts(texts, loader.form, loader.multiple)
+def _too_large(step: int, tokens: int, free: float, spec: PretrainSpec, found: str) -> PairmillError:
+    return PairmillError(
+        expected=f"the largest step ({step}: {tokens} tokens on this rank) to fit into {free / 1e9:.1f} GB",
+        found=found,
+        remedy=f"lower pretrain.batch_pairs ({spec.batch_pairs}), raise accumulate ({spec.accumulate}), or keep less "
+        f"for the backward (activations: products or inputs, now {spec.activations})",
+    )
 
 
-def _tokens(parts: list[Part]) -> int:
-    return sum(len(images.place) + len(texts.tokens) for images, texts in parts)
+def _bytes(tensors: list[torch.Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
 
 
 def _free(device: torch.device) -> float:
     """Bytes that this process may yet take; on a CPU, ranks of one machine share them evenly."""
     if device.type == "cuda":
-        return float(torch.cuda.get_device_properties(device).total_memory)
+        return float(torch.cuda.mem_get_info(device)[0])
     return free_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
 
 
