@@ -33,7 +33,7 @@ log = logging.getLogger("pairmill.training")
 MEET_S, HEAR_S = 300.0, 60.0  # within which all ranks come, and a collective of a few bytes ends
 LOOKED = 20_000  # pairs in whose steps the largest is looked for
 LOOK_S = 0.005
-KEPT = {"all": (64, 46), "products": (40, 22), "inputs": (4, 4)}  # bytes a token, layer and unit of width: fp32, bf16
+KEPT = {"all": (64, 56), "products": (44, 26), "inputs": (4, 4)}  # bytes a token, layer and unit of width: fp32, bf16
 
 
 def meet(rank: int, ranks: int, url: str, backend: str, meet_s: float = MEET_S, hear_s: float = HEAR_S) -> None:
@@ -83,7 +83,7 @@ def rehearse(
     device: torch.device,
 ) -> int:
     """Runs the largest step without an update; by how many bytes memory grew at most, which is logged. Raises
-    PairmillError where that isn't there, or what is to be compiled can't be. Every rank calls it, as it calls a step."""
+    PairmillError where it isn't there, or what is to be compiled can't be. Every rank calls it, as it calls a step."""
     began, trained = time.perf_counter(), [p for p in run.parameters() if p.requires_grad]
     moments = [torch.empty_like(p) for p in trained for _ in range(0 if optimizer.state else 2)]
     step, free = largest(loader.plan, spec.steps), _free(device)

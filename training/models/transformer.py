@@ -57,8 +57,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width, eps)
         self.mlp = Mlp(width)
 
-    def forward(self, x_TD: Tensor, layout: Layout) -> Tensor:
-        before, after = _graphs() if self.compiled else (_before, _after)
+    def forward(self, x_TD: Tensor, layout: Layout, thrifty: bool = False) -> Tensor:
+        """`thrifty`: whether the graphs of a compiled block keep products alone."""
+        before, after = _graphs(thrifty) if self.compiled else (_before, _after)
         out: Tensor = after(self, x_TD, self.attn(before(self, x_TD), layout))
         return out
 
@@ -74,11 +75,18 @@ def _after(block: Block, x_TD: Tensor, attended_TD: Tensor) -> Tensor:
 
 
 @functools.cache
-def _graphs() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+def _graphs(thrifty: bool) -> list[Callable[..., Tensor]]:
     """`_before` and `_after`, compiled at their first calls. More kinds of calls than the limit raise an error."""
     torch._dynamo.config.optimize_ddp = False  # it would cut these graphs at DDP's buckets; they end within them
-    before, after = (torch.compile(region, dynamic=True, fullgraph=True) for region in (_before, _after))
-    return before, after
+    regions = [_thrifty(region) if thrifty else region for region in (_before, _after)]
+    return [torch.compile(region, dynamic=True, fullgraph=True) for region in regions]
+
+
+def _thrifty(region: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def kept(*inputs: Any) -> Any:
+        return checkpoint(region, *inputs, use_reentrant=False, context_fn=_keep_products)
+
+    return kept
 
 
 def compile_blocks(model: nn.Module) -> None:
@@ -108,12 +116,12 @@ class Transformer(nn.Module):
                 nn.init.zeros_(bias)
 
     def forward(self, x_TD: Tensor, layout: Layout) -> Tensor:
+        thrifty = self.remember == "products"
         for block in self.resblocks:
-            # Compiled regions remember no more than products by themselves.
-            if self.remember == "all" or not torch.is_grad_enabled() or (block.compiled and self.remember != "inputs"):
-                x_TD = block(x_TD, layout)
+            if self.remember == "all" or not torch.is_grad_enabled() or (thrifty and block.compiled):
+                x_TD = block(x_TD, layout, thrifty)
             else:
-                keep = _keep_products if self.remember == "products" else noop_context_fn
+                keep = _keep_products if thrifty else noop_context_fn
                 x_TD = checkpoint(block, x_TD, layout, use_reentrant=False, context_fn=keep)
         return x_TD
 
