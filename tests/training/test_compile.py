@@ -1,4 +1,4 @@
-"""Compiled blocks: eager gradients, few graphs whatever the totals, in parts, for all kinds of activations, on ranks."""
+"""Compiled blocks: eager gradients, few graphs whatever the totals, in parts, with any activations kept, on ranks."""
 
 import copy
 import os

@@ -26,11 +26,11 @@ CPU = torch.device("cpu")
 
 
 def _rank(rank: int, root: str, deaf: bool) -> None:
-    """One of two ranks; with `deaf`, the second comes, but not to the collectives."""
+    """One of two ranks; with `deaf`, the second starts, but doesn't come to the collectives."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     if deaf and rank:
-        preflight._await = lambda *_: None  # type: ignore[assignment]
-        dist.all_reduce = lambda *_, **__: os._exit(0)
+        wait = preflight._await
+        preflight._await = lambda store, mark, *rest: wait(store, mark, *rest) if mark == "start" else os._exit(0)
     try:
         preflight.meet(rank, 2, f"file://{root}/meet", "gloo", hear_s=3)
         told = "met"
@@ -61,6 +61,7 @@ def _ready(root: Path, remember: str = "all") -> tuple[Towers, torch.optim.Optim
     model = build(MODEL.model_copy(update=towers), 1)
     for tower in (model.visual.transformer, model.transformer):
         tower.remember = remember  # type: ignore[union-attr, assignment]
+    model.with_vocabulary(model.token_embedding.weight[torch.from_numpy(plan.tokens.used)])
     loader = Loader(plan, store, 0, 1, Cost((4, 256), (4, 256)), MODEL.patch_px, 0.0)
     return model, torch.optim.AdamW(model.parameters()), loader
 
@@ -83,12 +84,10 @@ def test_the_largest_step_is_rehearsed_and_leaves_no_trace(tmp_path: Path) -> No
 def test_the_estimate_is_near_what_a_step_takes(tmp_path: Path, remember: str) -> None:
     model, optimizer, loader = _ready(tmp_path, remember)
     batch = loader.load(preflight.largest(loader.plan, SPEC.steps))
-    _rehearse(model, optimizer, loader)
-    foreseen = preflight.estimate(model, batch, half=False)
-    most = sum(p.numel() * 4 for p in model.parameters())
-    assert foreseen > most
+    moments = 2 * sum(p.numel() * 4 for p in model.parameters())
+    foreseen = moments + preflight.estimate(model, batch, half=False)
     grown = _allocated(lambda: _rehearse(model, optimizer, loader))
-    assert 0.5 < foreseen / grown < 1.6
+    assert 0.7 < foreseen / grown < 1.4
 
 
 def _allocated(work: Any) -> int:
@@ -106,7 +105,7 @@ def _allocated(work: Any) -> int:
 def test_a_step_too_large_is_told_with_what_to_lower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "free_bytes", lambda: 1_000_000)
     with pytest.raises(
-        PairmillError, match=r"tokens on this rank\) to fit into 0\.0 GB.*batch_pairs \(16\).*accumulate"
+        PairmillError, match=r"(?s)tokens on this rank\) to fit into 0\.0 GB.*batch_pairs \(16\).*accumulate"
     ):
         train_rank(config(tmp_path, "large"), 0, 1, CPU)
 
