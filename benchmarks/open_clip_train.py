@@ -181,8 +181,8 @@ def compare(name: str, pairs: list[Pair], folder: Path, args: argparse.Namespace
     medians = [statistics.median(side) for side in zip(*turns, strict=True)]
     middle = statistics.median(ratios)
     yield (
-        f"| {name}, batch {batch}, {theirs_dtype} | {medians[0]:.1f} ({best}) | {medians[1]:.1f} ({own}) | {middle:.2f} "
-        f" ({min(ratios):.2f}–{max(ratios):.2f}) | {bound:.2f} | {middle / bound:.2f} |"
+        f"| {name}, batch {batch}, {theirs_dtype} | {medians[0]:.1f} ({best}) | {medians[1]:.1f} ({own}) | "
+        f"{middle:.2f} ({min(ratios):.2f}–{max(ratios):.2f}) | {bound:.2f} | {middle / bound:.2f} |"
     )
     for tried in trial:
         yield f"| *trials, pairs/s* | {'; '.join(f'{way}: {speed:.1f}' for way, speed in tried.items())} | | | | |"

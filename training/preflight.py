@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from cluster.guard import free_bytes
 from pairs.errors import PairmillError
@@ -161,7 +162,9 @@ def _too_large(step: int, tokens: int, free: float, spec: PretrainSpec, found: s
 
 
 def _bytes(tensors: list[torch.Tensor]) -> int:
-    return sum(x.numel() * x.element_size() for x in tensors)
+    """Of this rank's part of each."""
+    parts = (x.to_local() if isinstance(x, DTensor) else x for x in tensors)
+    return sum(x.numel() * x.element_size() for x in parts)
 
 
 def _free(device: torch.device) -> float:
