@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch._dynamo.utils import counters
-from torch.nn.parallel import DistributedDataParallel
 
 from pairs.errors import PairmillError
 from pairs.recipe import ModelSpec
@@ -23,6 +22,7 @@ from training.export import build
 from training.models.clip import Towers
 from training.models.transformer import Transformer, compile_blocks
 from training.packing import pack_images, pack_texts
+from training.parallel import place, running, whole
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.timeout(400)
@@ -108,14 +108,15 @@ def test_compiled_blocks_keep_no_more_than_is_asked_for() -> None:
     assert kept["inputs"] < 10 < kept["products"] < 50 < kept["all"] < 75
 
 
-def _on_rank(rank: int, ranks: int, root: str) -> None:
+def _on_rank(rank: int, ranks: int, root: str, how: str) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{root}/meet", rank=rank, world_size=ranks)
     found = []
     for model in _models("all"):
-        run = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        found.append([x.clone() for x in _gradients(run, [_part(rank)], torch.float32)])
+        place(model, how, ranks, torch.device("cpu"))
+        gradients = _gradients(running(model, ranks), [_part(rank)], torch.float32)
+        found.append([whole(x).clone() for x in gradients])
     if rank == 0:
         torch.save(found, f"{root}/found.pt")
     dist.barrier()
@@ -123,8 +124,9 @@ def _on_rank(rank: int, ranks: int, root: str) -> None:
 
 
 @pytest.mark.slow
-def test_so_do_ranks(tmp_path: Path) -> None:
-    mp.start_processes(_on_rank, (2, str(tmp_path)), nprocs=2, start_method="spawn")
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_so_do_ranks(tmp_path: Path, how: str) -> None:
+    mp.start_processes(_on_rank, (2, str(tmp_path), how), nprocs=2, start_method="spawn")
     for eager, compiled in zip(*torch.load(tmp_path / "found.pt"), strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5 * float(eager.abs().max()))
 
