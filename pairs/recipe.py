@@ -291,6 +291,7 @@ class PretrainSpec(Spec):
     ema: float = Field(0.0, ge=0, lt=1)  # decay of the moving average of the weights that is exported; 0: none
     attention: Literal["auto", "reference", "sdpa", "varlen", "flash_attn", "flex", "triton"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool = False  # the blocks by torch.compile: a minute at every start
     checkpoint_every: int = Field(100, ge=1)
     keep_best: bool = False  # beside the last two, the checkpoint of the lowest mean loss since the one before it
     tensorboard: bool = False  # TensorBoard's files beside metrics.jsonl

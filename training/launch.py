@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import queue
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -66,7 +67,10 @@ def _run(job: Job, ranks: int, on_line: OnLine) -> Line:
 
 
 def preflight(spec: PretrainSpec) -> None:
-    """Raises PairmillError where what `spec` names can't run on this machine: workers, precision, attention."""
+    """Raises PairmillError where what `spec` names can't run on this machine: a compiler, workers, precision, attention
+    at the towers' head widths. Ranks find out the rest themselves (`training.preflight`)."""
+    if spec.compile:
+        _check_compiler()
     if spec.precision != "bf16" and spec.attention in ("auto", "reference", "sdpa") and not NVIDIA.exists():
         return  # nothing can fail, and to import torch takes seconds
     import torch
@@ -77,10 +81,24 @@ def preflight(spec: PretrainSpec) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_gpus(spec.workers)
     dtype = precision(spec, device)
-    reason = None if spec.attention == "auto" else unsupported(spec.attention, device.type, dtype)
-    if reason:
+    towers = (spec.model.vision, "full"), (spec.model.text, "causal" if spec.model.kind == "clip" else "full")
+    for tower, kind in () if spec.attention == "auto" else towers:
+        reason = unsupported(spec.attention, device.type, dtype, kind, tower.width // tower.heads)
+        if reason:
+            raise PairmillError(
+                expected=f"attention backend {spec.attention!r} to run", found=reason, remedy="use attention: auto"
+            )
+
+
+def _check_compiler() -> None:
+    """torch.compile writes C++ for a CPU; for a GPU Triton writes kernels, and C to launch them."""
+    names = ["gcc", "clang"] if NVIDIA.exists() else ["g++"]
+    chosen = os.environ.get("CC" if NVIDIA.exists() else "CXX", "").split()[:1]
+    if not any(map(shutil.which, chosen or names)):
         raise PairmillError(
-            expected=f"attention backend {spec.attention!r} to run", found=reason, remedy="use attention: auto"
+            expected=f"a compiler for pretrain.compile: {' or '.join(chosen or names)}",
+            found="none on the PATH",
+            remedy="install one (Debian: g++), or set compile: false",
         )
 
 

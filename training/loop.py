@@ -28,6 +28,7 @@ from training.hardware import memory_bytes, peak_flops
 from training.models.clip import Towers
 from training.objectives import OBJECTIVES, Share
 from training.parallel import clip, follow, running
+from training.preflight import rehearse
 
 PATIENCE = 10
 MAX_LOGIT_SCALE = math.log(100)
@@ -80,6 +81,7 @@ def train_steps(
     run = running(model, ranks)
     # No cache: a weight is cast once a pass, and kept casts would be the whole model where FSDP2 holds a block.
     mixed = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
+    rehearse(run, optimizer, loader, spec, mixed, device)
     began, save_s, peak = time.perf_counter(), 0.0, peak_flops(device, dtype)
     for step, batch in enumerate(_on_device(loader.batches(start, spec.steps), device), start):
         rate = learning_rate(step, spec)

@@ -33,8 +33,10 @@ from training.config import RESULT, UNSEEN, BlipJob, BlipResult, TrainConfig, Tr
 from training.data import Loader, cache_at
 from training.hardware import deterministic
 from training.loop import Totals, make_optimizer, train_steps
+from training.models.transformer import compile_blocks
 from training.parallel import place, whole_state
 from training.plan import Cost
+from training.preflight import meet
 from training.tables import make_plan
 
 log = logging.getLogger("pairmill.training")
@@ -95,6 +97,8 @@ def train_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device)
     identity = {"plan": plan.fingerprint, "config": config.fingerprint}
     for tower in (model.visual.transformer, model.transformer):
         tower.remember = spec.activations
+    if spec.compile:
+        compile_blocks(held)
     start, totals = _resume(out / "checkpoints", held, optimizer, identity, rank, ranks)
     dtype = precision(spec, device)
     metrics = Metrics(out / "metrics.jsonl", start, spec.tensorboard) if rank == 0 else None
@@ -280,11 +284,11 @@ def _join(rank: int, ranks: int) -> torch.device:
     check_gpus(local + 1)
     if not cuda:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "0")) or max(1, (os.cpu_count() or 1) // ranks))
-    if ranks > 1:
-        meet = os.environ.get("PAIRMILL_RENDEZVOUS", "env://")
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", init_method=meet, rank=rank, world_size=ranks)
     if cuda:
         torch.cuda.set_device(local)
+    if ranks > 1:
+        url = os.environ.get("PAIRMILL_RENDEZVOUS", "env://")
+        meet(rank, ranks, url, "cpu:gloo,cuda:nccl" if cuda else "gloo")
     return torch.device("cuda", local) if cuda else torch.device("cpu")
 
 

@@ -1,8 +1,14 @@
 """The pre-norm transformer of CLIP over packed tokens, with open_clip's parameter names and shapes.
 
+A block is three regions: what comes before attention, attention, and what follows. Compiled (`compile_blocks`), the
+outer two are graphs without a break, one per width, whose number of tokens is symbolic; attention, whose segments
+differ from step to step, stays outside, as do the blocks' hooks (FSDP gathers weights there).
+
 Legend: T tokens of all segments, D width, N heads, H width of a head.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +20,7 @@ from training.attention import Layout, attend
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention within segments; parameters named as in nn.MultiheadAttention."""
+    """The weights of multi-head self-attention, named as in nn.MultiheadAttention."""
 
     def __init__(self, width: int, heads: int, backend: str) -> None:
         super().__init__()
@@ -24,11 +30,10 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x_TD: Tensor, layout: Layout) -> Tensor:
-        qkv = F.linear(x_TD, self.in_proj_weight, self.in_proj_bias)
-        q_TNH, k_TNH, v_TNH = qkv.unflatten(1, (3, self.heads, -1)).unbind(1)
-        out: Tensor = self.out_proj(attend(q_TNH, k_TNH, v_TNH, layout, self.backend).flatten(1))
-        return out
+    def forward(self, qkv_TD: Tensor, layout: Layout) -> Tensor:
+        """(T, 3 · N · H) to (T, N · H), within segments."""
+        q_TNH, k_TNH, v_TNH = qkv_TD.unflatten(1, (3, self.heads, -1)).unbind(1)
+        return attend(q_TNH, k_TNH, v_TNH, layout, self.backend).flatten(1)
 
 
 class Mlp(nn.Module):
@@ -43,6 +48,8 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
+    compiled = False
+
     def __init__(self, width: int, heads: int, backend: str, eps: float) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(width, eps)
@@ -50,10 +57,43 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(width, eps)
         self.mlp = Mlp(width)
 
-    def forward(self, x_TD: Tensor, layout: Layout) -> Tensor:
-        x_TD = x_TD + self.attn(self.ln_1(x_TD), layout)
-        out: Tensor = x_TD + self.mlp(self.ln_2(x_TD))
+    def forward(self, x_TD: Tensor, layout: Layout, thrifty: bool = False) -> Tensor:
+        """`thrifty`: whether the graphs of a compiled block keep products alone."""
+        before, after = _graphs(thrifty) if self.compiled else (_before, _after)
+        out: Tensor = after(self, x_TD, self.attn(before(self, x_TD), layout))
         return out
+
+
+def _before(block: Block, x_TD: Tensor) -> Tensor:
+    return F.linear(block.ln_1(x_TD), block.attn.in_proj_weight, block.attn.in_proj_bias)
+
+
+def _after(block: Block, x_TD: Tensor, attended_TD: Tensor) -> Tensor:
+    x_TD = x_TD + block.attn.out_proj(attended_TD)
+    out: Tensor = x_TD + block.mlp(block.ln_2(x_TD))
+    return out
+
+
+@functools.cache
+def _graphs(thrifty: bool) -> list[Callable[..., Tensor]]:
+    """`_before` and `_after`, compiled at their first calls. More kinds of calls than the limit raise an error."""
+    torch._dynamo.config.optimize_ddp = False  # it would cut these graphs at DDP's buckets; they end within them
+    regions = [_thrifty(region) if thrifty else region for region in (_before, _after)]
+    return [torch.compile(region, dynamic=True, fullgraph=True) for region in regions]
+
+
+def _thrifty(region: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def kept(*inputs: Any) -> Any:
+        return checkpoint(region, *inputs, use_reentrant=False, context_fn=_keep_products)
+
+    return kept
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compiles the blocks of all transformers in `model`, at their first calls."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compiled = True
 
 
 class Transformer(nn.Module):
@@ -76,11 +116,12 @@ class Transformer(nn.Module):
                 nn.init.zeros_(bias)
 
     def forward(self, x_TD: Tensor, layout: Layout) -> Tensor:
+        thrifty = self.remember == "products"
         for block in self.resblocks:
-            if self.remember == "all" or not torch.is_grad_enabled():
-                x_TD = block(x_TD, layout)
+            if self.remember == "all" or not torch.is_grad_enabled() or (thrifty and block.compiled):
+                x_TD = block(x_TD, layout, thrifty)
             else:
-                keep = _keep_products if self.remember == "products" else noop_context_fn
+                keep = _keep_products if thrifty else noop_context_fn
                 x_TD = checkpoint(block, x_TD, layout, use_reentrant=False, context_fn=keep)
         return x_TD
 
