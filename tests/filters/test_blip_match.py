@@ -63,7 +63,7 @@ def test_bf16_is_close_to_fp32(folder: str) -> None:
     made = [BlipMatch(weights=folder, precision=p).score(batch(ROWS)) for p in ("bf16", "fp32")]  # type: ignore[arg-type]
     for name, tolerance in (("probability", 0.02), ("cosine", 0.02)):
         for half, full in zip(*(one[name] for one in made), strict=True):
-            assert (half == pytest.approx(full, abs=tolerance) and None not in half) or None in full
+            assert half == pytest.approx(full, abs=tolerance) and None not in half or None in full
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
