@@ -265,9 +265,42 @@ class ModelSpec(Spec):
         return self
 
 
+class StartSpec(Spec):
+    """What a tower starts from: `weights` (a folder in open_clip's format, or its NAME:TAG), which `lock` keeps as they
+    are (LiT, arXiv 2111.07991), but for the last `unlocked_groups`, counted as open_clip counts them: the projection is
+    1, the last block with the final norm 2. Or a tower of another make, known by the columns of `features` that filters
+    made with it: a head on them is trained, with `hidden` layers; or none, where `lock` takes the column as it is."""
+
+    weights: str | None = None
+    lock: bool = False
+    unlocked_groups: int = Field(0, ge=0)
+    features: list[str] = []
+    hidden: list[Annotated[int, Field(ge=1)]] = []
+    dropout: float = Field(0.0, ge=0, lt=1)  # of the head's inputs and hidden layers
+    residual: bool = False  # the last column, which is of the embedding's width, is added to what the head makes
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "StartSpec":
+        if self.features and (self.weights or self.unlocked_groups):
+            raise ValueError("`features` are of another tower: `weights` and `unlocked_groups` don't go with them")
+        if not self.features and (self.hidden or self.dropout or self.residual):
+            raise ValueError("`hidden`, `dropout` and `residual` are of the head on `features`")
+        if self.unlocked_groups and not self.lock:
+            raise ValueError("`unlocked_groups` needs `lock`")
+        if self.lock and not (self.weights or self.features):
+            raise ValueError("`lock` needs `weights` or `features`: random weights would never learn")
+        return self
+
+
+class TowersSpec(Spec):
+    image: StartSpec = StartSpec()
+    text: StartSpec = StartSpec()
+
+
 class PretrainSpec(Spec):
     objective: Literal["clip", "siglip"] = "clip"
     model: ModelSpec = ModelSpec()
+    towers: TowersSpec = TowersSpec()  # which of them start from weights, or stay as they are
     workers: int = Field(2, ge=1)
     batch_pairs: int = Field(64, ge=2)
     steps: int = Field(500, ge=1)

@@ -43,6 +43,7 @@ Shards = Mapping[str, Sequence[ShardRef]]
 PREVIOUS = "previous"
 ROLES = {"clip": "clip", "blip_caption": "captioner", "blip_match": "matcher"}
 FALSE_DROPS = 0.05  # at which two scorers are compared
+VECTOR = pa.list_(pa.float32())
 
 
 def check(recipe: Recipe) -> None:
@@ -58,6 +59,7 @@ def check(recipe: Recipe) -> None:
             remedy="give both the same columns in the same order",
         )
     _check_rules(recipe)
+    _check_towers(recipe, loaded)
     for name, settings in recipe.filters.items():
         if PREVIOUS in settings.values() and name not in ROLES:
             raise PairmillError(
@@ -110,6 +112,25 @@ def _check_columns(recipe: Recipe, loaded: Mapping[str, Filter | Reducer]) -> No
                 found=f"{column!r}" + (f", which {column.partition('.')[0]} makes" if column in made else ""),
                 remedy=nearest(column, groups) if groups else "add a reducer, such as exact_duplicates",
             )
+
+
+def _check_towers(recipe: Recipe, loaded: Mapping[str, Filter | Reducer]) -> None:
+    """Towers that are columns name vectors that a filter makes; nothing that looks at images can use their model."""
+    named = [f for start in (recipe.pretrain.towers.image, recipe.pretrain.towers.text) for f in start.features]
+    made = {f"{name}.{c}": kind for name, one in loaded.items() for c, kind in one.columns.items()}
+    vectors = [name for name, kind in made.items() if _alike(kind, VECTOR) or _alike(kind, pa.list_(VECTOR))]
+    if odd := [name for name in named if name not in vectors]:
+        raise PairmillError(
+            expected="a column of vectors that a filter of the recipe makes, at pretrain.towers",
+            found=repr(odd[0]),
+            remedy=nearest(odd[0], vectors) if vectors else "add a filter that makes one, such as clip",
+        )
+    if named and (recipe.evaluate.retrieval or recipe.evaluate.zero_shot or recipe.rounds > 1):
+        raise PairmillError(
+            expected="evaluate: {retrieval: false} and rounds: 1 where pretrain.towers are features",
+            found="another setting: such a model takes columns, not images",
+            remedy="set these, or train towers that start from `weights`",
+        )
 
 
 def _alike(kind: pa.DataType, wanted: pa.DataType) -> bool:

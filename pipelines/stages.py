@@ -204,7 +204,8 @@ def pretrain(run: Run, number: int, picked: Facts) -> Facts:
     """Trains the round's model on the selection's training shards."""
     with run.stage(f"round-{number}/pretrain") as facts:
         name, spec = f"round-{number}", run.recipe.pretrain
-        record = training_jobs.pretrain(run, name, picked["selection"], shards(run), spec, picked["apart"])
+        given = (picked["selection"], shards(run), spec, picked["apart"], picked["scores"])
+        record = training_jobs.pretrain(run, name, *given)
         facts |= {"reused": record["reused"], "training": record["fingerprint"]}
         result = record["result"]
         facts["note"] = f"{result['steps']} steps, {result['pairs']} pairs, model {record['models']['clip'][:12]}"

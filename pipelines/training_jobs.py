@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from filters.weights import clip_hashes
 from pairs import __version__
 from pairs.errors import PairmillError
 from pairs.fingerprint import content_hash, fingerprint
@@ -60,12 +61,35 @@ def pins(run: Run, selection: str, shards: Shards) -> list[Pin]:
     return [Pin(folder=ref.folder, index=ref.index, tar_sha256=meta["tar_sha256"]) for ref, meta in full]
 
 
-def pretrain(run: Run, name: str, selection: str, shards: Shards, spec: PretrainSpec, apart: Sequence[str]) -> Facts:
-    """Trains a CLIP on the selection's training shards of `shards`; returns its record (models, result, config)."""
-    pinned = pins(run, selection, shards)
-    config = TrainConfig(store=run.workspace.store.root, shards=pinned, spec=spec, out_dir="", apart=list(apart))
+def pretrain(
+    run: Run,
+    name: str,
+    selection: str,
+    shards: Shards,
+    spec: PretrainSpec,
+    apart: Sequence[str],
+    scores: Mapping[str, str] | None = None,
+) -> Facts:
+    """Trains a CLIP on the selection's training shards of `shards`; returns its record (models, result, config).
+    `scores` are the folders of score tables by filter, for towers that are columns."""
+    starts = (spec.towers.image, spec.towers.text)
+    config = TrainConfig(
+        store=run.workspace.store.root,
+        shards=pins(run, selection, shards),
+        spec=spec,
+        out_dir="",
+        apart=list(apart),
+        scores={f.partition(".")[0]: (scores or {})[f.partition(".")[0]] for start in starts for f in start.features},
+        weights={s.weights: weights_hash(s.weights) for s in starts if s.weights},
+    )
     told = {"train_config": config.model_dump(mode="json", exclude={"store", "out_dir"})}
     return _record(run, name, config, launch.train, lambda line: (line["step"] + 1, spec.steps, _loss(line)), told)
+
+
+def weights_hash(name: str) -> str:
+    """The hash of what a tower starts from: a folder, or open_clip's NAME:TAG."""
+    model, _, tag = name.partition(":")
+    return clip_hashes(model, tag or name)["weights"]
 
 
 def _loss(line: Facts) -> str:

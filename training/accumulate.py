@@ -53,7 +53,9 @@ def features(run: nn.Module, parts: Sequence[Part], context: Context) -> tuple[F
                 with context():
                     outputs = [x for x in run(*part) if x is not None]
                 own = [of[place] if place < len(parts) else torch.zeros_like(of[0]) for of in (of_images, of_texts)]
-                torch.autograd.backward(outputs, [*own, *shared])
+                gradients = zip(outputs, [*own, *shared], strict=True)
+                learning = [(x, gradient) for x, gradient in gradients if x.requires_grad]  # a locked tower doesn't
+                torch.autograd.backward(*map(list, zip(*learning, strict=True)))
         settle(run)
 
     return (leaves[0], leaves[1], leaves[2], leaves[3] if len(leaves) > 3 else None), back

@@ -59,14 +59,18 @@ class Job(BaseModel):
 
 
 class TrainConfig(Job):
-    """A CLIP, trained on training shards."""
+    """A CLIP, trained on training shards. Towers that are columns are read from `scores`, folders of score tables by
+    filter; `weights` are the hashes of what towers start from, by the recipe's name for it."""
 
     spec: PretrainSpec
+    scores: dict[str, str] = {}
+    weights: dict[str, str] = {}
 
     @property
     def fingerprint(self) -> str:
         spec = self.spec.model_dump(exclude=UNSEEN)
-        return fingerprint(self._content() | {"version": VERSION, "spec": spec})
+        starts = {name: value for name, value in (("scores", self.scores), ("weights", self.weights)) if value}
+        return fingerprint(self._content() | starts | {"version": VERSION, "spec": spec})
 
 
 class BlipJob(Job):

@@ -16,13 +16,15 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from pairs.errors import PairmillError
-from pairs.recipe import ModelSpec, TowerSpec
+from pairs.recipe import ModelSpec, PretrainSpec, StartSpec, TowerSpec, TowersSpec
 from training.checkpoint import publishing
 from training.models.clip import MEAN, STD, PackedClip, Towers
+from training.models.locked import Head, part_of, plain, put_heads
 from training.models.siglip import HALF, PackedSiglip, from_open_clip, to_open_clip
 from training.tokens import Ids
 
 CONFIG, WEIGHTS, CARD = "open_clip_config.json", "open_clip_model.safetensors", "model_card.json"
+HEADS = "heads.json"
 
 
 TIMM = {  # SigLIP's image towers: (layers, width, heads, patch_px, image_px)
@@ -48,9 +50,56 @@ def build(spec: ModelSpec, seed: int, attention: str = "auto") -> Towers:
     return model
 
 
-def whole_table(spec: ModelSpec, seed: int, used: Ids, rows: Tensor) -> Tensor:
+def begin(spec: PretrainSpec) -> Towers:
+    """The model as training begins it: weights of the seed, but for towers that start from given ones."""
+    model = build(spec.model, spec.seed, spec.attention)
+    starts = {tower: getattr(spec.towers, tower).weights for tower in ("image", "text")}
+    for name in sorted({name for name in starts.values() if name}):
+        _take(model, spec.model, name, [tower for tower in starts if starts[tower] == name])
+    return model
+
+
+def _take(model: Towers, spec: ModelSpec, name: str, towers: list[str]) -> None:
+    """Puts the weights `name` into the model's towers; where they are both, scale and bias too."""
+    theirs, found = published(name)
+    own = model.state_dict()
+    both = ["logit_"] if len(towers) == 2 else []
+    wanted = [k for k in own if part_of(k) in [*towers, *both]]
+    for key in wanted:
+        shapes = [list(w[key].shape) if key in w else None for w in (own, theirs)]
+        if shapes[0] != shapes[1]:
+            raise PairmillError(
+                expected=f"pretrain.model of the sizes of {name}: {found.model_dump(exclude_defaults=True)}",
+                found=f"{key} of {shapes[0]} against {shapes[1]} there",
+                remedy="set embed_dim and the sizes of this tower in pretrain.model to these",
+            )
+    model.load_state_dict({key: theirs[key] for key in wanted}, strict=False)
+
+
+def published(name: str) -> tuple[dict[str, Tensor], ModelSpec]:
+    """Weights by our names and the sizes of a model: a folder in open_clip's format, or open_clip's NAME:TAG."""
+    if Path(name).is_dir():
+        model, spec = load(Path(name))
+        return model.state_dict(), spec
+    import open_clip  # seconds
+
+    kind, _, tag = name.partition(":")
+    try:
+        theirs = open_clip.create_model(kind, pretrained=tag or None, require_pretrained=True)
+        spec = spec_of(open_clip.get_model_config(kind))
+    except Exception as error:  # a name, a tag, the hub, the cache or the file: a class of its own for each
+        raise PairmillError(
+            expected=f"a folder in open_clip's format, or a NAME:TAG that open_clip has, at {name}",
+            found=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
+            remedy="name the folder of a model; where no hub can be reached, copy the cache",
+        ) from error
+    weights = theirs.state_dict()
+    return from_open_clip(weights) if spec.kind == "siglip" else weights, spec
+
+
+def whole_table(spec: PretrainSpec, used: Ids, rows: Tensor) -> Tensor:
     """The token table as it would be had all of it been trained: `rows` at `used`, first values elsewhere."""
-    table = build(spec, seed).token_embedding.weight.detach().clone()
+    table = begin(spec).token_embedding.weight.detach().clone()
     table[torch.from_numpy(used)] = rows.detach().cpu().float()
     return table
 
@@ -173,3 +222,53 @@ def spec_of(cfg: dict[str, Any]) -> ModelSpec:
         vocabulary=t["vocab_size"],
         logit_bias=cfg.get("init_logit_bias"),
     )
+
+
+def save_trained(
+    folder: Path, spec: PretrainSpec, weights: dict[str, Tensor], used: Ids, facts: dict[str, Any]
+) -> None:
+    """Publishes what a training made, whose token table holds the rows `used`: for open_clip, or as heads."""
+    if "token_embedding.weight" in weights:
+        weights["token_embedding.weight"] = whole_table(spec, used, weights["token_embedding.weight"])
+    if spec.towers.image.features or spec.towers.text.features:
+        save_heads(folder, spec, weights, facts)
+    else:
+        save(folder, spec.model, weights, facts)
+
+
+def save_heads(folder: Path, spec: PretrainSpec, weights: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """Publishes a model of heads on columns: `image_head.safetensors`, `text_head.safetensors` (each a plain
+    `nn.Sequential`, as the filter `probe` reads them), what else it has (`rest.safetensors`), the columns and settings
+    (`heads.json`) and the card. `weights` are its whole state dict."""
+    rest = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    with publishing(folder) as temporary:
+        for tower, prefix in (("image", "visual."), ("text", "head.")):
+            if getattr(spec.towers, tower).features:
+                own = {name.removeprefix(prefix): rest.pop(name) for name in [*rest] if name.startswith(prefix)}
+                (temporary / f"{tower}_head.safetensors").write_bytes(to_bytes(plain(own)))
+        (temporary / "rest.safetensors").write_bytes(to_bytes(rest, metadata={"format": "pt"}))
+        told = {"towers": spec.towers.model_dump(), "model": spec.model.model_dump()}
+        (temporary / HEADS).write_text(json.dumps(told, indent=2))
+        (temporary / CARD).write_text(json.dumps(facts, indent=2, sort_keys=True))
+
+
+def load_heads(folder: Path, attention: str = "auto") -> tuple[Towers, TowersSpec]:
+    """What `save_heads` wrote, in eval mode, and the columns that it takes as `Rows`."""
+    try:
+        told = json.loads((folder / HEADS).read_text())
+        model, towers = build(ModelSpec(**told["model"]), 0, attention), TowersSpec(**told["towers"])
+        files = {tower: folder / f"{tower}_head.safetensors" for tower in ("image", "text")}
+        heads = {tower: _head(path, getattr(towers, tower)) if path.exists() else None for tower, path in files.items()}
+        put_heads(model, heads["image"], heads["text"])
+        model.load_state_dict(load_file(folder / "rest.safetensors"), strict=False)
+    except (OSError, KeyError, ValueError, RuntimeError) as error:
+        raise PairmillError(
+            expected=f"a model of heads ({HEADS}, …) at {folder}",
+            found=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            remedy="name the folder `model` of a training whose towers are `features`",
+        ) from error
+    return model.eval(), towers
+
+
+def _head(path: Path, start: StartSpec) -> Head:
+    return Head.of(load_file(path), start.residual or start.lock)

@@ -153,6 +153,8 @@ def make_optimizer(model: Towers, spec: PretrainSpec) -> torch.optim.Optimizer:
     bare = ("embedding", "ln_", "logit_scale", "bias")
     groups: dict[tuple[bool, bool], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         decays = parameter.ndim >= 2 and not any(part in name for part in bare)
         groups.setdefault((decays, isinstance(parameter, DTensor)), []).append(parameter)  # one kernel takes one kind
     settings = [{"params": p, "weight_decay": spec.weight_decay * decays} for (decays, _), p in groups.items()]

@@ -29,11 +29,12 @@ from pairs.recipe import PretrainSpec
 from pairs.store import Store
 from training import checkpoint, export
 from training.attention import chosen
+from training.columns import make_loader, start_model
 from training.config import RESULT, UNSEEN, BlipJob, BlipResult, TrainConfig, TrainResult
-from training.data import Loader, cache_at
+from training.data import cache_at
 from training.hardware import deterministic
 from training.loop import Totals, make_optimizer, train_steps
-from training.models.transformer import compile_blocks
+from training.models.transformer import Transformer, compile_blocks
 from training.parallel import place, whole_state
 from training.plan import Cost
 from training.preflight import meet
@@ -87,16 +88,16 @@ def train_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device)
     plan, left_out = make_plan(store, config.shards, spec, config.apart)
     if ranks > 1:
         _agree(plan.fingerprint)
-    model = export.build(spec.model, spec.seed, spec.attention)
-    model.with_vocabulary(model.token_embedding.weight[torch.from_numpy(plan.tokens.used)])
+    model, columns = start_model(store, config, plan)
     average = copy.deepcopy(model).requires_grad_(False) if spec.ema else None
     for module in (model, average) if average else (model,):
         place(module, spec.parallel, ranks, device)
     held = torch.nn.ModuleDict({"model": model, "average": average} if average else {"model": model})
     optimizer = make_optimizer(model, spec)
     identity = {"plan": plan.fingerprint, "config": config.fingerprint}
-    for tower in (model.visual.transformer, model.transformer):
-        tower.remember = spec.activations
+    for part in model.modules():
+        if isinstance(part, Transformer):
+            part.remember = spec.activations
     if spec.compile:
         compile_blocks(held)
     start, totals = _resume(out / "checkpoints", held, optimizer, identity, rank, ranks)
@@ -114,7 +115,7 @@ def train_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device)
 
     m = spec.model
     cost = Cost((m.vision.layers, m.vision.width), (m.text.layers, m.text.width))
-    loader = Loader(
+    loader = make_loader(columns)(
         plan,
         store,
         rank,
@@ -164,9 +165,7 @@ def train_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device)
     weights = whole_state(average or model, keep=rank == 0)
     if rank == 0:
         Store(out).write(RESULT, result.model_dump_json(indent=2))  # before the model, which tells that all is done
-        rows = weights["token_embedding.weight"]
-        weights["token_embedding.weight"] = export.whole_table(m, spec.seed, plan.tokens.used, rows)
-        export.save(out / "model", m, weights, facts)
+        export.save_trained(out / "model", spec, weights, plan.tokens.used, facts)
     return result
 
 

@@ -113,9 +113,14 @@ class Towers(nn.Module):
     token_embedding: nn.Embedding
     logit_scale: nn.Parameter
     logit_bias: nn.Parameter | None
+    head: nn.Module | None  # in the place of the text tower (see `locked`)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = None
 
     def forward(self, images: PackedImages, texts: PackedTexts) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        features = self.encode_image(images), self.encode_text(texts)
+        features = self.encode_image(images), self.head(texts) if self.head else self.encode_text(texts)
         image_BE, text_BE = (F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1) for x in features)
         bias = None if self.logit_bias is None else self.logit_bias.clone()  # FSDP2 hooks each output, each step
         return image_BE, text_BE, self.logit_scale.exp(), bias
