@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from training.models.blip import PackedBlip, Stream
 from training.packing import PackedImages
@@ -67,6 +68,8 @@ class Memory(nn.Module):
         found: tuple[Tensor, Tensor] = self.encoders(
             lambda it: (it.image_features(it.visual(images), images), it.text_features(texts))
         )
+        if isinstance(self.encoders, FSDPModule):
+            self.encoders.reshard()  # a backward would, and there is none
         return found
 
     def keys(self, image_GE: Tensor, text_GE: Tensor, same_G2: Tensor, valid_G: Tensor) -> Keys:

@@ -98,4 +98,4 @@ def whole(value: Tensor) -> Tensor:
 
 def local(value: Tensor) -> Tensor:
     """This rank's part, of a tensor that is cut."""
-    return value.tolocal() if isinstance(value, DTensor) else value
+    return value.to_local() if isinstance(value, DTensor) else value
