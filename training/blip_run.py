@@ -25,12 +25,14 @@ from training.attention import chosen
 from training.blip_momentum import Keys, Memory
 from training.blip_objective import Aims, Entry, keys_of, losses, pairs_of, ramped, total
 from training.config import RESULT, UNSEEN, TrainConfig, TrainResult
-from training.data import Batch, Loader
+from training.data import Batch, Loader, cache_at
 from training.export import CARD
+from training.hardware import deterministic
 from training.loop import Line, make_optimizer, train_steps
 from training.models.blip import PackedBlip, Sizes, spans_of
-from training.packing import CLIP, Grid
+from training.packing import CLIP
 from training.parallel import place, whole_state
+from training.pixels import Grid
 from training.plan import Cost, Plan
 from training.tables import make_plan
 from training.tokens import bert_tokenizer
@@ -93,7 +95,7 @@ class Bootstrapping:
 
 def train_blip_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device) -> TrainResult:
     """As `training.run.train_rank`, for objective: blip."""
-    from training.run import Metrics, _agree, _resume, _room, deterministic, precision, profiled
+    from training.run import Metrics, _agree, _resume, precision, profiled
 
     began, spec, out = time.perf_counter(), _named(config.spec), Path(config.out_dir)
     store = Store(config.store)
@@ -114,7 +116,7 @@ def train_blip_rank(config: TrainConfig, rank: int, ranks: int, device: torch.de
     dtype = precision(spec, device)
     metrics = Metrics(out / "metrics.jsonl", start, spec.tensorboard) if rank == 0 else None
     if rank == 0:
-        _room(out, held, checkpoint.KEEP + 1 + spec.keep_best)
+        checkpoint.check_room(out, held, spec.keep_best)
     saver = checkpoint.Saver(out / "checkpoints", spec.keep_best)
 
     def save(step: int) -> None:
@@ -124,7 +126,10 @@ def train_blip_rank(config: TrainConfig, rank: int, ranks: int, device: torch.de
 
     m = spec.model
     cost = Cost((m.vision.layers, m.vision.width), (m.text.layers, 3 * m.text.width))
-    loader = Loader(plan, store, rank, ranks, cost, m.patch_px, spec.jitter, CLIP)
+    loader = Loader(
+        plan, store, rank, ranks, cost, m.patch_px, spec.jitter, CLIP, multiple=spec.token_multiple, steps=spec.steps,
+        workers=spec.loader_workers, cache=cache_at(spec.cache, spec.cache_gb),
+    )  # fmt: skip
     teach = Bootstrapping(model, memory, plan, aims(spec, processor.tokenizer, model.sizes.context), spec, rank)
     traced = spec.profile_steps if rank == 0 else 0
     with deterministic(spec.deterministic), saver, profiled(out / "trace.json", traced) as tick:
