@@ -30,6 +30,7 @@ from training.export import CARD
 from training.hardware import deterministic
 from training.loop import Line, make_optimizer, train_steps
 from training.models.blip import PackedBlip, Sizes, spans_of
+from training.models.transformer import compile_blocks
 from training.packing import CLIP
 from training.parallel import place, whole_state
 from training.pixels import Grid
@@ -110,6 +111,8 @@ def train_blip_rank(config: TrainConfig, rank: int, ranks: int, device: torch.de
         place(module, spec.parallel, ranks, device)
     held = nn.ModuleDict({"model": model, "memory": memory} if memory else {"model": model})
     model.visual.transformer.remember = spec.activations
+    if spec.compile:
+        compile_blocks(held)
     optimizer = make_optimizer(model, spec)
     identity = {"plan": plan.fingerprint, "config": config.fingerprint}
     start, totals = _resume(out / "checkpoints", held, optimizer, identity, rank, ranks)

@@ -115,7 +115,8 @@ def train_steps(
     run = running(model, ranks)
     # No cache: a weight is cast once a pass, and kept casts would be the whole model where FSDP2 holds a block.
     mixed = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
-    rehearse(run, optimizer, loader, spec, mixed, device)
+    if isinstance(teach, Contrast):  # what it rehearses
+        rehearse(run, optimizer, loader, spec, mixed, device)
     began, save_s, peak = time.perf_counter(), 0.0, peak_flops(device, dtype)
     for step, batch in enumerate(_on_device(loader.batches(start, spec.steps), device), start):
         rate = learning_rate(step, spec)

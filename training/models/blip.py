@@ -147,10 +147,9 @@ class Layer(nn.Module):
         return [self._one(x, s, kv) for x, s in zip(xs, streams, strict=True)]
 
     def _one(self, x_TD: Tensor, s: Stream, kv: Tensor | None) -> Tensor:
-        if s.layout.causal:
-            x_TD = self.ln_write(x_TD + self.write(x_TD, s.layout))
-        else:
-            x_TD = self.ln_read(x_TD + self.read(x_TD, s.layout))
+        own, norm = (self.write, self.ln_write) if s.layout.causal else (self.read, self.ln_read)
+        attended_TD = own(F.linear(x_TD, own.in_proj_weight, own.in_proj_bias), s.layout)
+        x_TD = norm(x_TD + own.out_proj(attended_TD))
         if kv is not None:
             x_TD = self.ln_cross(x_TD + self.cross(x_TD, kv, s))
         out: Tensor = self.ln_mlp(x_TD + self.mlp(x_TD))
