@@ -297,8 +297,32 @@ class TowersSpec(Spec):
     text: StartSpec = StartSpec()
 
 
+class MedSpec(Spec):
+    """BLIP's objective. `start` are folders of transformers' BLIP to go on from (captioner, matcher, or both of one
+    training), the first of which names the tokenizer too."""
+
+    losses: list[Literal["itc", "itm", "lm"]] = ["itc", "itm", "lm"]  # captioner: lm; match filter: itc and itm
+    start: list[str] = []
+    alpha: float = Field(0.4, ge=0, le=1)  # share of the soft targets, after a ramp
+    ramp_epochs: float = Field(2.0, ge=0)
+    momentum: float = Field(0.995, ge=0, le=1)
+    queue: int = Field(57600, ge=1)
+    smoothing: float = Field(0.1, ge=0, lt=1)
+    prompt: str = ""  # before what the captioner writes
+    match_mark: Literal["[CLS]", "[ENC]"] = (
+        "[CLS]"  # begins a text that is matched; transformers' models are given [CLS]
+    )
+
+    @model_validator(mode="after")
+    def _contrast_draws(self) -> "MedSpec":
+        if not self.losses or ("itm" in self.losses) != ("itc" in self.losses):
+            raise ValueError("losses are lm, or itc and itm (whose wrong texts itc draws), or all three")
+        return self
+
+
 class PretrainSpec(Spec):
-    objective: Literal["clip", "siglip"] = "clip"
+    objective: Literal["clip", "siglip", "blip"] = "clip"
+    blip: MedSpec = MedSpec()
     model: ModelSpec = ModelSpec()
     towers: TowersSpec = TowersSpec()  # which of them start from weights, or stay as they are
     workers: int = Field(2, ge=1)
@@ -343,6 +367,10 @@ class PretrainSpec(Spec):
     def _a_pair_for_each(self) -> "PretrainSpec":
         if self.batch_pairs < self.workers:
             raise ValueError(f"batch_pairs {self.batch_pairs} leave some of the {self.workers} workers without a pair")
+        if self.objective == "blip" and (self.accumulate > 1 or self.ema or self.patch_dropout):
+            raise ValueError("objective: blip knows no accumulate, ema or patch_dropout")
+        if self.objective == "blip" and self.model.tokenizer == "clip" and not self.blip.start:
+            raise ValueError("objective: blip needs a BERT tokenizer's folder (model.tokenizer) or blip.start")
         if (self.objective == "siglip") != (self.model.logit_bias is not None):
             raise ValueError("a model.logit_bias goes with objective: siglip, and only with it")
         return self
@@ -430,6 +458,13 @@ class Recipe(Spec):
                     raise ValueError(
                         f"`weights` names {name!r}, which is no source: {nearest(name, list(self.sources))}"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_train_clips(self) -> "Recipe":
+        first = self.first_filter.clip
+        if "blip" in (self.pretrain.objective, first.objective if first else ""):
+            raise ValueError("rounds train and evaluate a CLIP: objective is clip or siglip (blip: a job of its own)")
         return self
 
     @property

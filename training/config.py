@@ -103,7 +103,7 @@ class TrainResult(BaseModel):
     """What a finished run reports. `left_out` counts rows by reason, `damaged` masked pairs (each time met)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    model: str  # the folder that open_clip loads
+    model: str  # the folder that open_clip loads, or that holds the `parts`
     fingerprint: str  # of the config
     plan: str
     steps: int
@@ -120,8 +120,9 @@ class TrainResult(BaseModel):
     precision: str
     attention: str
     torch: str  # its version
+    parts: list[str] = []  # a BLIP's roles, each a folder in `model`
 
     @property
     def models(self) -> dict[str, Path]:
-        """The folder by role."""
-        return {"clip": Path(self.model)}
+        """The folders by role."""
+        return {part: Path(self.model) / part for part in self.parts} or {"clip": Path(self.model)}

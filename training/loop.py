@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -22,9 +22,10 @@ from torch.distributed.tensor import DTensor
 
 from pairs.errors import PairmillError
 from pairs.recipe import PretrainSpec
-from training.accumulate import features
-from training.data import Loader
+from training.accumulate import Context, features
+from training.data import Batch, Loader
 from training.hardware import memory_bytes, peak_flops
+from training.models.blip import PackedBlip
 from training.models.clip import Towers
 from training.objectives import OBJECTIVES, Share
 from training.parallel import clip, follow, running
@@ -60,8 +61,38 @@ class Totals:
         }
 
 
+class Teach(Protocol):
+    """What a step computes of a batch: `loss` gives its sum and count (of this rank), what takes the gradient of a
+    scaled sum into the weights, and what to tell; `done` follows on a step that was taken."""
+
+    def loss(
+        self, run: nn.Module, batch: Batch, step: int, mixed: Context
+    ) -> tuple[Tensor, Tensor, Callable[[Tensor], None], Line]: ...
+
+    def done(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Two towers' features, under an objective."""
+
+    objective: str
+    rank: int
+
+    def loss(
+        self, run: nn.Module, batch: Batch, step: int, mixed: Context
+    ) -> tuple[Tensor, Tensor, Callable[[Tensor], None], Line]:
+        (image_BE, text_BE, scale, bias), back = features(run, batch.parts, mixed)
+        share = Share(batch.valid, batch.same, batch.counts, self.rank)
+        total, count = OBJECTIVES[self.objective](image_BE, text_BE, scale, bias, share)
+        return total, count, back, {}
+
+    def done(self) -> None:
+        pass
+
+
 def train_steps(
-    model: Towers,
+    model: Towers | PackedBlip,
     optimizer: torch.optim.Optimizer,
     loader: Loader,
     spec: PretrainSpec,
@@ -72,24 +103,27 @@ def train_steps(
     emit: Callable[[Line], None],
     save: Callable[[int], None],
     average: nn.Module | None = None,
+    teach: "Teach | None" = None,
 ) -> None:
     """Steps [start, spec.steps), added to `totals`. `emit` gets a line for each, `save` how many are done, when due.
-    `average` is a copy of the model that follows it (spec.ema)."""
-    ranks, rank, in_a_row, objective = loader.ranks, loader.rank, 0, OBJECTIVES[spec.objective]
+    `average` is a copy of the model that follows it (spec.ema); `teach` what the steps compute, if not a contrast of
+    towers."""
+    ranks, rank, in_a_row = loader.ranks, loader.rank, 0
+    teach = teach or Contrast(spec.objective, rank)
     lately: deque[tuple[int, int]] = deque(maxlen=PATIENCE)
     parameters = [p for p in model.parameters() if p.requires_grad]
     run = running(model, ranks)
     # No cache: a weight is cast once a pass, and kept casts would be the whole model where FSDP2 holds a block.
     mixed = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
-    rehearse(run, optimizer, loader, spec, mixed, device)
+    if isinstance(teach, Contrast):  # what it rehearses
+        rehearse(run, optimizer, loader, spec, mixed, device)
     began, save_s, peak = time.perf_counter(), 0.0, peak_flops(device, dtype)
     for step, batch in enumerate(_on_device(loader.batches(start, spec.steps), device), start):
         rate = learning_rate(step, spec)
         for group in optimizer.param_groups:
             group["lr"] = rate
 
-        (image_BE, text_BE, scale, bias), back = features(run, batch.parts, mixed)
-        total, count = objective(image_BE, text_BE, scale, bias, Share(batch.valid, batch.same, batch.counts, rank))
+        total, count, back, seen = teach.loss(run, batch, step, mixed)
 
         damaged = sum(batch.damaged.values())
         own = [float(total.detach()), float(count), damaged, batch.useful, batch.computed, loader.wait_s, batch.flops]
@@ -103,6 +137,7 @@ def train_steps(
         norm = clip(parameters, spec.clip_norm)
         if math.isfinite(loss) and math.isfinite(norm):
             optimizer.step()
+            teach.done()
             with torch.no_grad():
                 model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
             if average:
@@ -128,7 +163,7 @@ def train_steps(
                 "loss": loss,
                 "lr": rate,
                 "grad_norm": norm,
-                "logit_scale": float(scale.detach()),
+                "logit_scale": float(model.logit_scale.detach().exp()),
                 "pairs": int(pairs),
                 "damaged": int(damaged_sum),
                 "pairs_per_s": pairs / seconds,
@@ -141,6 +176,7 @@ def train_steps(
                 "memory_mb": memory_bytes(device) / 1e6,
                 "uids_sha256": loader.plan.digest(step),
             }
+            | seen
         )
         save_s = 0.0
         if (step + 1) % spec.checkpoint_every == 0 or step + 1 == spec.steps:
@@ -148,7 +184,7 @@ def train_steps(
             save_s = time.perf_counter() - now
 
 
-def make_optimizer(model: Towers, spec: PretrainSpec) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, spec: PretrainSpec) -> torch.optim.Optimizer:
     """AdamW with weight decay on the matrices of the layers alone."""
     bare = ("embedding", "ln_", "logit_scale", "bias")
     groups: dict[tuple[bool, bool], list[Tensor]] = {}

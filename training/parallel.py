@@ -19,13 +19,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from training.models.blip import PackedBlip
 from training.models.clip import Towers
 from training.models.transformer import Block
 
 warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
 
 
-def place(model: Towers, how: str, ranks: int, device: torch.device) -> None:
+def place(model: Towers | PackedBlip, how: str, ranks: int, device: torch.device) -> None:
     """Moves the model to `device`, cut over all ranks where `how` is fsdp. One rank has nothing to cut."""
     if how == "fsdp" and ranks > 1:
         mesh = init_device_mesh(device.type, (ranks,))
@@ -38,7 +39,7 @@ def place(model: Towers, how: str, ranks: int, device: torch.device) -> None:
         model.to(device)
 
 
-def running(model: Towers, ranks: int) -> nn.Module:
+def running(model: Towers | PackedBlip, ranks: int) -> nn.Module:
     """What computes the features of the step: the model, or DDP around one that is whole."""
     if ranks == 1 or isinstance(model, FSDPModule):
         return model
@@ -70,7 +71,7 @@ def clip(parameters: Sequence[Tensor], most: float) -> float:
     alike, cut = ([p for p in parameters if isinstance(p, DTensor) == kind] for kind in (False, True))
     norm = get_total_norm([p.grad for p in alike if p.grad is not None])
     if cut:
-        square = get_total_norm([_local(p.grad) for p in cut if p.grad is not None]).square()
+        square = get_total_norm([local(p.grad) for p in cut if p.grad is not None]).square()
         dist.all_reduce(square)
         norm = (norm.square() + square).sqrt()
     for kind in (alike, cut):
@@ -81,7 +82,7 @@ def clip(parameters: Sequence[Tensor], most: float) -> float:
 @torch.no_grad()
 def follow(average: nn.Module, model: nn.Module, share: float) -> None:
     """Moves the average by `share` of its way to the model; both are cut alike."""
-    own, target = ([_local(p) for p in module.parameters()] for module in (average, model))
+    own, target = ([local(p) for p in module.parameters()] for module in (average, model))
     torch._foreach_lerp_(own, target, share)
 
 
@@ -95,5 +96,6 @@ def whole(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def _local(value: Tensor) -> Tensor:
+def local(value: Tensor) -> Tensor:
+    """This rank's part, of a tensor that is cut."""
     return value.to_local() if isinstance(value, DTensor) else value

@@ -51,7 +51,7 @@ def main(path: str) -> int:
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", stream=sys.stderr)
     job = JOBS.validate_json(Path(path).read_text())
     try:
-        result = train_pair(job) if isinstance(job, BlipJob) else train_rank(job, rank, ranks, _join(rank, ranks))
+        result = train_pair(job) if isinstance(job, BlipJob) else _train(job)(job, rank, ranks, _join(rank, ranks))
         if rank == 0:
             _say({"done": result.model_dump(mode="json")})
         if ranks > 1:
@@ -61,6 +61,14 @@ def main(path: str) -> int:
     except PairmillError as error:
         _say({"error": {"expected": error.expected, "found": error.found, "remedy": error.remedy}})
         return 2
+
+
+def _train(config: TrainConfig) -> Callable[[TrainConfig, int, int, torch.device], TrainResult]:
+    if config.spec.objective != "blip":
+        return train_rank
+    from training.blip_run import train_blip_rank  # transformers: seconds
+
+    return train_blip_rank
 
 
 def train_pair(job: BlipJob) -> BlipResult:

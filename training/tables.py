@@ -28,7 +28,7 @@ def make_plan(
 ) -> tuple[Plan, dict[str, int]]:
     """The plan over the pinned shards without the uids `apart`, and the counts of rows left out: forgotten, canary,
     no_text, no_size. `dead` are the tombstones that hold; the workspace's where it is left out."""
-    tokeniser, left_out = Tokeniser(spec.model.context, spec.model.tokenizer), Counter[str]()
+    tokeniser, left_out = Tokeniser(spec.model.context, spec.model.tokenizer, spec.objective == "blip"), Counter[str]()
     columns: dict[str, list[int]] = {name: [] for name in ("image_offset", "image_size", "width", "height")}
     uids: list[str] = []
     texts: list[list[int]] = []

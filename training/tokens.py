@@ -18,6 +18,7 @@ import numpy.typing as npt
 from pairs.errors import PairmillError
 
 Ids = npt.NDArray[np.int64]
+LONGEST = 100  # characters a token: what a tokenizer is given of an endless text
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,9 @@ class Tokens:
 class Tokeniser:
     """Numbers texts: two texts of the same tokens have the same number, as nothing downstream can tell them apart."""
 
-    def __init__(self, context: int, tokenizer: str = "clip") -> None:
-        self.context, self.tokenizer, self.truncated = context, tokenizer, 0
+    def __init__(self, context: int, tokenizer: str = "clip", bare: bool = False) -> None:
+        self.context, self.truncated = context, 0
+        self._encode = functools.partial(bert if bare else encode, context=context, tokenizer=tokenizer)
         self._by_text: dict[str, int] = {}
         self._by_tokens: dict[bytes, int] = {}
         self._ids: list[Ids] = []
@@ -41,7 +43,7 @@ class Tokeniser:
     def number(self, text: str) -> int:
         found = self._by_text.get(text)
         if found is None:
-            ids, cut = encode(text, self.context, self.tokenizer)
+            ids, cut = self._encode(text)
             self.truncated += cut
             found = self._by_tokens.setdefault(ids.tobytes(), len(self._ids))
             if found == len(self._ids):
@@ -65,6 +67,28 @@ def encode(text: str, context: int, tokenizer: str = "clip") -> tuple[Ids, bool]
     ids = [clip.sot_token_id, *clip.encode(text), clip.eot_token_id]
     cut = len(ids) > context
     return np.array([*ids[: context - 1], ids[-1]] if cut else ids, dtype=np.int64), cut
+
+
+def bert(text: str, context: int, tokenizer: str) -> tuple[Ids, bool]:
+    """The text's tokens by a BERT tokenizer's folder, between its two marks and without padding, and whether it was
+    cut: as transformers' BLIP reads texts."""
+    ids = bert_tokenizer(tokenizer)(text[: LONGEST * context], verbose=False)["input_ids"]
+    cut = len(ids) > context
+    return np.array([*ids[: context - 1], ids[-1]] if cut else ids, dtype=np.int64), cut
+
+
+@functools.cache
+def bert_tokenizer(folder: str) -> Any:
+    from transformers import BertTokenizerFast  # seconds
+
+    try:
+        return BertTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise PairmillError(
+            expected="a BERT tokenizer with [DEC] in a folder (pretrain.model.tokenizer)",
+            found=f"{folder}: {type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            remedy="name one, such as that of a BLIP's folder",
+        ) from error
 
 
 @functools.cache

@@ -1,0 +1,108 @@
+"""A BLIP through the plan, the loader and the loop: it resumes to the byte, learns, and is fine-tuned in two parts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pairs.errors import PairmillError
+from pairs.fingerprint import content_hash
+from pairs.recipe import MedSpec, PretrainSpec, Recipe
+from tests.training.blip_small import processor
+from tests.training.small import MODEL, config
+from training import launch, run
+from training.blip_data import make_tokenizer
+from training.blip_run import train_blip_rank
+from training.config import TrainConfig, TrainResult
+
+torch.set_num_threads(1)
+WORDS = "a red green blue yellow box at the left right top bottom number of the drawings"
+
+
+class Stop(Exception):
+    pass
+
+
+def blip(root: Path, out: str, med: dict[str, Any] | None = None, **changes: Any) -> TrainConfig:
+    make_tokenizer([WORDS], 64, 16).save_pretrained(root / "words")
+    model = MODEL.model_copy(update={"tokenizer": str(root / "words"), "embed_dim": 16})
+    settings = MedSpec(queue=40, momentum=0.9, **(med or {}))
+    return config(root, out, **{"objective": "blip", "model": model, "blip": settings, "steps": 6} | changes)
+
+
+def train(cfg: TrainConfig) -> TrainResult:
+    return train_blip_rank(cfg, 0, 1, torch.device("cpu"))
+
+
+def lines(cfg: TrainConfig) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(cfg.out_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_that_is_killed_ends_in_the_same_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, broken = (blip(tmp_path, name) for name in ("whole", "broken"))
+    expected = train(whole)
+
+    def stop(line: dict[str, Any]) -> None:
+        if line.get("step") == 4:
+            raise Stop
+
+    monkeypatch.setattr(run, "_say", stop)
+    with pytest.raises(Stop):
+        train(broken)
+    monkeypatch.setattr(run, "_say", lambda line: None)
+    found = train(broken)
+    assert found.resumed_from == 3 and found.models.keys() == {"captioner", "matcher"}
+    for role, folder in expected.models.items():
+        assert content_hash(folder) == content_hash(found.models[role])
+    assert launch.train(broken) == found, "what is done is not done again"
+    assert [line["step"] for line in lines(broken)] == list(range(6))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_tell_the_losses_of_one(tmp_path: Path, parallel: str) -> None:
+    one, two = blip(tmp_path, "one", workers=1), blip(tmp_path, "two", workers=2, parallel=parallel)
+    train(one)
+    launch.train(two)
+    for a, b in zip(lines(one), lines(two), strict=True):
+        assert a["uids_sha256"] == b["uids_sha256"] and a["pairs"] == b["pairs"]
+        assert all(abs(a[name] - b[name]) < 1e-3 for name in ("itc", "itm", "lm")), (a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_it_learns_and_captioner_and_matcher_are_fine_tuned_apart(tmp_path: Path) -> None:
+    first = blip(tmp_path, "first", steps=60, learning_rate=1e-3, jitter=0.0)
+    made = train(first)
+    told = lines(first)
+    assert told[-1]["lm"] < told[0]["lm"] - 1
+    assert told[-1]["itc"] < told[4]["itc"] - 0.5, "the ring is full after step 3"
+    start = [str(folder) for folder in made.models.values()]
+    captioner = blip(tmp_path, "captioner", {"losses": ["lm"], "start": start, "prompt": "a picture of "})
+    matcher = blip(tmp_path, "matcher", {"losses": ["itc", "itm"], "start": start})
+    tuned = train(captioner).models | train(matcher).models
+    assert tuned.keys() == {"captioner", "matcher"}
+    assert "lm" in lines(captioner)[0] and "itm" not in lines(captioner)[0] and "lm" not in lines(matcher)[0]
+    assert lines(captioner)[0]["lm"] < told[0]["lm"] - 0.5, "it goes on from what was learned"
+    before, after = (load_file(folder["captioner"] / "model.safetensors") for folder in (made.models, tuned))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("vision_model" in name for name in moved) and any("crossattention" in name for name in moved)
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    processor().save_pretrained(tmp_path / "bare")
+    with pytest.raises(PairmillError, match="BlipForConditionalGeneration"):
+        train(blip(tmp_path, "bare", {"start": [str(tmp_path / "bare")]}))
+    with pytest.raises(PairmillError, match="BERT tokenizer"):
+        model = MODEL.model_copy(update={"tokenizer": str(tmp_path / "nothing")})
+        train(blip(tmp_path, "none", model=model))
+    with pytest.raises(ValueError, match="whose wrong texts itc draws"):
+        MedSpec(losses=["itm"])
+    with pytest.raises(ValueError, match="BERT tokenizer"):
+        PretrainSpec(objective="blip")
+    with pytest.raises(ValueError, match="rounds train and evaluate a CLIP"):
+        Recipe(name="a", sources={"b": {"kind": "folder", "path": "c"}}, pretrain=blip(tmp_path, "round").spec)

@@ -1,0 +1,217 @@
+"""A BLIP trained by the loop, the loader and the checkpoints that train a CLIP: from the plan to two folders.
+
+`model/captioner` and `model/matcher` are transformers' models, those of the losses that were trained. Images are
+squashed to the model's square, as BlipImageProcessor does it. With `blip.start` a training goes on from such folders:
+so captioner (lm) and match filter (itc, itm) are fine-tuned apart from one pretrained pair.
+"""
+
+import dataclasses
+import itertools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pairs.errors import PairmillError
+from pairs.recipe import PretrainSpec
+from pairs.store import Store
+from training import blip_export, checkpoint
+from training.accumulate import Context
+from training.attention import chosen
+from training.blip_momentum import Keys, Memory
+from training.blip_objective import Aims, Entry, keys_of, losses, pairs_of, ramped, total
+from training.config import RESULT, UNSEEN, TrainConfig, TrainResult
+from training.data import Batch, Loader, cache_at
+from training.export import CARD
+from training.hardware import deterministic
+from training.loop import Line, make_optimizer, train_steps
+from training.models.blip import PackedBlip, Sizes, spans_of
+from training.models.transformer import compile_blocks
+from training.packing import CLIP
+from training.parallel import place, whole_state
+from training.pixels import Grid
+from training.plan import Cost, Plan
+from training.tables import make_plan
+from training.tokens import bert_tokenizer
+
+ROLES = {"captioner": (blip_export.CAPTIONER, "lm"), "matcher": (blip_export.MATCHER, "itm")}  # and what trains each
+
+
+class SquarePlan(Plan):
+    """A plan that squashes every image to the model's own grid."""
+
+    @staticmethod
+    def of(plan: Plan, side: int) -> "SquarePlan":
+        fields = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
+        return SquarePlan(**fields | {"max_patches": side * side})
+
+    def _grid(self, width: int, height: int) -> Grid:  # type: ignore[override]
+        side = round(self.max_patches**0.5)
+        return side, side
+
+
+@dataclasses.dataclass
+class Bootstrapping:
+    """What a step of BLIP computes. `memory` is there where contrast is trained."""
+
+    model: PackedBlip
+    memory: Memory | None
+    plan: Plan
+    aims: Aims
+    spec: PretrainSpec
+    rank: int
+    keys: Keys | None = None
+
+    def loss(
+        self, run: nn.Module, batch: Batch, step: int, mixed: Context
+    ) -> tuple[Tensor, Tensor, Callable[[Tensor], None], Line]:
+        ((images, _),) = batch.parts
+        flat = [self._entry(row, text) for row, text in batch.same.tolist()]
+        ends = [sum(batch.counts[:i]) for i in range(len(batch.counts) + 1)]
+        split = [flat[a:b] for a, b in itertools.pairwise(ends)]
+        pairs = pairs_of(split, self.rank, spans_of(images), batch.valid.cpu(), self.spec.seed, step)
+        pairs = pairs.to(images.patches.device)
+        blip = self.spec.blip
+        alpha = ramped(blip.alpha, step, round(blip.ramp_epochs * len(self.plan) / self.spec.batch_pairs))
+        with mixed():
+            if self.memory:
+                self.memory.follow(self.model)
+                self.keys = keys_of(self.memory, images, pairs)
+            parts = run(lambda model: losses(model, images, pairs, self.keys, self.aims, alpha))
+        value, count, told = total(parts, pairs.valid_B, len(batch.counts))
+        return value, count, lambda loss: loss.backward(), told  # type: ignore[no-untyped-call]
+
+    def _entry(self, row: int, text: int) -> Entry:
+        ids = torch.from_numpy(self.plan.tokens.used[self.plan.tokens.ids[text]])
+        return Entry(row, self.plan.uids[row], text, ids)
+
+    def done(self) -> None:
+        if self.memory and self.keys:
+            self.memory.push(self.keys)
+
+
+def train_blip_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device) -> TrainResult:
+    """As `training.run.train_rank`, for objective: blip."""
+    from training.run import Metrics, _agree, _resume, precision, profiled
+
+    began, spec, out = time.perf_counter(), _named(config.spec), Path(config.out_dir)
+    store = Store(config.store)
+    flat, left_out = make_plan(store, config.shards, spec, config.apart)
+    plan = SquarePlan.of(flat, spec.model.image_px // spec.model.patch_px)
+    if ranks > 1:
+        _agree(plan.fingerprint)
+    model, processor = build(spec)
+    model.only(spec.blip.losses)
+    memory = Memory(model, spec.blip.queue, spec.blip.momentum).to(device) if "itc" in spec.blip.losses else None
+    for module in (model, memory.encoders) if memory else (model,):
+        place(module, spec.parallel, ranks, device)
+    held = nn.ModuleDict({"model": model, "memory": memory} if memory else {"model": model})
+    model.visual.transformer.remember = spec.activations
+    if spec.compile:
+        compile_blocks(held)
+    optimizer = make_optimizer(model, spec)
+    identity = {"plan": plan.fingerprint, "config": config.fingerprint}
+    start, totals = _resume(out / "checkpoints", held, optimizer, identity, rank, ranks)
+    dtype = precision(spec, device)
+    metrics = Metrics(out / "metrics.jsonl", start, spec.tensorboard) if rank == 0 else None
+    if rank == 0:
+        checkpoint.check_room(out, held, spec.keep_best)
+    saver = checkpoint.Saver(out / "checkpoints", spec.keep_best)
+
+    def save(step: int) -> None:
+        loss = sum(totals.recent) / len(totals.recent) if totals.recent else None
+        totals.recent.clear()
+        saver.save(held, optimizer, plan.state(step) | identity | {"loss": loss, "totals": dataclasses.asdict(totals)})
+
+    m = spec.model
+    cost = Cost((m.vision.layers, m.vision.width), (m.text.layers, 3 * m.text.width))
+    loader = Loader(
+        plan, store, rank, ranks, cost, m.patch_px, spec.jitter, CLIP, multiple=spec.token_multiple, steps=spec.steps,
+        workers=spec.loader_workers, cache=cache_at(spec.cache, spec.cache_gb),
+    )  # fmt: skip
+    teach = Bootstrapping(model, memory, plan, aims(spec, processor.tokenizer, model.sizes.context), spec, rank)
+    traced = spec.profile_steps if rank == 0 else 0
+    with deterministic(spec.deterministic), saver, profiled(out / "trace.json", traced) as tick:
+
+        def told(line: Line) -> None:
+            if metrics:
+                metrics.add(line)
+            tick()
+            saver.check()
+
+        train_steps(model, optimizer, loader, spec, start, totals, device, dtype, told, save, teach=teach)
+    weights = whole_state(model, keep=rank == 0)
+    result = TrainResult(
+        model=str(out / "model"), fingerprint=config.fingerprint, plan=plan.fingerprint, steps=spec.steps,
+        resumed_from=start, pairs=len(plan), left_out=left_out, truncated=plan.tokens.truncated,
+        seconds=time.perf_counter() - began, precision=str(dtype).removeprefix("torch."),
+        attention=chosen(spec.attention, device.type, dtype), torch=torch.__version__,
+        parts=[role for role, (_, loss) in ROLES.items() if loss in spec.blip.losses], **totals.figures(),
+    )  # fmt: skip
+    if rank == 0:
+        Store(out).write(RESULT, result.model_dump_json(indent=2))
+        facts: dict[str, Any] = {
+            "spec": spec.model_dump(exclude=UNSEEN), "steps": spec.steps, "precision": result.precision,
+        } | identity  # fmt: skip
+        card = json.dumps(facts, indent=2, sort_keys=True)
+        for role, folder in result.models.items():
+            blip_export.save(folder, model.sizes, weights, ROLES[role][0], processor, {CARD: card})
+        Store(out).write(f"model/{CARD}", card)  # last: it tells that all is done
+    return result
+
+
+def aims(spec: PretrainSpec, tokenizer: Any, context: int) -> Aims:
+    mark, blip = tokenizer.convert_tokens_to_ids, spec.blip
+    return Aims(
+        losses=frozenset(blip.losses),
+        match=mark(blip.match_mark),
+        write=tokenizer.bos_token_id,
+        prompt=tuple(tokenizer(blip.prompt, add_special_tokens=False)["input_ids"]) if blip.prompt else (),
+        unknown=tokenizer.unk_token_id,
+        smoothing=blip.smoothing,
+        context=context,
+    )
+
+
+def build(spec: PretrainSpec) -> tuple[PackedBlip, Any]:
+    """The model and its processor, of the folders in `blip.start` or new."""
+    torch.manual_seed(spec.seed)
+    m = spec.model
+    vision, text = ((t.layers, t.width, t.heads) for t in (m.vision, m.text))
+    if spec.blip.start:
+        model, processor = blip_export.load(*map(Path, spec.blip.start), backend=spec.attention)
+        s = model.sizes
+        found, asked = (s.image_px, s.patch_px, s.vision, s.text), (m.image_px, m.patch_px, vision, text)
+        if found != asked or s.context < m.context:
+            raise PairmillError(
+                expected=f"a BLIP of {asked} (image_px, patch_px, layers, width and heads of vision and text)",
+                found=f"{found} and {s.context} positions in {spec.blip.start}",
+                remedy="say under pretrain.model what the folder's config.json says",
+            )
+        return model.train(), processor
+    tokenizer = bert_tokenizer(m.tokenizer)
+    if tokenizer.bos_token is None:
+        raise PairmillError(
+            expected="a tokenizer whose bos_token is [DEC]", found=f"none in {m.tokenizer}", remedy="take a BLIP's"
+        )
+    sizes = Sizes(m.image_px, m.patch_px, vision, text, m.embed_dim, len(tokenizer), positions(spec))
+    from transformers import BlipImageProcessor, BlipProcessor
+
+    images = BlipImageProcessor(size={"height": m.image_px, "width": m.image_px})
+    return PackedBlip(sizes, spec.attention), BlipProcessor(images, tokenizer)
+
+
+def positions(spec: PretrainSpec) -> int:
+    """Text positions: a written text has its prompt too."""
+    return max(64, 2 * spec.model.context)
+
+
+def _named(spec: PretrainSpec) -> PretrainSpec:
+    """With the tokenizer of the folder that training goes on from."""
+    if not spec.blip.start:
+        return spec
+    return spec.model_copy(update={"model": spec.model.model_copy(update={"tokenizer": spec.blip.start[0]})})
