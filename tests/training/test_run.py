@@ -92,7 +92,7 @@ NAMES = {"whole": 3, "twice": 5, "broken": 3}
 
 def test_damage_in_most_pairs_stops_the_run(tmp_path: Path) -> None:
     cfg = config(tmp_path, "half", steps=40)
-    _damage(cfg, 40)
+    _damage(cfg, 35)
     with pytest.raises(PairmillError, match=r"\d+ of 160 undecodable in the 10 steps up to 9"):
         _train(cfg)
     _damage(cfg, 60)
