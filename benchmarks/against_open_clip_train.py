@@ -1,7 +1,7 @@
 """Training speed against open_clip_train: the same weights to begin with, tars, images, batch, precision and threads.
 
     python benchmarks/real_pairs.py packages PAIRS
-    python benchmarks/open_clip_train.py PAIRS FOLDER [--models base small] [--repeats 3] [--steps 12]
+    python benchmarks/against_open_clip_train.py PAIRS FOLDER [--models base small] [--repeats 3] [--steps 12]
 
 First both train on centre crops of the model's own size, so that they see the same pixels. Theirs is
 `python -m open_clip_train.main`, tried with 1 and 2 workers, with and without `--torchcompile`; the fastest of a trial
