@@ -21,7 +21,7 @@ import psutil
 
 from cluster.compute import call, result
 from pairs.errors import PairmillError
-from pairs.process import child
+from pairs.process import child, free_bytes
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -31,7 +31,6 @@ SHARE = 0.7
 ONE_THREAD = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS")}
 LOOK_S = 0.05  # how often its memory is looked at
 END_S = 5.0  # in which a process that has closed its pipe has ended
-CGROUP = Path("/sys/fs/cgroup")
 
 
 class Crashed(Exception):
@@ -118,15 +117,6 @@ def _cause(process: subprocess.Popen[bytes]) -> str:
         return f"exit code {code}"
     name = signal.Signals(-code).name
     return f"{name}, out of memory?" if name == "SIGKILL" else name
-
-
-def free_bytes() -> int:
-    """Memory that may still be taken, by the machine and by this process's control group."""
-    free = int(psutil.virtual_memory().available)
-    with contextlib.suppress(OSError, ValueError):  # no such group, or `max`
-        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        free = min(free, limit - used)
-    return max(free, 0)
 
 
 def _serve(connection: Connection) -> None:

@@ -16,8 +16,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+import psutil
+
 ROOT = Path(__file__).resolve().parent.parent  # where `python -m pipelines…` finds itself
 PR_SET_PDEATHSIG = 1
+CGROUP = Path("/sys/fs/cgroup")
 
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -91,3 +94,12 @@ def child(
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def free_bytes() -> int:
+    """Memory that may still be taken, by the machine and by this process's control group."""
+    free = int(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError):  # no such group, or `max`
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, limit - used)
+    return max(free, 0)

@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from cluster.guard import free_bytes
 from pairs.errors import PairmillError
+from pairs.process import free_bytes
 from pairs.recipe import PretrainSpec
 from training.accumulate import Context, features
 from training.data import Batch, Loader
