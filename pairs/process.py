@@ -99,7 +99,8 @@ def child(
 def free_bytes() -> int:
     """Memory that may still be taken, by the machine and by this process's control group."""
     free = int(psutil.virtual_memory().available)
-    with contextlib.suppress(OSError, ValueError):  # no such group, or `max`
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no such group, or `max`
         limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        free = min(free, limit - used)
+        told = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(told["inactive_file"]))  # files' pages, which go when room is needed
     return max(free, 0)

@@ -9,6 +9,7 @@ least recently goes first. Cost: the blocks of two windows of the plan in memory
 import hashlib
 import logging
 import os
+import re
 import tempfile
 import threading
 import time
@@ -25,17 +26,18 @@ log = logging.getLogger("pairmill.training")
 READS, PAUSE_S = 4, 0.5  # tries of a block, and the first pause between them, which doubles
 READERS = 8  # requests at a time
 DIGEST = 32  # bytes of a sha256
+OURS = re.compile(rf"[0-9a-f]{{32}}-\d+-\d+|{re.escape(TEMPORARY)}.*")
 SLACK = 0.05  # share of a cache's size that is written between two looks at what lies there
 
 
 class Cache:
-    """At most about `limit` bytes of blocks in `folder`."""
+    """At most about `limit` bytes of blocks in `folder`/pairmill-blocks, which is the cache's own."""
 
     def __init__(self, folder: Path, limit: int) -> None:
-        self.folder, self.limit, self.full = folder, limit, False
+        self.folder, self.limit, self.full = folder / "pairmill-blocks", limit, False
         self._lock = threading.Lock()
-        with advice(str(folder)):
-            folder.mkdir(parents=True, exist_ok=True)
+        with advice(str(self.folder)):
+            self.folder.mkdir(parents=True, exist_ok=True)
         self._room = self._trim()
 
     def get(self, block: Block) -> bytes | None:
@@ -82,7 +84,8 @@ class Cache:
                 facts = entry.stat()
             except FileNotFoundError:  # another rank's doing
                 continue
-            found.append((facts.st_mtime_ns, facts.st_size, entry.path))
+            if OURS.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                found.append((facts.st_mtime_ns, facts.st_size, entry.path))
         room = int(self.limit * SLACK)
         held = sum(size for _, size, _ in found)
         for _, size, path in sorted(found):

@@ -125,9 +125,9 @@ def restore(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer
 
 def check_room(out: Path, held: torch.nn.Module, keep_best: bool) -> None:
     """Raises PairmillError where the disk can't take the checkpoints: the weights and two moments of each, as often as
-    they are kept, and once more while they are written."""
+    they are kept, and once more while they are written; those of an earlier try lie there already."""
     each = sum(p.numel() * 4 * (3 if p.requires_grad else 1) for p in held.parameters())
-    needed = each * (KEEP + 1 + keep_best)
+    needed = each * (KEEP + 1 + keep_best - min(KEEP + keep_best, len(_folders(out / "checkpoints"))))
     free = shutil.disk_usage(out).free
     if free < needed:
         raise PairmillError(
@@ -159,6 +159,9 @@ class _Writer(HuggingFaceStorageWriter):
         self._publish = publish
 
     def finish(self, metadata: Any, results: Any) -> None:
+        told = {Path(self.path) / one.storage_data.relative_path for own in results for one in own}
+        if missing := sorted(path.name for path in told if not path.exists()):
+            raise OSError(f"{', '.join(missing[:3])} of other ranks not here: all must write into one shared folder")
         self._publish()
 
 

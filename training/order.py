@@ -29,7 +29,7 @@ class Order:
         self.shares = self._shares(sources, weights)
 
     def start(self, epoch: int) -> int:
-        """The place where the epoch begins: of n pairs of weight w, ⌊e·n·w + 1/2⌋ come before it (see `times`)."""
+        """The place where the epoch begins: of n pairs of weight w, ⌊e·n·w + 1/2⌋ come before it (see `met`)."""
         return sum(
             (2 * len(rows) * w.numerator * epoch + w.denominator) // (2 * w.denominator) for rows, w in self.shares
         )
@@ -44,39 +44,38 @@ class Order:
         return epoch
 
     def entries(self, place: int, end: int) -> tuple[Ints, Ints]:
-        """Epochs and rows of the places [place, end)."""
-        epochs, rows, epoch = [], [], self.epoch_at(place)
+        """Rows of the places [place, end), and how often each was met before: where all weights are 1, the epoch."""
+        parts, epoch = [], self.epoch_at(place)
         while place < end:
             first = self.start(epoch)
-            part = self.of(epoch)[place - first : end - first]
-            epochs.append(np.full(len(part), epoch))
-            rows.append(part)
-            place, epoch = place + len(part), epoch + 1
-        return np.concatenate(epochs), np.concatenate(rows)
+            parts.append(self.of(epoch)[:, place - first : end - first])
+            place, epoch = place + parts[-1].shape[1], epoch + 1
+        met, rows = np.concatenate(parts, axis=1)
+        return met, rows
 
     @functools.lru_cache(maxsize=4)  # noqa: B019  an order lives as long as its process
     def of(self, epoch: int) -> Ints:
-        """The epoch's rows in order, each as often as its source's weight says: by default, once."""
-        times = self.times(epoch)
+        """(2, places) of an epoch: how often the row was met before, and the row, which comes as often as its source's
+        weight says: by default, once."""
+        before = self.met(epoch)
+        times = self.met(epoch + 1) - before
         rounds = [np.flatnonzero(times > copy) for copy in range(max(1, times.max()))]
         rows, copies = np.concatenate(rounds), np.repeat(np.arange(len(rounds)), [len(part) for part in rounds])
         blocks, which = np.unique(self.block_of[rows] + copies * self.blocks, return_inverse=True)
         place = np.empty(len(blocks), np.int64)
         place[np.argsort(draws(blocks.astype(np.uint64), self.seed, epoch, 1), kind="stable")] = np.arange(len(blocks))
         mixed = draws(self.keys[rows] + copies.astype(np.uint64), self.seed, epoch, 2)
-        return rows[np.lexsort((mixed, place[which] // WINDOW))]
+        order = np.lexsort((mixed, place[which] // WINDOW))
+        return np.stack([before[rows] + copies, rows])[:, order]
 
-    def times(self, epoch: int) -> Ints:
-        """How often each row is met. The k-th of n pairs is met ⌊e·w + (k + 1/2) / n⌋ times before epoch e: never more
-        than once off e·w, and in sum ⌊e·n·w + 1/2⌋ (Hermite's identity). With weight 0.5, halves take turns."""
+    def met(self, epoch: int) -> Ints:
+        """How often each row is met before the epoch: the k-th of n pairs ⌊e·w + (k + 1/2) / n⌋ times, never more than
+        once off e·w, and in sum ⌊e·n·w + 1/2⌋ (Hermite's identity). With weight 0.5, halves take turns."""
         times = np.zeros(len(self.keys), np.int64)
         for rows, weight in self.shares:
             n, b = len(rows), weight.denominator
-            before = []
-            for e in (epoch, epoch + 1):
-                whole, rest = divmod(e * weight.numerator, b)
-                before.append(whole + (2 * n * rest + b * (2 * np.arange(n) + 1)) // (2 * n * b))
-            times[rows] = before[1] - before[0]
+            whole, rest = divmod(epoch * weight.numerator, b)
+            times[rows] = whole + (2 * n * rest + b * (2 * np.arange(n) + 1)) // (2 * n * b)
         return times
 
     def _shares(self, sources: list[str], weights: Mapping[str, float]) -> list[tuple[Ints, Fraction]]:

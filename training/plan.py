@@ -2,7 +2,8 @@
 
 The pairs of the endless order (`order`) are dealt, some `DEALT` at a time, to the steps, so that all have nearly equal
 patches and text tokens (decision 11). The state is {fingerprint, epoch, step}, free of ranks. Every draw is a hash of
-(seed, epoch, uid). Cost: tokenising each different text once, then microseconds per pair.
+(seed, epoch, uid); where sources have weights, how often the pair was met before stands for the epoch. Cost: tokenising
+each different text once, then microseconds per pair.
 """
 
 import functools
@@ -136,7 +137,7 @@ class Plan:
         counts = np.array([len(texts) for texts in self.texts])
         return np.array([n for texts in self.texts for n in texts]), np.cumsum(counts) - counts, counts
 
-    @functools.lru_cache(maxsize=4)  # noqa: B019
+    @functools.lru_cache(maxsize=32)  # noqa: B019  a source's weight gives it numbers of its own
     def _texts(self, epoch: int) -> Ints:
         """The text that each row brings in the epoch: each of its texts with equal chance."""
         texts, first, counts = self._choices
@@ -204,7 +205,7 @@ def taken(plan: Plan, uids: Collection[str], steps: int) -> Iterator[tuple[int, 
     windows, epoch = set[tuple[int, int]](), 0
     end = plan.window_of(steps - 1)[1] * plan.batch_pairs
     while len(rows) and plan.order.start(epoch) < end:
-        places = np.flatnonzero(np.isin(plan.order.of(epoch), rows)) + plan.order.start(epoch)
+        places = np.flatnonzero(np.isin(plan.order.of(epoch)[1], rows)) + plan.order.start(epoch)
         windows.update(plan.window_of(int(place) // plan.batch_pairs) for place in places)
         epoch += 1
     for first, end in sorted(windows):

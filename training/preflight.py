@@ -86,7 +86,6 @@ def rehearse(
     """Runs the largest step without an update; by how many bytes memory grew at most, which is logged. Raises
     PairmillError where it isn't there, or what is to be compiled can't be. Every rank calls it, as it calls a step."""
     began, trained = time.perf_counter(), [p for p in run.parameters() if p.requires_grad]
-    moments = [torch.empty_like(p) for p in trained for _ in range(0 if optimizer.state else 2)]
     step, free = largest(loader.plan, spec.steps), _free(device)
     batch = loader.load(step)
     too_large = functools.partial(_too_large, step, batch.computed, free, spec)
@@ -100,6 +99,7 @@ def rehearse(
             parameter.grad = None
 
     try:
+        moments = [torch.empty_like(p) for p in trained for _ in range(0 if optimizer.state else 2)]
         if device.type == "cpu":
             with context():
                 needed = estimate(run, batch, torch.is_autocast_enabled("cpu")) + _bytes(moments)

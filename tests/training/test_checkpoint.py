@@ -7,6 +7,8 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -191,3 +193,31 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
     deeper = torch.nn.Sequential(_pair()[0], _pair()[0])
     with pytest.raises(PairmillError, match="24 tensors that only one of the two has"):
         checkpoint.restore(path, deeper, torch.optim.AdamW(deeper.parameters()))
+
+
+def test_room_is_asked_for_what_does_not_lie_there_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """8 numbers with two moments, 96 bytes: three at the start, one where two are published."""
+    free = SimpleNamespace(free=100)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: free)
+    model, _ = _pair()
+    with pytest.raises(PairmillError, match="free for checkpoints"):
+        checkpoint.check_room(tmp_path, model, False)
+    for step in (1, 2):
+        _save(tmp_path / "checkpoints", step)
+    checkpoint.check_room(tmp_path, model, False)
+    free.free = 90
+    with pytest.raises(PairmillError, match="free for checkpoints"):
+        checkpoint.check_room(tmp_path, model, False)
+
+
+def test_files_that_another_rank_wrote_elsewhere_are_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish = checkpoint._Writer.finish
+
+    def finish(writer: checkpoint._Writer, metadata: Any, results: Any) -> None:
+        next(Path(writer.path).glob("*.safetensors")).unlink()
+        publish(writer, metadata, results)
+
+    monkeypatch.setattr(checkpoint._Writer, "finish", finish)
+    with pytest.raises(PairmillError, match="one shared folder"):
+        _save(tmp_path, 1)
+    assert checkpoint.latest(tmp_path) is None

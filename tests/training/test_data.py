@@ -253,7 +253,7 @@ def test_more_ranks_than_pairs_of_a_step(memory_store: Store) -> None:
 
 
 def test_blocks_are_read_from_the_cache_where_they_are_whole(tmp_path: Path) -> None:
-    store, folder = Counted(f"memory://{uuid.uuid4().hex}"), tmp_path / "near"
+    store, folder = Counted(f"memory://{uuid.uuid4().hex}"), tmp_path / "pairmill-blocks"
     store.requests, pins = [], shards(store)
     expected = [*_varied(store, pins, 0).batches(0, 3)]
     requests = []
@@ -266,7 +266,7 @@ def test_blocks_are_read_from_the_cache_where_they_are_whole(tmp_path: Path) -> 
             data[500] ^= 1
             files[1].write_bytes(data)
         store.requests = []
-        assert same(expected, [*_varied(store, pins, 0, Cache(folder, 10**9)).batches(0, 3)])
+        assert same(expected, [*_varied(store, pins, 0, Cache(tmp_path, 10**9)).batches(0, 3)])
         requests.append(len(store.requests))
     assert requests == [3, 0, 1, 1] and len(list(folder.iterdir())) == 3
 
@@ -281,7 +281,19 @@ def test_a_cache_lets_go_of_what_was_used_least_recently(tmp_path: Path) -> None
     for one in blocks[6:]:
         cache.put(one, b"x" * 100)
     held = [cache.get(one) is not None for one in blocks]
-    assert held[0] and not held[1] and held[11] and sum(f.stat().st_size for f in tmp_path.iterdir()) <= 1000
+    assert held[0] and not held[1] and held[11] and sum(f.stat().st_size for f in cache.folder.iterdir()) <= 1000
+
+
+def test_a_cache_touches_nothing_that_is_not_its_own(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 1000)
+    mine = [tmp_path / "photo.raw", tmp_path / "pairmill-blocks/notes", tmp_path / "pairmill-blocks/folder"]
+    for path in mine[:2]:
+        path.write_bytes(bytes(5000))
+        os.utime(path, (1, 1))
+    mine[2].mkdir()
+    for age in range(20):
+        cache.put(Block(ShardRef("shards/a-0/0000", 0), 0, 1, age, 100, "f" * 64), bytes(100))
+    assert all(path.exists() for path in mine) and len([*(tmp_path / "pairmill-blocks").iterdir()]) < 12
 
 
 def test_a_cache_on_a_full_disk_warns_once(
@@ -295,7 +307,7 @@ def test_a_cache_on_a_full_disk_warns_once(
     loader = _varied(store, pins, 0, Cache(tmp_path / "near", 10**9))
     monkeypatch.setattr(blocks.os, "replace", full)
     assert len([*loader.batches(0, 3)]) == 3 and caplog.text.count("takes no more blocks: No space left") == 1
-    assert not list((tmp_path / "near").iterdir())
+    assert not list((tmp_path / "near/pairmill-blocks").iterdir())
 
 
 def test_a_run_with_decoders_and_a_cache_ends_in_the_same_model(tmp_path: Path) -> None:
@@ -307,4 +319,4 @@ def test_a_run_with_decoders_and_a_cache_ends_in_the_same_model(tmp_path: Path) 
     assert runs[0].fingerprint == runs[1].fingerprint
     results = [train_rank(run, 0, 1, torch.device("cpu")) for run in runs]
     assert content_hash(Path(results[0].model)) == content_hash(Path(results[1].model))
-    assert results[0].fill == results[1].fill < 1 and len(list((tmp_path / "near").iterdir())) == 3
+    assert results[0].fill == results[1].fill < 1 and len(list((tmp_path / "near/pairmill-blocks").iterdir())) == 3

@@ -79,15 +79,19 @@ def weighted(store: Store, **weights: float) -> Plan:
 
 def test_sources_are_met_as_often_as_their_weights_say(memory_store: Store) -> None:
     plan = weighted(memory_store, a=2.5, b=0.4)
-    times = np.array([np.bincount(plan.order.of(epoch), minlength=80) for epoch in range(10)])
+    times = np.array([np.bincount(plan.order.of(epoch)[1], minlength=80) for epoch in range(10)])
     assert (
         set(times[:, :30].ravel()) == {2, 3} and set(times[:, 30:60].ravel()) == {0, 1} and (times[:, 60:] == 1).all()
     )
     assert times.sum(1).tolist() == [75 + 12 + 20] * 10
     assert (times.sum(0) == [25] * 30 + [4] * 30 + [10] * 20).all()
     assert (times[:5].sum(0)[30:60] == 2).all() and [plan.order.start(e) for e in (0, 1, 10)] == [0, 107, 1070]
-    consumed = [pair for step in range(24) for pair in plan.rows(step)]
-    assert Counter(row for epoch, row in consumed if epoch == 1) == Counter(plan.order.of(1).tolist())
+    looks: dict[int, list[int]] = {row: [] for row in range(80)}
+    for step in range(-(-plan.order.start(3) // 16)):
+        for look, row in plan.rows(step):
+            looks[row].append(look)
+    assert all(len(set(seen)) == len(seen) for seen in looks.values()), "each meeting is another look"
+    assert all(set(range(times[:3, row].sum())) <= set(seen) for row, seen in looks.items())
 
 
 def test_an_epoch_is_met_whole_by_the_step_that_ends_it(plan: Plan) -> None:
@@ -101,8 +105,10 @@ def test_a_far_step_is_found_at_once(memory_store: Store) -> None:
     plan = weighted(memory_store, a=0.333, b=1.7)
     begin = plan.order.start(123_456)
     assert plan.order.epoch_at(begin) == 123_456 and plan.order.epoch_at(begin - 1) == 123_455
-    epochs, rows = plan.order.entries(begin - 1, begin + 2)
-    assert epochs.tolist() == [123_455, 123_456, 123_456] and rows[1:].tolist() == plan.order.of(123_456)[:2].tolist()
+    met, rows = plan.order.entries(begin - 1, begin + 2)
+    assert rows[1:].tolist() == plan.order.of(123_456)[1, :2].tolist()
+    expected = {"a": 0.333, "b": 1.7, "c": 1.0}
+    assert (np.abs(met - [123_456 * expected["aaabbbcc"[row // 10]] for row in rows]) <= 2).all()
 
 
 def test_weights_are_part_of_a_plan_only_where_there_are_any(memory_store: Store) -> None:
@@ -115,7 +121,7 @@ def test_steps_and_ranks_hold_nearly_equal_tokens(memory_store: Store) -> None:
     spec = SPEC.model_copy(update={"batch_pairs": 64, "max_patches": 196})
     plan = varied(make_plan(memory_store, shards(memory_store), SPEC)[0], 4000, spec.batch_pairs)
     assert plan.window_of(0) == plan.window_of(62) == (0, 63)  # an epoch's
-    rows, epochs = plan.order.of(0)[: 62 * 64].reshape(62, 64), np.zeros(64, np.int64)
+    rows, epochs = plan.order.of(0)[1, : 62 * 64].reshape(62, 64), np.zeros(64, np.int64)
     plain = np.array([plan.tokens_of(list(zip(epochs, part, strict=True))).sum(0) for part in rows])
     dealt = np.array([plan.tokens_of(plan.rows(step)).sum(0) for step in range(62)])
     assert (np.ptp(plain, axis=0) > 60).all() and (np.ptp(dealt, axis=0) <= 30).all()
