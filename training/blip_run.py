@@ -32,7 +32,7 @@ from training.loop import Line, make_optimizer, train_steps
 from training.models.blip import PackedBlip, Sizes, spans_of
 from training.models.transformer import compile_blocks
 from training.packing import CLIP
-from training.parallel import place, whole_state
+from training.parallel import place, settle, whole_state
 from training.pixels import Grid
 from training.plan import Cost, Plan
 from training.tables import make_plan
@@ -83,7 +83,12 @@ class Bootstrapping:
                 self.keys = keys_of(self.memory, images, pairs)
             parts = run(lambda model: losses(model, images, pairs, self.keys, self.aims, alpha))
         value, count, told = total(parts, pairs.valid_B, len(batch.counts))
-        return value, count, lambda loss: loss.backward(), told  # type: ignore[no-untyped-call]
+
+        def back(loss: Tensor) -> None:
+            loss.backward()  # type: ignore[no-untyped-call]
+            settle(run)
+
+        return value, count, back, told
 
     def _entry(self, row: int, text: int) -> Entry:
         ids = torch.from_numpy(self.plan.tokens.used[self.plan.tokens.ids[text]])

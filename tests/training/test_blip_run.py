@@ -1,22 +1,26 @@
 """A BLIP through the plan, the loader and the loop: it resumes to the byte, learns, and is fine-tuned in two parts."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from pairs.errors import PairmillError
 from pairs.fingerprint import content_hash
 from pairs.recipe import MedSpec, PretrainSpec, Recipe
-from tests.training.blip_small import processor
+from tests.training.blip_small import SIZES, processor
 from tests.training.small import MODEL, config
-from training import launch, run
+from training import blip_run, launch, run
 from training.blip_data import make_tokenizer
 from training.blip_run import train_blip_rank
 from training.config import TrainConfig, TrainResult
+from training.models.blip import PackedBlip
 
 torch.set_num_threads(1)
 WORDS = "a red green blue yellow box at the left right top bottom number of the drawings"
@@ -71,6 +75,32 @@ def test_two_ranks_tell_the_losses_of_one(tmp_path: Path, parallel: str) -> None
     for a, b in zip(lines(one), lines(two), strict=True):
         assert a["uids_sha256"] == b["uids_sha256"] and a["pairs"] == b["pairs"]
         assert all(abs(a[name] - b[name]) < 1e-3 for name in ("itc", "itm", "lm")), (a, b)
+
+
+def _scale(rank: int, cfg: TrainConfig, folder: str) -> None:
+    """A rank that leaves its logit scale in a file."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    whole = blip_run.whole_state
+
+    def state(module: torch.nn.Module, keep: bool) -> dict[str, torch.Tensor]:
+        torch.save(dict(module.named_parameters())["logit_scale"].detach().clone(), f"{folder}/scale{rank}.pt")
+        return whole(module, keep)
+
+    blip_run.whole_state = state  # type: ignore[attr-defined]
+    train_blip_rank(cfg, rank, 2, torch.device("cpu"))
+    dist.barrier()
+    os._exit(0)  # the interpreter's end may meet gloo's threads (SIGABRT), after all is done
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_cut_over_ranks_the_logit_scale_is_one(tmp_path: Path) -> None:
+    cfg = blip(tmp_path, "cut", workers=2, parallel="fsdp")
+    mp.start_processes(_scale, (cfg, str(tmp_path)), nprocs=2, start_method="spawn")
+    one, other = (torch.load(tmp_path / f"scale{rank}.pt") for rank in (0, 1))
+    assert torch.equal(one, other) and one != PackedBlip(SIZES).logit_scale
 
 
 @pytest.mark.slow
