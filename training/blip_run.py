@@ -24,7 +24,7 @@ from training.accumulate import Context
 from training.attention import chosen
 from training.blip_momentum import Keys, Memory
 from training.blip_objective import Aims, Entry, keys_of, losses, pairs_of, ramped, total
-from training.config import RESULT, UNSEEN, TrainConfig, TrainResult
+from training.config import RESULT, UNSEEN, TrainConfig, TrainResult, identity
 from training.data import Batch, Loader, cache_at
 from training.export import CARD
 from training.hardware import deterministic
@@ -119,8 +119,8 @@ def train_blip_rank(config: TrainConfig, rank: int, ranks: int, device: torch.de
     if spec.compile:
         compile_blocks(held)
     optimizer = make_optimizer(model, spec)
-    identity = {"plan": plan.fingerprint, "config": config.fingerprint}
-    start, totals = _resume(out / "checkpoints", held, optimizer, identity, rank, ranks)
+    own = {"plan": plan.fingerprint} | identity(config)
+    start, totals = _resume(out / "checkpoints", held, optimizer, own, rank, ranks)
     dtype = precision(spec, device)
     metrics = Metrics(out / "metrics.jsonl", start, spec.tensorboard) if rank == 0 else None
     if rank == 0:
@@ -130,7 +130,7 @@ def train_blip_rank(config: TrainConfig, rank: int, ranks: int, device: torch.de
     def save(step: int) -> None:
         loss = sum(totals.recent) / len(totals.recent) if totals.recent else None
         totals.recent.clear()
-        saver.save(held, optimizer, plan.state(step) | identity | {"loss": loss, "totals": dataclasses.asdict(totals)})
+        saver.save(held, optimizer, plan.state(step) | own | {"loss": loss, "totals": dataclasses.asdict(totals)})
 
     m = spec.model
     cost = Cost((m.vision.layers, m.vision.width), (m.text.layers, 3 * m.text.width))
@@ -161,7 +161,7 @@ def train_blip_rank(config: TrainConfig, rank: int, ranks: int, device: torch.de
         Store(out).write(RESULT, result.model_dump_json(indent=2))
         facts: dict[str, Any] = {
             "spec": spec.model_dump(exclude=UNSEEN), "steps": spec.steps, "precision": result.precision,
-        } | identity  # fmt: skip
+        } | own  # fmt: skip
         card = json.dumps(facts, indent=2, sort_keys=True)
         for role, folder in result.models.items():
             blip_export.save(folder, model.sizes, weights, ROLES[role][0], processor, {CARD: card})

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,18 @@ def test_a_run_that_is_killed_ends_in_the_same_folders(tmp_path: Path, monkeypat
         assert content_hash(folder) == content_hash(found.models[role])
     assert launch.train(broken) == found, "what is done is not done again"
     assert [line["step"] for line in lines(broken)] == list(range(6))
+
+
+def test_a_start_that_was_made_anew_is_trained_on_anew(tmp_path: Path) -> None:
+    first = train(blip(tmp_path, "first", steps=1))
+    cfg = blip(tmp_path, "tuned", {"losses": ["lm"], "start": [str(first.models["captioner"])]}, steps=2)
+    done = train(cfg)
+    assert launch._finished(cfg) == done
+    train(blip(tmp_path, "first", steps=1, seed=1))
+    assert launch._finished(cfg) is None
+    shutil.rmtree(done.model)  # as if it had been killed before the end
+    assert list((Path(cfg.out_dir) / "checkpoints").iterdir())
+    assert train(cfg).resumed_from == 0, "checkpoints that began elsewhere are not gone on from"
 
 
 @pytest.mark.slow
