@@ -40,6 +40,8 @@ from training.tokens import bert_tokenizer
 
 ROLES = {"captioner": (blip_export.CAPTIONER, "lm"), "matcher": (blip_export.MATCHER, "itm")}  # and what trains each
 
+UNMEASURED = ("tokens_per_s", "fill", "flops_per_s", "mfu")  # the loader knows of a CLIP's streams, not of these
+
 
 class SquarePlan(Plan):
     """A plan that squashes every image to the model's own grid."""
@@ -88,7 +90,7 @@ class Bootstrapping:
             loss.backward()  # type: ignore[no-untyped-call]
             settle(run)
 
-        return value, count, back, told
+        return value, count, back, told | dict.fromkeys(UNMEASURED)
 
     def _entry(self, row: int, text: int) -> Entry:
         ids = torch.from_numpy(self.plan.tokens.used[self.plan.tokens.ids[text]])
@@ -155,7 +157,8 @@ def train_blip_rank(config: TrainConfig, rank: int, ranks: int, device: torch.de
         resumed_from=start, pairs=len(plan), left_out=left_out, truncated=plan.tokens.truncated,
         seconds=time.perf_counter() - began, precision=str(dtype).removeprefix("torch."),
         attention=chosen(spec.attention, device.type, dtype), torch=torch.__version__,
-        parts=[role for role, (_, loss) in ROLES.items() if loss in spec.blip.losses], **totals.figures(),
+        parts=[role for role, (_, loss) in ROLES.items() if loss in spec.blip.losses],
+        **totals.figures() | {"fill": None},
     )  # fmt: skip
     if rank == 0:
         Store(out).write(RESULT, result.model_dump_json(indent=2))
@@ -190,10 +193,11 @@ def build(spec: PretrainSpec) -> tuple[PackedBlip, Any]:
     if spec.blip.start:
         model, processor = blip_export.load(*map(Path, spec.blip.start), backend=spec.attention)
         s = model.sizes
-        found, asked = (s.image_px, s.patch_px, s.vision, s.text), (m.image_px, m.patch_px, vision, text)
+        found = s.image_px, s.patch_px, s.vision, s.text, s.embed_dim
+        asked = m.image_px, m.patch_px, vision, text, m.embed_dim
         if found != asked or s.context < m.context:
             raise PairmillError(
-                expected=f"a BLIP of {asked} (image_px, patch_px, layers, width and heads of vision and text)",
+                expected=f"a BLIP of {asked} (image_px, patch_px, layers, width and heads of both towers, embed_dim)",
                 found=f"{found} and {s.context} positions in {spec.blip.start}",
                 remedy="say under pretrain.model what the folder's config.json says",
             )

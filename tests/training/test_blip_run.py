@@ -35,7 +35,8 @@ def blip(root: Path, out: str, med: dict[str, Any] | None = None, **changes: Any
     make_tokenizer([WORDS], 64, 16).save_pretrained(root / "words")
     model = MODEL.model_copy(update={"tokenizer": str(root / "words"), "embed_dim": 16})
     settings = MedSpec(queue=40, momentum=0.9, **(med or {}))
-    return config(root, out, **{"objective": "blip", "model": model, "blip": settings, "steps": 6} | changes)
+    own = {"objective": "blip", "model": model, "blip": settings, "max_patches": 64, "steps": 6}
+    return config(root, out, **own | changes)
 
 
 def train(cfg: TrainConfig) -> TrainResult:
@@ -64,6 +65,7 @@ def test_a_run_that_is_killed_ends_in_the_same_folders(tmp_path: Path, monkeypat
         assert content_hash(folder) == content_hash(found.models[role])
     assert launch.train(broken) == found, "what is done is not done again"
     assert [line["step"] for line in lines(broken)] == list(range(6))
+    assert found.fill is None and all(line["fill"] is line["flops_per_s"] is None for line in lines(broken))
 
 
 def test_a_start_that_was_made_anew_is_trained_on_anew(tmp_path: Path) -> None:
@@ -71,6 +73,9 @@ def test_a_start_that_was_made_anew_is_trained_on_anew(tmp_path: Path) -> None:
     cfg = blip(tmp_path, "tuned", {"losses": ["lm"], "start": [str(first.models["captioner"])]}, steps=2)
     done = train(cfg)
     assert launch._finished(cfg) == done
+    with pytest.raises(PairmillError, match="embed_dim"):
+        wide = cfg.spec.model.model_copy(update={"embed_dim": 24})
+        train(cfg.model_copy(update={"spec": cfg.spec.model_copy(update={"model": wide})}))
     train(blip(tmp_path, "first", steps=1, seed=1))
     assert launch._finished(cfg) is None
     shutil.rmtree(done.model)  # as if it had been killed before the end
@@ -147,5 +152,17 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         MedSpec(losses=["itm"])
     with pytest.raises(ValueError, match="BERT tokenizer"):
         PretrainSpec(objective="blip")
+    with pytest.raises(ValueError, match="`blip` go with objective: blip"):
+        PretrainSpec(blip={"queue": 9})
+    towers = {"image": {"weights": "there", "lock": True}}
+    spec = {"objective": "blip", "blip": {"start": ["folder"]}}
+    PretrainSpec.model_validate_json(PretrainSpec(**spec).model_dump_json())
+    for name, value in (("ema", 0.9), ("max_patches", 9), ("towers", towers)):
+        with pytest.raises(ValueError, match=f"knows no {name}"):
+            PretrainSpec(**spec, **{name: value})
+    for name, value in (("kind", "siglip"), ("positions", "factorised"), ("logit_scale", 1.0)):
+        siglip = {"embed_dim": 128, "logit_bias": -1.0} if name == "kind" else {}
+        with pytest.raises(ValueError, match=rf"knows no model\.{name}"):
+            PretrainSpec(**spec, model={name: value, **siglip})
     with pytest.raises(ValueError, match="rounds train and evaluate a CLIP"):
         Recipe(name="a", sources={"b": {"kind": "folder", "path": "c"}}, pretrain=blip(tmp_path, "round").spec)
