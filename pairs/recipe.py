@@ -364,16 +364,29 @@ class PretrainSpec(Spec):
         return given
 
     @model_validator(mode="after")
+    def _of_its_objective(self) -> "PretrainSpec":
+        if self.objective != "blip" and self.blip != MedSpec():
+            raise ValueError("settings under `blip` go with objective: blip")
+        unknown = _set(self, "accumulate", "ema", "patch_dropout", "max_patches", "towers")
+        unknown += [f"model.{name}" for name in _set(self.model, "kind", "positions", "logit_scale")]
+        if self.objective == "blip" and unknown:
+            raise ValueError(f"objective: blip knows no {', '.join(unknown)}")
+        return self
+
+    @model_validator(mode="after")
     def _a_pair_for_each(self) -> "PretrainSpec":
         if self.batch_pairs < self.workers:
             raise ValueError(f"batch_pairs {self.batch_pairs} leave some of the {self.workers} workers without a pair")
-        if self.objective == "blip" and (self.accumulate > 1 or self.ema or self.patch_dropout):
-            raise ValueError("objective: blip knows no accumulate, ema or patch_dropout")
         if self.objective == "blip" and self.model.tokenizer == "clip" and not self.blip.start:
             raise ValueError("objective: blip needs a BERT tokenizer's folder (model.tokenizer) or blip.start")
         if (self.objective == "siglip") != (self.model.logit_bias is not None):
             raise ValueError("a model.logit_bias goes with objective: siglip, and only with it")
         return self
+
+
+def _set(spec: Spec, *names: str) -> list[str]:
+    """Those of the settings that aren't as they are without a word."""
+    return [name for name in names if getattr(spec, name) != type(spec).model_fields[name].default]
 
 
 class BlipSpec(Spec):

@@ -24,7 +24,7 @@ from training.accumulate import Context
 from training.attention import chosen
 from training.blip_momentum import Keys, Memory
 from training.blip_objective import Aims, Entry, keys_of, losses, pairs_of, ramped, total
-from training.config import RESULT, UNSEEN, TrainConfig, TrainResult
+from training.config import RESULT, UNSEEN, TrainConfig, TrainResult, identity
 from training.data import Batch, Loader, cache_at
 from training.export import CARD
 from training.hardware import deterministic
@@ -32,13 +32,15 @@ from training.loop import Line, make_optimizer, train_steps
 from training.models.blip import PackedBlip, Sizes, spans_of
 from training.models.transformer import compile_blocks
 from training.packing import CLIP
-from training.parallel import place, whole_state
+from training.parallel import place, settle, whole_state
 from training.pixels import Grid
 from training.plan import Cost, Plan
 from training.tables import make_plan
 from training.tokens import bert_tokenizer
 
 ROLES = {"captioner": (blip_export.CAPTIONER, "lm"), "matcher": (blip_export.MATCHER, "itm")}  # and what trains each
+
+UNMEASURED = ("tokens_per_s", "fill", "flops_per_s", "mfu")  # the loader knows of a CLIP's streams, not of these
 
 
 class SquarePlan(Plan):
@@ -83,7 +85,12 @@ class Bootstrapping:
                 self.keys = keys_of(self.memory, images, pairs)
             parts = run(lambda model: losses(model, images, pairs, self.keys, self.aims, alpha))
         value, count, told = total(parts, pairs.valid_B, len(batch.counts))
-        return value, count, lambda loss: loss.backward(), told  # type: ignore[no-untyped-call]
+
+        def back(loss: Tensor) -> None:
+            loss.backward()  # type: ignore[no-untyped-call]
+            settle(run)
+
+        return value, count, back, told | dict.fromkeys(UNMEASURED)
 
     def _entry(self, row: int, text: int) -> Entry:
         ids = torch.from_numpy(self.plan.tokens.used[self.plan.tokens.ids[text]])
@@ -114,8 +121,8 @@ def train_blip_rank(config: TrainConfig, rank: int, ranks: int, device: torch.de
     if spec.compile:
         compile_blocks(held)
     optimizer = make_optimizer(model, spec)
-    identity = {"plan": plan.fingerprint, "config": config.fingerprint}
-    start, totals = _resume(out / "checkpoints", held, optimizer, identity, rank, ranks)
+    own = {"plan": plan.fingerprint} | identity(config)
+    start, totals = _resume(out / "checkpoints", held, optimizer, own, rank, ranks)
     dtype = precision(spec, device)
     metrics = Metrics(out / "metrics.jsonl", start, spec.tensorboard) if rank == 0 else None
     if rank == 0:
@@ -125,7 +132,7 @@ def train_blip_rank(config: TrainConfig, rank: int, ranks: int, device: torch.de
     def save(step: int) -> None:
         loss = sum(totals.recent) / len(totals.recent) if totals.recent else None
         totals.recent.clear()
-        saver.save(held, optimizer, plan.state(step) | identity | {"loss": loss, "totals": dataclasses.asdict(totals)})
+        saver.save(held, optimizer, plan.state(step) | own | {"loss": loss, "totals": dataclasses.asdict(totals)})
 
     m = spec.model
     cost = Cost((m.vision.layers, m.vision.width), (m.text.layers, 3 * m.text.width))
@@ -150,13 +157,14 @@ def train_blip_rank(config: TrainConfig, rank: int, ranks: int, device: torch.de
         resumed_from=start, pairs=len(plan), left_out=left_out, truncated=plan.tokens.truncated,
         seconds=time.perf_counter() - began, precision=str(dtype).removeprefix("torch."),
         attention=chosen(spec.attention, device.type, dtype), torch=torch.__version__,
-        parts=[role for role, (_, loss) in ROLES.items() if loss in spec.blip.losses], **totals.figures(),
+        parts=[role for role, (_, loss) in ROLES.items() if loss in spec.blip.losses],
+        **totals.figures() | {"fill": None},
     )  # fmt: skip
     if rank == 0:
         Store(out).write(RESULT, result.model_dump_json(indent=2))
         facts: dict[str, Any] = {
             "spec": spec.model_dump(exclude=UNSEEN), "steps": spec.steps, "precision": result.precision,
-        } | identity  # fmt: skip
+        } | own  # fmt: skip
         card = json.dumps(facts, indent=2, sort_keys=True)
         for role, folder in result.models.items():
             blip_export.save(folder, model.sizes, weights, ROLES[role][0], processor, {CARD: card})
@@ -185,10 +193,11 @@ def build(spec: PretrainSpec) -> tuple[PackedBlip, Any]:
     if spec.blip.start:
         model, processor = blip_export.load(*map(Path, spec.blip.start), backend=spec.attention)
         s = model.sizes
-        found, asked = (s.image_px, s.patch_px, s.vision, s.text), (m.image_px, m.patch_px, vision, text)
+        found = s.image_px, s.patch_px, s.vision, s.text, s.embed_dim
+        asked = m.image_px, m.patch_px, vision, text, m.embed_dim
         if found != asked or s.context < m.context:
             raise PairmillError(
-                expected=f"a BLIP of {asked} (image_px, patch_px, layers, width and heads of vision and text)",
+                expected=f"a BLIP of {asked} (image_px, patch_px, layers, width and heads of both towers, embed_dim)",
                 found=f"{found} and {s.context} positions in {spec.blip.start}",
                 remedy="say under pretrain.model what the folder's config.json says",
             )

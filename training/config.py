@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from pairs.fingerprint import fingerprint
+from pairs.fingerprint import content_hash, fingerprint
 from pairs.recipe import BlipSpec, PretrainSpec
 from pairs.shard import ShardRef
 
@@ -71,6 +71,15 @@ class TrainConfig(Job):
         spec = self.spec.model_dump(exclude=UNSEEN)
         starts = {name: value for name, value in (("scores", self.scores), ("weights", self.weights)) if value}
         return fingerprint(self._content() | starts | {"version": VERSION, "spec": spec})
+
+
+def identity(config: TrainConfig) -> dict[str, str]:
+    """What tells a training's work from another's beside its plan: the settings, and the content of the folders that it
+    starts from (weights, tokenizer) where there are any, as a path can't tell what was made anew there."""
+    spec, towers = config.spec, config.spec.towers
+    named = {*spec.blip.start, spec.model.tokenizer, towers.image.weights or "", towers.text.weights or ""}
+    found = {name: content_hash(Path(name)) for name in named - {"", "clip"} if Path(name).is_dir()}
+    return {"config": config.fingerprint} | ({"starts": fingerprint(found)} if found else {})
 
 
 class BlipJob(Job):

@@ -23,7 +23,7 @@ from typing import Any
 from pairs.errors import PairmillError
 from pairs.process import ROOT, child
 from pairs.recipe import PretrainSpec
-from training.config import RESULT, BlipJob, BlipResult, Job, TrainConfig, TrainResult
+from training.config import RESULT, BlipJob, BlipResult, Job, TrainConfig, TrainResult, identity
 
 Line = dict[str, Any]
 OnLine = Callable[[Line], None]
@@ -103,9 +103,12 @@ def _check_compiler() -> None:
 
 
 def _finished(config: TrainConfig) -> TrainResult | None:
-    """The result of a run that ended before, where its model is of this very config."""
+    """The result of a run that ended before, where its model is of this very config and these very starts."""
     card, result = Path(config.out_dir) / "model" / "model_card.json", Path(config.out_dir) / RESULT
-    if not card.exists() or not result.exists() or json.loads(card.read_text())["config"] != config.fingerprint:
+    if not card.exists() or not result.exists():
+        return None
+    own, held = identity(config), json.loads(card.read_text())
+    if any(held.get(name) != own.get(name) for name in ("config", "starts")):
         return None
     found = TrainResult.model_validate_json(result.read_text())
     return found if found.fingerprint == config.fingerprint else None

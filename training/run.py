@@ -30,7 +30,7 @@ from pairs.store import Store
 from training import checkpoint, export
 from training.attention import chosen
 from training.columns import make_loader, start_model
-from training.config import RESULT, UNSEEN, BlipJob, BlipResult, TrainConfig, TrainResult
+from training.config import RESULT, UNSEEN, BlipJob, BlipResult, TrainConfig, TrainResult, identity
 from training.data import cache_at
 from training.hardware import deterministic
 from training.loop import Totals, make_optimizer, train_steps
@@ -102,13 +102,13 @@ def train_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device)
         place(module, spec.parallel, ranks, device)
     held = torch.nn.ModuleDict({"model": model, "average": average} if average else {"model": model})
     optimizer = make_optimizer(model, spec)
-    identity = {"plan": plan.fingerprint, "config": config.fingerprint}
+    own = {"plan": plan.fingerprint} | identity(config)
     for part in model.modules():
         if isinstance(part, Transformer):
             part.remember = spec.activations
     if spec.compile:
         compile_blocks(held)
-    start, totals = _resume(out / "checkpoints", held, optimizer, identity, rank, ranks)
+    start, totals = _resume(out / "checkpoints", held, optimizer, own, rank, ranks)
     dtype = precision(spec, device)
     metrics = Metrics(out / "metrics.jsonl", start, spec.tensorboard) if rank == 0 else None
     if rank == 0:
@@ -118,7 +118,7 @@ def train_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device)
     def save(step: int) -> None:
         loss = sum(totals.recent) / len(totals.recent) if totals.recent else None
         totals.recent.clear()
-        facts = plan.state(step) | identity | {"loss": loss, "totals": dataclasses.asdict(totals)}
+        facts = plan.state(step) | own | {"loss": loss, "totals": dataclasses.asdict(totals)}
         saver.save(held, optimizer, facts)
 
     m = spec.model
@@ -150,11 +150,9 @@ def train_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device)
         train_steps(model, optimizer, loader, spec, start, totals, device, dtype, told, save, average)
     facts: dict[str, Any] = {
         "spec": spec.model_dump(exclude=UNSEEN),
-        "plan": plan.fingerprint,
-        "config": config.fingerprint,
         "steps": spec.steps,
         "precision": str(dtype).removeprefix("torch."),
-    }
+    } | own
     result = TrainResult(
         model=str(out / "model"),
         fingerprint=config.fingerprint,

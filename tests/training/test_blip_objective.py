@@ -3,6 +3,7 @@
 import copy
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -231,6 +232,20 @@ def test_all_of_one_text_have_no_wrong_ones_and_still_train() -> None:
     assert [int(count) for _, count in found.values()] == [2, 2, 2 * 4]
     total(found, pairs.valid_B, 1)[0].backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("asked", [{"lm"}, {"itc", "itm"}, {"itc", "itm", "lm"}], ids=sorted)
+def test_what_trains_is_what_the_losses_reach(asked: set[str]) -> None:
+    model, images = tiny(), packed(pixels(6))
+    entries = [[Entry(i, str(i), i, text) for i, text in enumerate(ids(TEXTS))]]
+    pairs = pairs_of(entries, 0, spans_of(images), torch.ones(6, dtype=torch.bool), 0, 0)
+    keys = keys_of(Memory(model, 4), images, pairs) if "itc" in asked else None
+    total(losses(model, images, pairs, keys, replace(AIMS, losses=frozenset(asked)), 0.4), pairs.valid_B, 1)[
+        0
+    ].backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None}
+    model.only(asked)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == reached
 
 
 def test_under_autocast_contrast_stays_in_float32_and_losses_near() -> None:

@@ -1,22 +1,27 @@
 """A BLIP through the plan, the loader and the loop: it resumes to the byte, learns, and is fine-tuned in two parts."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from pairs.errors import PairmillError
 from pairs.fingerprint import content_hash
 from pairs.recipe import MedSpec, PretrainSpec, Recipe
-from tests.training.blip_small import processor
+from tests.training.blip_small import SIZES, processor
 from tests.training.small import MODEL, config
-from training import launch, run
+from training import blip_run, launch, run
 from training.blip_data import make_tokenizer
 from training.blip_run import train_blip_rank
 from training.config import TrainConfig, TrainResult
+from training.models.blip import PackedBlip
 
 torch.set_num_threads(1)
 WORDS = "a red green blue yellow box at the left right top bottom number of the drawings"
@@ -30,7 +35,8 @@ def blip(root: Path, out: str, med: dict[str, Any] | None = None, **changes: Any
     make_tokenizer([WORDS], 64, 16).save_pretrained(root / "words")
     model = MODEL.model_copy(update={"tokenizer": str(root / "words"), "embed_dim": 16})
     settings = MedSpec(queue=40, momentum=0.9, **(med or {}))
-    return config(root, out, **{"objective": "blip", "model": model, "blip": settings, "steps": 6} | changes)
+    own = {"objective": "blip", "model": model, "blip": settings, "max_patches": 64, "steps": 6}
+    return config(root, out, **own | changes)
 
 
 def train(cfg: TrainConfig) -> TrainResult:
@@ -59,6 +65,22 @@ def test_a_run_that_is_killed_ends_in_the_same_folders(tmp_path: Path, monkeypat
         assert content_hash(folder) == content_hash(found.models[role])
     assert launch.train(broken) == found, "what is done is not done again"
     assert [line["step"] for line in lines(broken)] == list(range(6))
+    assert found.fill is None and all(line["fill"] is line["flops_per_s"] is None for line in lines(broken))
+
+
+def test_a_start_that_was_made_anew_is_trained_on_anew(tmp_path: Path) -> None:
+    first = train(blip(tmp_path, "first", steps=1))
+    cfg = blip(tmp_path, "tuned", {"losses": ["lm"], "start": [str(first.models["captioner"])]}, steps=2)
+    done = train(cfg)
+    assert launch._finished(cfg) == done
+    with pytest.raises(PairmillError, match="embed_dim"):
+        wide = cfg.spec.model.model_copy(update={"embed_dim": 24})
+        train(cfg.model_copy(update={"spec": cfg.spec.model_copy(update={"model": wide})}))
+    train(blip(tmp_path, "first", steps=1, seed=1))
+    assert launch._finished(cfg) is None
+    shutil.rmtree(done.model)  # as if it had been killed before the end
+    assert list((Path(cfg.out_dir) / "checkpoints").iterdir())
+    assert train(cfg).resumed_from == 0, "checkpoints that began elsewhere are not gone on from"
 
 
 @pytest.mark.slow
@@ -71,6 +93,32 @@ def test_two_ranks_tell_the_losses_of_one(tmp_path: Path, parallel: str) -> None
     for a, b in zip(lines(one), lines(two), strict=True):
         assert a["uids_sha256"] == b["uids_sha256"] and a["pairs"] == b["pairs"]
         assert all(abs(a[name] - b[name]) < 1e-3 for name in ("itc", "itm", "lm")), (a, b)
+
+
+def _scale(rank: int, cfg: TrainConfig, folder: str) -> None:
+    """A rank that leaves its logit scale in a file."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    whole = blip_run.whole_state
+
+    def state(module: torch.nn.Module, keep: bool) -> dict[str, torch.Tensor]:
+        torch.save(dict(module.named_parameters())["logit_scale"].detach().clone(), f"{folder}/scale{rank}.pt")
+        return whole(module, keep)
+
+    blip_run.whole_state = state  # type: ignore[attr-defined]
+    train_blip_rank(cfg, rank, 2, torch.device("cpu"))
+    dist.barrier()
+    os._exit(0)  # the interpreter's end may meet gloo's threads (SIGABRT), after all is done
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_cut_over_ranks_the_logit_scale_is_one(tmp_path: Path) -> None:
+    cfg = blip(tmp_path, "cut", workers=2, parallel="fsdp")
+    mp.start_processes(_scale, (cfg, str(tmp_path)), nprocs=2, start_method="spawn")
+    one, other = (torch.load(tmp_path / f"scale{rank}.pt") for rank in (0, 1))
+    assert torch.equal(one, other) and one != PackedBlip(SIZES).logit_scale
 
 
 @pytest.mark.slow
@@ -104,5 +152,17 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         MedSpec(losses=["itm"])
     with pytest.raises(ValueError, match="BERT tokenizer"):
         PretrainSpec(objective="blip")
+    with pytest.raises(ValueError, match="`blip` go with objective: blip"):
+        PretrainSpec(blip={"queue": 9})
+    towers = {"image": {"weights": "there", "lock": True}}
+    spec = {"objective": "blip", "blip": {"start": ["folder"]}}
+    PretrainSpec.model_validate_json(PretrainSpec(**spec).model_dump_json())
+    for name, value in (("ema", 0.9), ("max_patches", 9), ("towers", towers)):
+        with pytest.raises(ValueError, match=f"knows no {name}"):
+            PretrainSpec(**spec, **{name: value})
+    for name, value in (("kind", "siglip"), ("positions", "factorised"), ("logit_scale", 1.0)):
+        siglip = {"embed_dim": 128, "logit_bias": -1.0} if name == "kind" else {}
+        with pytest.raises(ValueError, match=rf"knows no model\.{name}"):
+            PretrainSpec(**spec, model={name: value, **siglip})
     with pytest.raises(ValueError, match="rounds train and evaluate a CLIP"):
         Recipe(name="a", sources={"b": {"kind": "folder", "path": "c"}}, pretrain=blip(tmp_path, "round").spec)

@@ -202,10 +202,14 @@ class PackedBlip(nn.Module):
 
     def only(self, losses: Collection[str]) -> None:
         """Keeps from training what `losses` (itc, itm, lm) don't reach: wrappers wait for every trained parameter."""
-        reached = {"read": ("itc", "itm"), "proj": ("itc",), "logit_scale": ("itc",), "match_head": ("itm",),
-                   "cross": ("itm", "lm"), "write": ("lm",), "word": ("lm",)}  # fmt: skip
+        parts = {
+            ("itc", "itm"): ("read", "ln_read"), ("itc",): ("vision_proj", "text_proj", "logit_scale"),
+            ("itm",): ("match_head",), ("itm", "lm"): ("cross", "ln_cross"),
+            ("lm",): ("write", "ln_write", "word_dense", "word_ln", "word_bias"),
+        }  # fmt: skip
+        reached = {part: by for by, names in parts.items() for part in names}
         for name, parameter in self.named_parameters():
-            by = next((by for part, by in reached.items() if part in name.replace("out_proj", "")), tuple(losses))
+            by = next((reached[part] for part in name.split(".") if part in reached), tuple(losses))
             parameter.requires_grad_(not set(by).isdisjoint(losses))
 
     def image_features(self, states_IV: Tensor, images: PackedImages) -> Tensor:
