@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from pairs.errors import PairmillError
-from pairs.recipe import PretrainSpec, StartSpec, TowersSpec
+from pairs.recipe import StartSpec, TowersSpec
 from pairs.schemas import PAIRS
 from pairs.shard import ShardRef
 from pairs.store import Store
@@ -20,12 +20,12 @@ from tests.training import small
 from tests.training.small import MODEL, SPEC, pair, shards
 from training import export, run
 from training.accumulate import features
-from training.columns import MISSING, read_columns
+from training.columns import MISSING, ColumnLoader, read_columns
 from training.config import TrainConfig
 from training.data import Loader
 from training.loop import make_optimizer
 from training.models.clip import Towers
-from training.models.locked import Head, Rows, lock, plain
+from training.models.locked import Head, Rows, draws, lock, plain
 from training.objectives import OBJECTIVES, Share
 from training.plan import Cost
 from training.run import train_rank
@@ -256,5 +256,41 @@ def test_a_column_that_isnt_there_is_told(tmp_path: Path) -> None:
         train_rank(cfg.model_copy(update={"scores": {"nose": "scores/nose-0"}}), 0, 1, CPU)
 
 
-def test_the_recipe_keeps_its_shape() -> None:
-    assert PretrainSpec().towers == TowersSpec()
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_what_is_dropped_hangs_on_pair_epoch_and_tower_not_on_the_layout(tmp_path: Path, tower: str) -> None:
+    starts = BOTH if tower == "image" else towers(text={"features": [TEXTS]})
+    cfg, store = columned(tmp_path, "dropped", **starts), Store(tmp_path)
+    plan, _ = make_plan(store, cfg.shards, cfg.spec)
+    columns, place = read_columns(store, cfg, plan), {"image": 0, "text": 1}[tower]
+    head = Head(12 if tower == "image" else 20, [64], 64, dropout=0.5)
+
+    def made(ranks: int, parts: int, step: int) -> dict[int, torch.Tensor]:
+        found: dict[int, torch.Tensor] = {}
+        for rank in range(ranks):
+            loader = ColumnLoader(
+                plan, store, rank, ranks, Cost((2, 32), (2, 32)), 8, 0.1, accumulate=parts, columns=columns
+            )
+            batch = loader.load(step)
+            assert tower == "text" or not any((i.seeds == t.seeds).any() for i, t in batch.parts)  # type: ignore[attr-defined]
+            own = batch.same[sum(batch.counts[:rank]) :, 0].tolist()
+            found |= zip(own, torch.cat([head(part[place]) for part in batch.parts]), strict=False)  # type: ignore[arg-type]
+        return found
+
+    alone = made(1, 1, 1)
+    assert len(alone) == 16
+    for layout in ((2, 1), (1, 3), (2, 2)):
+        other = made(*layout, 1)
+        assert set(other) == set(alone)
+        for row, value in other.items():
+            torch.testing.assert_close(value, alone[row], msg=str(layout))
+    later = {row: value for step in (5, 6) for row, value in made(1, 1, step).items()}
+    both = set(later) & set(alone)
+    assert both and not any(torch.allclose(later[row], alone[row]) for row in both)
+
+
+def test_draws_are_even_and_of_their_own_for_each_row_and_place() -> None:
+    drawn = draws(torch.arange(500), 3, 400)
+    assert len(drawn.unique()) == drawn.numel() and torch.equal(drawn[7:8, 20:], draws(torch.tensor([7]), 23, 380))
+    shares = (drawn.double() / 2**53).flatten()
+    assert abs(shares.mean() - 0.5) < 0.003 and abs(shares.std() - 12**-0.5) < 0.003
+    assert torch.corrcoef(drawn[:20].double()).triu(1).abs().max() < 0.25
