@@ -39,7 +39,7 @@ Vectors = dict[str, np.ndarray]  # by uid or text
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """fp16 features by tower, NaN where there are none: `image` (pairs of the plan, D), `text` (texts' numbers, D);
+    """fp16 features by tower, not finite where there are none: `image` (pairs of the plan, D), `text` (its texts, D);
     None for a tower that isn't a column."""
 
     image: Tensor | None
@@ -194,7 +194,7 @@ class ColumnLoader(Loader):
         """Features and whether there are any: zeros where not. What a pair's dropout is drawn from hangs on its uid."""
         values: Tensor = getattr(self.columns, tower)
         found = values[[row if tower == "image" else self.plan.text(epoch, row) for epoch, row in own]]
-        there = ~found.isnan().any(-1)
+        there = found.isfinite().all(-1)
         chances = [unit_hash(self.plan.seed, epoch, self.plan.uids[row], tower, "head") for epoch, row in own]
         seeds = torch.tensor([int(chance * 2**53) for chance in chances])
         return Rows(found.masked_fill(~there[:, None], 0), seeds), there

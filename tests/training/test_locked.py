@@ -133,7 +133,7 @@ def test_settings_that_contradict_one_another_are_refused(start: dict[str, Any])
 
 def columned(root: Path, out: str, steps: int = 120, blind: int = 0, **changes: Any) -> TrainConfig:
     """A config whose image tower is a column that tells colour and place, and whose text tower one of random vectors of
-    each text; the first `blind` pairs have no image's."""
+    each text; the first `blind` pairs have no image's, or the last of them one that overflowed."""
     cfg = small.config(root, out, steps=steps, learning_rate=1e-2, checkpoint_every=20, **changes)
     store = Store(root)
     for index, start in enumerate(range(0, 60, 24)):
@@ -143,7 +143,9 @@ def columned(root: Path, out: str, steps: int = 120, blind: int = 0, **changes: 
             row["texts"] = [{"text": "not kept", "kind": "alt", "language": "en"}, *row["texts"][::-1]]
         store.write_table(ref.table, pa.Table.from_pylist(rows, schema=PAIRS), {})
         uids = pa.array([row["uid"] for row in rows])
-        eyes = [None if i < blind else eye(i) for i in range(start, start + len(rows))]
+        eyes = [None if i < blind - 1 else eye(i) for i in range(start, start + len(rows))]
+        if start < blind:
+            eyes[blind - 1][3] = np.inf
         words = [[word(t["text"]) for t in row["texts"]] for row in rows]
         half = pa.list_(pa.float16())
         guesses = [word(row["text"]) for row in rows]
@@ -209,7 +211,7 @@ def test_pairs_without_features_are_masked_and_counted(tmp_path: Path) -> None:
     assert result.damaged == 40 and result.pairs == 60
     plan, _ = make_plan(Store(cfg.store), cfg.shards, cfg.spec)
     columns = read_columns(Store(cfg.store), cfg, plan)
-    assert columns.image is not None and int(columns.image.isnan().any(-1).sum()) == 10
+    assert columns.image is not None and int((~columns.image.isfinite()).any(-1).sum()) == 10
     assert columns.text is not None and len(columns.text) == len(plan.tokens.ids) and not columns.text.isnan().any()
     assert MISSING == "no_features"
 
@@ -294,3 +296,16 @@ def test_draws_are_even_and_of_their_own_for_each_row_and_place() -> None:
     shares = (drawn.double() / 2**53).flatten()
     assert abs(shares.mean() - 0.5) < 0.003 and abs(shares.std() - 12**-0.5) < 0.003
     assert torch.corrcoef(drawn[:20].double()).triu(1).abs().max() < 0.25
+
+
+def test_a_feature_that_hardly_varies_says_nothing() -> None:
+    values = torch.randn(64, 6).half()
+    values[:, 0], values[:, 1], values[:, 2] = 0.5, 0, 3
+    values[::9, 2] += 0.002  # one step of fp16
+    values[5, 1] = 1e-7
+    values[7, 4] = torch.inf
+    head, one = Head(6, [], 4), torch.zeros(1, 6)
+    head.fit(values)
+    assert head.scale.bool().tolist() == [False, False, False, True, True, True] and head.scale.isfinite().all()
+    for found in (head, Head.of(plain(head.state_dict()))):
+        torch.testing.assert_close(found(Rows(one + torch.tensor([9.0, 9, 9, 0, 0, 0]))), found(Rows(one)))

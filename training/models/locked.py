@@ -77,10 +77,13 @@ class Head(nn.Module):
         self.register_buffer("scale", torch.ones(width))
 
     def fit(self, values_ND: Tensor) -> None:
-        """Standardises by these features; rows with NaN are none."""
-        rows_ND = values_ND[~values_ND.isnan().any(-1)].double()
+        """Standardises by these features; rows with what isn't finite are none. A column that varies by no more than
+        fp16 rounds says nothing: its scale is 0, for another value than the usual would come in as a huge one."""
+        rows_ND = values_ND[values_ND.isfinite().all(-1)].double()
+        std_D, half = rows_ND.std(0), torch.finfo(torch.float16)
+        told = std_D > rows_ND.square().mean(0).sqrt() * half.eps + half.tiny
         self.mean.copy_(rows_ND.mean(0))
-        self.scale.copy_(rows_ND.std(0).clamp_min(1e-6).reciprocal())
+        self.scale.copy_(torch.where(told, std_D.reciprocal(), 0.0))
 
     def forward(self, rows: Rows) -> Tensor:
         x_BD = (rows.values.to(self.mean) - self.mean) * self.scale
