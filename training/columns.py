@@ -25,7 +25,7 @@ from pairs.shard import ShardRef
 from pairs.store import Store
 from training import export
 from training.config import TrainConfig
-from training.data import Batch, Loader
+from training.data import Batch, Loader, Pairs
 from training.models.clip import Towers
 from training.models.locked import Head, Rows, lock, put_heads
 from training.packing import PackedTexts, pack_texts
@@ -39,7 +39,7 @@ Vectors = dict[str, np.ndarray]  # by uid or text
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """fp16 features by tower, NaN where there are none: `image` (pairs of the plan, D), `text` (texts' numbers, D);
+    """fp16 features by tower, not finite where there are none: `image` (pairs of the plan, D), `text` (its texts, D);
     None for a tower that isn't a column."""
 
     image: Tensor | None
@@ -163,9 +163,8 @@ class ColumnLoader(Loader):
         if self.columns.image is not None:
             return self._features(step)
         batch = super().load(step)
-        first = sum(batch.counts[: self.rank])
-        numbers = batch.same[first : first + len(batch.valid), 1].split([len(i.pool) for i, _ in batch.parts])
-        rows = [self._rows(self.columns.text, own, step, place) for place, own in enumerate(numbers)]
+        own = self.plan.split(step, self.ranks * self.parts, self.cost)[self.rank * self.parts :][: self.parts]
+        rows = [self._rows("text", part) for part in own]
         parts = tuple((images, one) for (images, _), (one, _) in zip(batch.parts, rows, strict=True))
         return self._masked(batch, parts, torch.cat([there for _, there in rows]))
 
@@ -174,31 +173,31 @@ class ColumnLoader(Loader):
         every = self.plan.rows(step)
         shares = [[every[r :: self.ranks][i :: self.parts] for i in range(self.parts)] for r in range(self.ranks)]
         shares = [[part for part in share if part] for share in shares]
-        same = [torch.tensor([[r, self.plan.text(e, r)] for e, r in part]) for share in shares for part in share]
-        first = sum(map(len, shares[: self.rank]))
+        same = [[r, self.plan.text(e, r)] for share in shares for part in share for e, r in part]
         parts: list[tuple[Rows, Rows | PackedTexts]] = []
         valid = []
-        for place, own in enumerate(same[first : first + len(shares[self.rank])]):
-            images, there = self._rows(self.columns.image, own[:, 0], step, 2 * place)
+        for own in shares[self.rank]:
+            images, there = self._rows("image", own)
             if self.columns.text is None:
-                words = [torch.from_numpy(self.plan.tokens.ids[n]) for n in own[:, 1].tolist()]
+                words = [torch.from_numpy(self.plan.tokens.ids[self.plan.text(e, r)]) for e, r in own]
                 parts.append((images, pack_texts(words, self.form, self.multiple)))
             else:
-                texts, told = self._rows(self.columns.text, own[:, 1], step, 2 * place + 1)
+                texts, told = self._rows("text", own)
                 parts.append((images, texts))
                 there &= told
             valid.append(there)
         counts = tuple(sum(map(len, share)) for share in shares)
-        whole = Batch((), torch.ones(counts[self.rank], dtype=torch.bool), torch.cat(same), counts, {})
+        whole = Batch((), torch.ones(counts[self.rank], dtype=torch.bool), torch.tensor(same), counts, {})
         return self._masked(whole, tuple(parts), torch.cat(valid))
 
-    def _rows(self, values: Tensor | None, own: Tensor, step: int, place: int) -> tuple[Rows, Tensor]:
-        """Features and whether there are any: zeros where not."""
-        assert values is not None
-        found = values[own]
-        there = ~found.isnan().any(-1)
-        seed = int(unit_hash(self.plan.seed, step, self.rank, place, "head") * 2**53)
-        return Rows(found.masked_fill(~there[:, None], 0), seed), there
+    def _rows(self, tower: str, own: Pairs) -> tuple[Rows, Tensor]:
+        """Features and whether there are any: zeros where not. What a pair's dropout is drawn from hangs on its uid."""
+        values: Tensor = getattr(self.columns, tower)
+        found = values[[row if tower == "image" else self.plan.text(epoch, row) for epoch, row in own]]
+        there = found.isfinite().all(-1)
+        chances = [unit_hash(self.plan.seed, epoch, self.plan.uids[row], tower, "head") for epoch, row in own]
+        seeds = torch.tensor([int(chance * 2**53) for chance in chances])
+        return Rows(found.masked_fill(~there[:, None], 0), seeds), there
 
     def _masked(self, batch: Batch, parts: Any, there: Tensor) -> Batch:
         lost = int((batch.valid & ~there).sum())

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from pairs.errors import PairmillError
-from pairs.recipe import PretrainSpec, StartSpec, TowersSpec
+from pairs.recipe import StartSpec, TowersSpec
 from pairs.schemas import PAIRS
 from pairs.shard import ShardRef
 from pairs.store import Store
@@ -20,12 +20,12 @@ from tests.training import small
 from tests.training.small import MODEL, SPEC, pair, shards
 from training import export, run
 from training.accumulate import features
-from training.columns import MISSING, read_columns
+from training.columns import MISSING, ColumnLoader, read_columns
 from training.config import TrainConfig
 from training.data import Loader
 from training.loop import make_optimizer
 from training.models.clip import Towers
-from training.models.locked import Head, Rows, lock, plain
+from training.models.locked import Head, Rows, draws, lock, plain
 from training.objectives import OBJECTIVES, Share
 from training.plan import Cost
 from training.run import train_rank
@@ -133,7 +133,7 @@ def test_settings_that_contradict_one_another_are_refused(start: dict[str, Any])
 
 def columned(root: Path, out: str, steps: int = 120, blind: int = 0, **changes: Any) -> TrainConfig:
     """A config whose image tower is a column that tells colour and place, and whose text tower one of random vectors of
-    each text; the first `blind` pairs have no image's."""
+    each text; the first `blind` pairs have no image's, or the last of them one that overflowed."""
     cfg = small.config(root, out, steps=steps, learning_rate=1e-2, checkpoint_every=20, **changes)
     store = Store(root)
     for index, start in enumerate(range(0, 60, 24)):
@@ -143,7 +143,9 @@ def columned(root: Path, out: str, steps: int = 120, blind: int = 0, **changes: 
             row["texts"] = [{"text": "not kept", "kind": "alt", "language": "en"}, *row["texts"][::-1]]
         store.write_table(ref.table, pa.Table.from_pylist(rows, schema=PAIRS), {})
         uids = pa.array([row["uid"] for row in rows])
-        eyes = [None if i < blind else eye(i) for i in range(start, start + len(rows))]
+        eyes = [None if i < blind - 1 else eye(i) for i in range(start, start + len(rows))]
+        if start < blind:
+            eyes[blind - 1][3] = np.inf
         words = [[word(t["text"]) for t in row["texts"]] for row in rows]
         half = pa.list_(pa.float16())
         guesses = [word(row["text"]) for row in rows]
@@ -209,7 +211,7 @@ def test_pairs_without_features_are_masked_and_counted(tmp_path: Path) -> None:
     assert result.damaged == 40 and result.pairs == 60
     plan, _ = make_plan(Store(cfg.store), cfg.shards, cfg.spec)
     columns = read_columns(Store(cfg.store), cfg, plan)
-    assert columns.image is not None and int(columns.image.isnan().any(-1).sum()) == 10
+    assert columns.image is not None and int((~columns.image.isfinite()).any(-1).sum()) == 10
     assert columns.text is not None and len(columns.text) == len(plan.tokens.ids) and not columns.text.isnan().any()
     assert MISSING == "no_features"
 
@@ -256,5 +258,54 @@ def test_a_column_that_isnt_there_is_told(tmp_path: Path) -> None:
         train_rank(cfg.model_copy(update={"scores": {"nose": "scores/nose-0"}}), 0, 1, CPU)
 
 
-def test_the_recipe_keeps_its_shape() -> None:
-    assert PretrainSpec().towers == TowersSpec()
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_what_is_dropped_hangs_on_pair_epoch_and_tower_not_on_the_layout(tmp_path: Path, tower: str) -> None:
+    starts = BOTH if tower == "image" else towers(text={"features": [TEXTS]})
+    cfg, store = columned(tmp_path, "dropped", **starts), Store(tmp_path)
+    plan, _ = make_plan(store, cfg.shards, cfg.spec)
+    columns, place = read_columns(store, cfg, plan), {"image": 0, "text": 1}[tower]
+    head = Head(12 if tower == "image" else 20, [64], 64, dropout=0.5)
+
+    def made(ranks: int, parts: int, step: int) -> dict[int, torch.Tensor]:
+        found: dict[int, torch.Tensor] = {}
+        for rank in range(ranks):
+            loader = ColumnLoader(
+                plan, store, rank, ranks, Cost((2, 32), (2, 32)), 8, 0.1, accumulate=parts, columns=columns
+            )
+            batch = loader.load(step)
+            assert tower == "text" or not any((i.seeds == t.seeds).any() for i, t in batch.parts)  # type: ignore[attr-defined]
+            own = batch.same[sum(batch.counts[:rank]) :, 0].tolist()
+            found |= zip(own, torch.cat([head(part[place]) for part in batch.parts]), strict=False)  # type: ignore[arg-type]
+        return found
+
+    alone = made(1, 1, 1)
+    assert len(alone) == 16
+    for layout in ((2, 1), (1, 3), (2, 2)):
+        other = made(*layout, 1)
+        assert set(other) == set(alone)
+        for row, value in other.items():
+            torch.testing.assert_close(value, alone[row], msg=str(layout))
+    later = {row: value for step in (5, 6) for row, value in made(1, 1, step).items()}
+    both = set(later) & set(alone)
+    assert both and not any(torch.allclose(later[row], alone[row]) for row in both)
+
+
+def test_draws_are_even_and_of_their_own_for_each_row_and_place() -> None:
+    drawn = draws(torch.arange(500), 3, 400)
+    assert len(drawn.unique()) == drawn.numel() and torch.equal(drawn[7:8, 20:], draws(torch.tensor([7]), 23, 380))
+    shares = (drawn.double() / 2**53).flatten()
+    assert abs(shares.mean() - 0.5) < 0.003 and abs(shares.std() - 12**-0.5) < 0.003
+    assert torch.corrcoef(drawn[:20].double()).triu(1).abs().max() < 0.25
+
+
+def test_a_feature_that_hardly_varies_says_nothing() -> None:
+    values = torch.randn(64, 6).half()
+    values[:, 0], values[:, 1], values[:, 2] = 0.5, 0, 3
+    values[::9, 2] += 0.002  # one step of fp16
+    values[5, 1] = 1e-7
+    values[7, 4] = torch.inf
+    head, one = Head(6, [], 4), torch.zeros(1, 6)
+    head.fit(values)
+    assert head.scale.bool().tolist() == [False, False, False, True, True, True] and head.scale.isfinite().all()
+    for found in (head, Head.of(plain(head.state_dict()))):
+        torch.testing.assert_close(found(Rows(one + torch.tensor([9.0, 9, 9, 0, 0, 0]))), found(Rows(one)))

@@ -3,8 +3,8 @@
 A locked parameter has no gradient, no place in the optimizer, and where all below it is locked no graph: the
 gradients of the rest are those of a full run. A foreign tower isn't even run: its features are columns that a filter
 made once, and a `Head` on them is trained, thousands of pairs a second on one core. A head standardises its features by
-their mean and deviation, which the export folds into its first layer. Dropout is drawn from the batch's own seed, so
-that a resumed run drops the same, and so do both passes over a part of a batch.
+their mean and deviation, which the export folds into its first layer. Dropout is drawn by counting from a seed of each
+row (splitmix64), so it is the same in any layout of ranks and parts, in a resumed run and on any device.
 
 Legend: B examples, D width of the features, E embedding width.
 """
@@ -26,10 +26,10 @@ TEXT = ("token_embedding", "positional_embedding", "transformer", "ln_final", "t
 
 @dataclass(frozen=True)
 class Rows:
-    """Features (B, D) that stand for images or texts; `seed` is what dropout is drawn from."""
+    """Features (B, D) that stand for images or texts; `seeds` (B,) int64 are what dropout is drawn from."""
 
     values: Tensor
-    seed: int = 0
+    seeds: Tensor | None = None
 
     @property
     def useful(self) -> int:
@@ -43,7 +43,16 @@ class Rows:
     tokens = pool = place
 
     def to(self, device: torch.device) -> "Rows":
-        return Rows(self.values.to(device, non_blocking=True), self.seed)
+        seeds = self.seeds if self.seeds is None else self.seeds.to(device, non_blocking=True)
+        return Rows(self.values.to(device, non_blocking=True), seeds)
+
+
+def draws(seeds_B: Tensor, first: int, count: int) -> Tensor:
+    """Of each seed its draws `first` to `first + count`, (B, count), int64 in [0, 2**53)."""
+    x = seeds_B[:, None] + (0x9E3779B97F4A7C15 - 2**64) * torch.arange(first, first + count, device=seeds_B.device)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1)):
+        x = (x ^ (x >> shift & 2 ** (64 - shift) - 1)) * factor  # int64 wraps; the mask makes it a logical shift
+    return x >> 11 & 2**53 - 1
 
 
 class Head(nn.Module):
@@ -68,18 +77,22 @@ class Head(nn.Module):
         self.register_buffer("scale", torch.ones(width))
 
     def fit(self, values_ND: Tensor) -> None:
-        """Standardises by these features; rows with NaN are none."""
-        rows_ND = values_ND[~values_ND.isnan().any(-1)].double()
+        """Standardises by these features; rows with what isn't finite are none. A column that varies by no more than
+        fp16 rounds says nothing: its scale is 0, for another value than the usual would come in as a huge one."""
+        rows_ND = values_ND[values_ND.isfinite().all(-1)].double()
+        std_D, half = rows_ND.std(0), torch.finfo(torch.float16)
+        told = std_D > rows_ND.square().mean(0).sqrt() * half.eps + half.tiny
         self.mean.copy_(rows_ND.mean(0))
-        self.scale.copy_(rows_ND.std(0).clamp_min(1e-6).reciprocal())
+        self.scale.copy_(torch.where(told, std_D.reciprocal(), 0.0))
 
     def forward(self, rows: Rows) -> Tensor:
         x_BD = (rows.values.to(self.mean) - self.mean) * self.scale
-        draws = torch.Generator(x_BD.device).manual_seed(rows.seed) if self.training and self.dropout else None
+        drawn = 0
         for layer in self.layers:
-            if draws is not None and isinstance(layer, nn.Linear):
-                kept = torch.rand(x_BD.shape, generator=draws, device=x_BD.device) >= self.dropout
-                x_BD = x_BD * kept / (1 - self.dropout)
+            if self.training and self.dropout and isinstance(layer, nn.Linear):
+                assert rows.seeds is not None
+                kept = draws(rows.seeds, drawn, layer.in_features) >= int(self.dropout * 2**53)
+                drawn, x_BD = drawn + layer.in_features, x_BD * kept / (1 - self.dropout)
             x_BD = layer(x_BD)
         return x_BD + rows.values[:, -self.kept :].to(x_BD) if self.kept else x_BD
 
