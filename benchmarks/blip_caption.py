@@ -10,7 +10,7 @@ the same precision, batches of the sizes named (the best counts), `num_return_se
 refuses attn_implementation="sdpa", and its `generate` a static cache.) One thread, as a worker of the engine has;
 more with --threads. `encoder` is each side's image tower alone on ready pixels, `writing` what remains; the bound is
 the ratio that captions at no cost would give. --clock cpu counts this process's CPU seconds, for a
-machine that does other work too. Prints Markdown; stops where greedy captions in fp32 differ.
+machine that does other work too. Prints Markdown; stops where greedy captions in fp32 differ or most have no end.
 """
 
 import argparse
@@ -128,7 +128,8 @@ def theirs(one: BlipCaption, images: list[np.ndarray], at_most: int) -> Side:
             some = images[at : at + at_most]
             ready = processor(images=some, text=[PROMPT] * len(some), return_tensors="pt").to(model.device)
             rows = model.generate(**ready, **asked)[:, ready["input_ids"].shape[1] - 1 :]
-            texts += [processor.decode(row, skip_special_tokens=True) for row in rows]
+            ended = [row if processor.tokenizer.sep_token_id in row else row[:0] for row in rows]  # ours tells no other
+            texts += [processor.decode(row, skip_special_tokens=True) for row in ended]
         return texts
 
     return write
@@ -161,13 +162,13 @@ def seconds(work: Side, clock: Callable[[], float]) -> float:
 
 
 def compare(name: str, one: BlipCaption, images: list[np.ndarray], asked: argparse.Namespace) -> str:
-    """A row of the table; stops where greedy captions in fp32 differ."""
+    """A row of the table; stops where greedy captions in fp32 differ or most have no end."""
     mine, clock = ours(one, images), {"wall": time.perf_counter, "cpu": time.process_time}[asked.clock]
     tried = {batch: theirs(one, images[:TRIED], batch) for batch in asked.batches}
     best = min(tried, key=lambda batch: seconds(tried[batch], clock))  # which warms it too
     other, written = theirs(one, images, best), mine()
     if one.sample == "greedy" and one.precision == "fp32":
-        assert all(a in ("", b) for a, b in zip(written, other(), strict=True)), "greedy captions differ"
+        assert written == other() and 2 * sum(map(bool, written)) > len(written), "greedy captions differ, or most lack"
     own_tower, other_tower = encoders(one, images, best)
     each = (other, mine, other_tower, own_tower)
     found = [tuple(seconds(work, clock) for work in each) for _ in range(asked.repeats)]

@@ -44,7 +44,10 @@ def captions(one: BlipCaption, rows: list[int]) -> list[Any]:
     ],
     ids=lambda asked: " ".join(map(str, asked.values())),
 )
-def test_captions_are_those_of_transformers(folder: str, asked: dict[str, Any]) -> None:
+def test_captions_are_those_of_transformers(
+    folder: str, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(blip_caption.TEXTS, "cpu", 3)  # beams in 2 to 4 slots, taken again when one image is done
     one = BlipCaption(weights=folder, prompt="a box ", min_tokens=2, max_tokens=40, precision="fp32", **asked)
     model = BlipForConditionalGeneration.from_pretrained(folder).eval()
     processor = BlipProcessor.from_pretrained(folder)
@@ -65,9 +68,10 @@ def test_captions_are_those_of_transformers(folder: str, asked: dict[str, Any]) 
 def test_a_caption_hangs_on_its_image_uid_and_seed_alone(
     folder: str, asked: dict[str, Any], precision: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(blip_caption.TEXTS, "cpu", 1)
-    monkeypatch.setitem(blip.PATCHES, "cpu", 64)  # three images at a time, in few slots: they follow one another
     one = BlipCaption(weights=folder, max_tokens=60, precision=precision, **asked)
+    together = one.beams if one.sample == "beam" else one.captions
+    monkeypatch.setitem(blip_caption.TEXTS, "cpu", (together + 1) // 2)  # two slots or more: they follow one another
+    monkeypatch.setitem(blip.PATCHES, "cpu", 64)  # three images at a time
     together = captions(one, list(range(6)))
     assert [captions(one, [i])[0] for i in (5, 2)] == [together[5], together[2]]
     assert captions(one, [4, 0, 1, 3]) == [together[4], together[0], together[1], together[3]]
