@@ -257,12 +257,17 @@ def score(run: Run, planned: Sequence[PlannedFilter], refs: Sequence[ShardRef], 
 
 def compare_scorers(run: Run, number: int, scorer: Facts, model: str) -> Facts:
     """Whether the round's model may score the next round: its canary recall at equal false drops against the one
-    in force, on the half that reports. Without a CLIP filter that follows the rounds, or canaries, nothing moves."""
-    follows = PREVIOUS in run.recipe.filters.get("clip", {}).values()
+    in force, on the half that reports. Nothing moves without a CLIP filter that follows the rounds, or
+    canaries, or where the model takes columns."""
+    follows, towers = PREVIOUS in run.recipe.filters.get("clip", {}).values(), run.recipe.pretrain.towers
     curated = run.read(f"round-{number}/curation.json")
     refs = [ShardRef(folder, 0) for folder in curated["canary_shards"] if "/swapped_text-" in folder]
-    if not follows or not refs:
-        why = "no filter follows the rounds" if not follows else "there are no canaries to compare scorers on"
+    whys = {
+        "no filter follows the rounds": not follows,
+        "this round's model takes columns, not images": bool(towers.image.features or towers.text.features),
+        "there are no canaries to compare scorers on": not refs,
+    }
+    if why := next((why for why, holds in whys.items() if holds), None):
         return {"promoted": False, "reused": True, "told": f"The scorer stays: {why}."}
     recalls, made = {}, 0
     for name, facts in {"in force": scorer, "new": scorer | {"models": scorer["models"] | {"clip": model}}}.items():
