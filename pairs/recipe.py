@@ -478,6 +478,8 @@ class Recipe(Spec):
         first = self.first_filter.clip
         if "blip" in (self.pretrain.objective, first.objective if first else ""):
             raise ValueError("rounds train and evaluate a CLIP: objective is clip or siglip (blip: a job of its own)")
+        if first and (first.towers.image.features or first.towers.text.features):
+            raise ValueError("first_filter.clip takes no `features`: it is trained before any filter makes them")
         return self
 
     @property

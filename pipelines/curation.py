@@ -43,7 +43,7 @@ Shards = Mapping[str, Sequence[ShardRef]]
 PREVIOUS = "previous"
 ROLES = {"clip": "clip", "blip_caption": "captioner", "blip_match": "matcher"}
 FALSE_DROPS = 0.05  # at which two scorers are compared
-VECTOR = pa.list_(pa.float32())
+VECTOR = pa.list_(pa.float16())  # as filters keep vectors; lists of other floats are values of each text
 
 
 def check(recipe: Recipe) -> None:
@@ -115,16 +115,19 @@ def _check_columns(recipe: Recipe, loaded: Mapping[str, Filter | Reducer]) -> No
 
 
 def _check_towers(recipe: Recipe, loaded: Mapping[str, Filter | Reducer]) -> None:
-    """Towers that are columns name vectors that a filter makes; nothing that looks at images can use their model."""
-    named = [f for start in (recipe.pretrain.towers.image, recipe.pretrain.towers.text) for f in start.features]
+    """Towers that are columns name vectors that a filter makes, the text tower's of the pair or of each text; nothing
+    that looks at images can use their model."""
+    towers = recipe.pretrain.towers
     made = {f"{name}.{c}": kind for name, one in loaded.items() for c, kind in one.columns.items()}
-    vectors = [name for name, kind in made.items() if _alike(kind, VECTOR) or _alike(kind, pa.list_(VECTOR))]
-    if odd := [name for name in named if name not in vectors]:
-        raise PairmillError(
-            expected="a column of vectors that a filter of the recipe makes, at pretrain.towers",
-            found=repr(odd[0]),
-            remedy=nearest(odd[0], vectors) if vectors else "add a filter that makes one, such as clip",
-        )
+    for where, start, kinds in (("image", towers.image, (VECTOR,)), ("text", towers.text, (VECTOR, pa.list_(VECTOR)))):
+        vectors = [name for name, kind in made.items() if kind in kinds]
+        for odd in (name for name in start.features if name not in vectors):
+            raise PairmillError(
+                expected=f"a column of fp16 vectors that a filter of the recipe makes, at pretrain.towers.{where}",
+                found=f"{odd!r}" + (f", of type {made[odd]}" if odd in made else ""),
+                remedy=nearest(odd, vectors) if vectors else "add a filter that makes one, such as clip",
+            )
+    named = towers.image.features or towers.text.features
     if named and (recipe.evaluate.retrieval or recipe.evaluate.zero_shot or recipe.rounds > 1):
         raise PairmillError(
             expected="evaluate: {retrieval: false} and rounds: 1 where pretrain.towers are features",
@@ -257,12 +260,17 @@ def score(run: Run, planned: Sequence[PlannedFilter], refs: Sequence[ShardRef], 
 
 def compare_scorers(run: Run, number: int, scorer: Facts, model: str) -> Facts:
     """Whether the round's model may score the next round: its canary recall at equal false drops against the one
-    in force, on the half that reports. Without a CLIP filter that follows the rounds, or canaries, nothing moves."""
-    follows = PREVIOUS in run.recipe.filters.get("clip", {}).values()
+    in force, on the half that reports. Nothing moves without a CLIP filter that follows the rounds, or
+    canaries, or where the model takes columns."""
+    follows, towers = PREVIOUS in run.recipe.filters.get("clip", {}).values(), run.recipe.pretrain.towers
     curated = run.read(f"round-{number}/curation.json")
     refs = [ShardRef(folder, 0) for folder in curated["canary_shards"] if "/swapped_text-" in folder]
-    if not follows or not refs:
-        why = "no filter follows the rounds" if not follows else "there are no canaries to compare scorers on"
+    whys = {
+        "no filter follows the rounds": not follows,
+        "this round's model takes columns, not images": bool(towers.image.features or towers.text.features),
+        "there are no canaries to compare scorers on": not refs,
+    }
+    if why := next((why for why, holds in whys.items() if holds), None):
         return {"promoted": False, "reused": True, "told": f"The scorer stays: {why}."}
     recalls, made = {}, 0
     for name, facts in {"in force": scorer, "new": scorer | {"models": scorer["models"] | {"clip": model}}}.items():

@@ -36,6 +36,8 @@ def check(recipe: Recipe) -> None:
         )
     for pretraining in filter(None, (recipe.first_filter.clip, recipe.pretrain)):
         preflight(pretraining)
+        for weights in filter(None, (pretraining.towers.image.weights, pretraining.towers.text.weights)):
+            training_jobs.weights_hash(weights)  # a name or a folder that isn't there is told now
     zero_shot = recipe.evaluate.zero_shot
     if zero_shot and not Path(zero_shot.path).is_dir():
         raise PairmillError(

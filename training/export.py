@@ -85,8 +85,11 @@ def published(name: str) -> tuple[dict[str, Tensor], ModelSpec]:
 
     kind, _, tag = name.partition(":")
     try:
+        if (cfg := open_clip.get_model_config(kind)) is None:
+            raise ValueError(f"open_clip has no model {kind}")
+        spec = spec_of(cfg)
+        _check_trained(spec, open_clip.get_pretrained_cfg(kind, tag))
         theirs = open_clip.create_model(kind, pretrained=tag or None, require_pretrained=True)
-        spec = spec_of(open_clip.get_model_config(kind))
     except Exception as error:  # a name, a tag, the hub, the cache or the file: a class of its own for each
         raise PairmillError(
             expected=f"a folder in open_clip's format, or a NAME:TAG that open_clip has, at {name}",
@@ -95,6 +98,20 @@ def published(name: str) -> tuple[dict[str, Tensor], ModelSpec]:
         ) from error
     weights = theirs.state_dict()
     return from_open_clip(weights) if spec.kind == "siglip" else weights, spec
+
+
+def _check_trained(spec: ModelSpec, cfg: dict[str, Any]) -> None:
+    """A ValueError where open_clip's `cfg` of weights tells of another activation or normalisation than ours."""
+    if cfg.get("quick_gelu"):
+        raise ValueError("weights for quick_gelu, which the packed towers don't have")
+    for name, own in zip(("mean", "std"), normalisation(spec), strict=True):
+        if (theirs := cfg.get(name)) and max(abs(a - b) for a, b in zip(theirs, own, strict=True)) > 1e-3:
+            raise ValueError(f"weights for images of {name} {[*theirs]}; the packed {spec.kind} takes {[*own]}")
+
+
+def normalisation(spec: ModelSpec) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation, by channel, that the model takes from pixels in [0, 1]."""
+    return (MEAN, STD) if spec.kind == "clip" else (HALF, HALF)
 
 
 def whole_table(spec: PretrainSpec, used: Ids, rows: Tensor) -> Tensor:
@@ -124,7 +141,7 @@ def config(spec: ModelSpec) -> dict[str, Any]:
     else:
         v = spec.vision
         vision |= {"patch_size": spec.patch_px, "layers": v.layers, "width": v.width, "head_width": v.width // v.heads}
-    mean, std = (MEAN, STD) if spec.kind == "clip" else (HALF, HALF)
+    mean, std = normalisation(spec)
     return {
         "model_cfg": {
             **({} if spec.logit_bias is None else biased),
@@ -186,7 +203,9 @@ def save(folder: Path, spec: ModelSpec, weights: dict[str, Tensor], facts: dict[
 def load(folder: Path, attention: str = "auto") -> tuple[Towers, ModelSpec]:
     """The packed model in eval mode, from a folder that `save` or open_clip wrote."""
     try:
-        spec = spec_of(json.loads((folder / CONFIG).read_text())["model_cfg"])
+        told = json.loads((folder / CONFIG).read_text())
+        spec = spec_of(told["model_cfg"])
+        _check_trained(spec, told.get("preprocess_cfg") or {})
         model = build(spec, 0, attention)
         weights = load_file(folder / WEIGHTS)
         model.load_state_dict(from_open_clip(weights) if spec.kind == "siglip" else weights)

@@ -1,6 +1,7 @@
 """Locked towers: what is locked stays, the rest learns as if it weren't; heads learn on columns of features."""
 
 import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,26 @@ def test_weights_of_other_sizes_are_told(tmp_path: Path, weights: str) -> None:
         export.begin(wide)
     with pytest.raises(PairmillError, match="NAME:TAG"):
         export.begin(SPEC.model_copy(update=towers(image={"weights": "ViT-B-33:none"})))
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("ViT-B-32:openai", "quick_gelu"), ("ViT-L-14:laion2b_s32b_b82k", "mean"), ("ViT-B-32-quickgelu:openai", "quick")],
+)
+def test_weights_of_another_activation_or_normalisation_are_told(name: str, told: str) -> None:
+    with pytest.raises(PairmillError) as error:
+        export.published(name)
+    assert told in error.value.found
+
+
+def test_a_folder_of_another_normalisation_is_told(weights: str) -> None:
+    path = Path(weights) / export.CONFIG
+    given = json.loads(path.read_text())
+    given["preprocess_cfg"]["std"] = [0.229, 0.224, 0.225]
+    path.write_text(json.dumps(given))
+    with pytest.raises(PairmillError) as error:
+        export.load(Path(weights))
+    assert "std" in error.value.found
 
 
 @pytest.mark.parametrize(
