@@ -9,7 +9,7 @@ from pairs.fingerprint import content_hash, fingerprint
 from pairs.recipe import BlipSpec, PretrainSpec
 from pairs.shard import ShardRef
 
-VERSION, BLIP_VERSION = 2, 1  # of what a training makes of the same job: raise with any change that reaches the weights
+VERSION, BLIP_VERSION = 3, 1  # of what a training makes of the same job: raise with any change that reaches the weights
 UNSEEN = {
     "workers",
     "checkpoint_every",
