@@ -29,8 +29,8 @@ import numpy as np
 import torch
 
 from pairs.identity import local_key, make_uid, sha256_hex
+from pairs.pretrain import ModelSpec, PretrainSpec, TowerSpec
 from pairs.process import ROOT
-from pairs.recipe import ModelSpec, PretrainSpec, TowerSpec
 from pairs.schemas import TRAINING
 from pairs.shard import ShardRef, write_shard
 from pairs.store import Store, table_metadata

@@ -30,7 +30,7 @@ import transformers
 from filters import blip
 from filters.base import Batch
 from filters.blip_caption import BlipCaption
-from pairs.recipe import BlipSpec
+from pairs.pretrain import BlipSpec
 from training.blip import blip_config
 
 PROMPT, LEAST, MOST = "a picture of ", 3, 20

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from real_pairs import as_shards
 
-from pairs.recipe import ModelSpec, PretrainSpec, TowerSpec
+from pairs.pretrain import ModelSpec, PretrainSpec, TowerSpec
 from pairs.store import Store
 from training.data import Loader
 from training.packing import tail

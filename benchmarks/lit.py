@@ -32,7 +32,7 @@ import torch
 from stamps_web import stamps
 
 from pairs.identity import local_key, make_uid, sha256_hex
-from pairs.recipe import PretrainSpec
+from pairs.pretrain import PretrainSpec
 from pairs.schemas import PAIRS, TRAINING
 from pairs.shard import ShardRef, write_shard
 from pairs.store import Store, table_metadata

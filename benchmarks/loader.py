@@ -32,7 +32,7 @@ import webdataset as wds
 from open_clip_train.data import filter_no_caption_or_no_image
 from real_pairs import as_shards
 
-from pairs.recipe import ModelSpec, PretrainSpec
+from pairs.pretrain import ModelSpec, PretrainSpec
 from pairs.store import Store
 from training.data import Loader
 from training.plan import Cost, Plan

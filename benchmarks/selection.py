@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from filters.selection import select
-from pairs.recipe import Rule, TextsSpec
+from pairs.rules import Rule, TextsSpec
 from pairs.schemas import PAIRS
 from pairs.shard import ShardRef
 from pairs.store import Store

@@ -28,7 +28,7 @@ import numpy as np
 
 from pairs.fingerprint import content_hash
 from pairs.identity import local_key, make_uid, sha256_hex
-from pairs.recipe import ModelSpec, PretrainSpec, TowerSpec
+from pairs.pretrain import ModelSpec, PretrainSpec, TowerSpec
 from pairs.schemas import TRAINING
 from pairs.shard import ShardRef, write_shard
 from pairs.store import Store, table_metadata

@@ -29,7 +29,7 @@ from filters.rules import Threshold, numbers
 from filters.selection import TEXTS, rule_columns
 from filters.texts import SYNTHETIC, choose_texts, column_names
 from filters.thresholds import drops
-from pairs.recipe import Rule, TextsSpec
+from pairs.rules import Rule, TextsSpec
 from pairs.shard import ShardRef
 from pairs.store import Store
 

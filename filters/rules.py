@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from filters.columns import as_bool, list_lengths, one_chunk
 from pairs.errors import PairmillError
-from pairs.recipe import Rule
+from pairs.rules import Rule
 from pairs.uid_lists import among
 
 Column: TypeAlias = pa.Array | pa.ChunkedArray

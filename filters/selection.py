@@ -25,7 +25,7 @@ from filters.rules import nulls, numbers
 from filters.texts import choose_texts, column_names
 from filters.thresholds import Thresholds, current, drops, found, pin, pinned, told
 from pairs.fingerprint import fingerprint
-from pairs.recipe import Rule, TextsSpec
+from pairs.rules import Rule, TextsSpec
 from pairs.schemas import SELECTION
 from pairs.shard import ShardRef
 from pairs.store import Store

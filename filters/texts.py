@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from filters.columns import as_bool, list_lengths, one_chunk
 from pairs.errors import PairmillError
-from pairs.recipe import TextsSpec
+from pairs.rules import TextsSpec
 from pairs.schemas import KEPT_TEXT
 
 SYNTHETIC = "synthetic"

@@ -16,7 +16,7 @@ from filters.canaries import fitting
 from filters.columns import Frame
 from filters.rules import Threshold, fit_recall, nulls, passes, quantile
 from pairs.fingerprint import fingerprint
-from pairs.recipe import Rule
+from pairs.rules import Rule
 from pairs.shard import ShardRef
 from pairs.store import Store
 

@@ -10,11 +10,17 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from pairs.errors import PairmillError
 
 T = TypeVar("T")
+
+
+class Spec(BaseModel):
+    """A part of a recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def strict(cls: type[T], data: Mapping[str, Any], where: str) -> T:

@@ -26,7 +26,8 @@ from filters.reduce import run_reducers
 from filters.selection import select
 from filters.texts import column_names
 from pairs.errors import PairmillError
-from pairs.recipe import Recipe, TextsSpec
+from pairs.recipe import Recipe
+from pairs.rules import TextsSpec
 from pairs.schemas import PAIRS
 from pairs.shard import ShardRef
 from pairs.strict import nearest

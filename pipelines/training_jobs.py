@@ -15,7 +15,8 @@ from pairs import __version__
 from pairs.errors import PairmillError
 from pairs.fingerprint import content_hash, fingerprint
 from pairs.identity import held_out
-from pairs.recipe import BlipSpec, EvaluateSpec, PretrainSpec
+from pairs.pretrain import BlipSpec, PretrainSpec
+from pairs.recipe import EvaluateSpec
 from pairs.shard import ShardRef
 from pairs.store import table_metadata
 from pipelines.models import model_folder, publish_models, trained

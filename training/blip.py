@@ -32,8 +32,8 @@ from transformers import (
 
 from pairs.fingerprint import fingerprint
 from pairs.identity import sha256_hex
+from pairs.pretrain import BlipSpec
 from pairs.process import die_with_parent
-from pairs.recipe import BlipSpec
 from training import checkpoint
 from training.blip_data import TrustedPairs, load_pairs, make_tokenizer
 from training.blip_losses import Lesson, Losses, WordReader, caption_loss, match_loss, pieces_held, word_loss

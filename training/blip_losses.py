@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import BertTokenizerFast
 
-from pairs.recipe import BlipSpec
+from pairs.pretrain import BlipSpec
 from training.blip_data import TrustedPairs, jitter, same_text, tokens, vary
 
 EVEN = 0.5  # of the negatives that are drawn whatever they seem

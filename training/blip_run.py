@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pairs.errors import PairmillError
-from pairs.recipe import PretrainSpec
+from pairs.pretrain import PretrainSpec
 from pairs.store import Store
 from training import blip_export, checkpoint
 from training.accumulate import Context

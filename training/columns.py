@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pairs.errors import PairmillError
 from pairs.identity import unit_hash
-from pairs.recipe import PretrainSpec, StartSpec
+from pairs.pretrain import PretrainSpec, StartSpec
 from pairs.shard import ShardRef
 from pairs.store import Store
 from training import export

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from pairs.fingerprint import content_hash, fingerprint
-from pairs.recipe import BlipSpec, PretrainSpec
+from pairs.pretrain import BlipSpec, PretrainSpec
 from pairs.shard import ShardRef
 
 VERSION, BLIP_VERSION = 3, 1  # of what a training makes of the same job: raise with any change that reaches the weights

@@ -16,7 +16,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from pairs.errors import PairmillError
-from pairs.recipe import ModelSpec, PretrainSpec, StartSpec, TowerSpec, TowersSpec
+from pairs.pretrain import ModelSpec, PretrainSpec, StartSpec, TowerSpec, TowersSpec
 from training.checkpoint import publishing
 from training.models.clip import MEAN, STD, PackedClip, Towers
 from training.models.locked import Head, part_of, plain, put_heads

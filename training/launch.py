@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from pairs.errors import PairmillError
+from pairs.pretrain import PretrainSpec
 from pairs.process import ROOT, child
-from pairs.recipe import PretrainSpec
 from training.config import RESULT, BlipJob, BlipResult, Job, TrainConfig, TrainResult, identity
 
 Line = dict[str, Any]

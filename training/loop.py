@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from pairs.errors import PairmillError
-from pairs.recipe import PretrainSpec
+from pairs.pretrain import PretrainSpec
 from training.accumulate import Context, features
 from training.data import Batch, Loader
 from training.hardware import memory_bytes, peak_flops

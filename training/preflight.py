@@ -21,8 +21,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from pairs.errors import PairmillError
+from pairs.pretrain import PretrainSpec
 from pairs.process import free_bytes
-from pairs.recipe import PretrainSpec
 from training.accumulate import Context, features
 from training.data import Batch, Loader
 from training.hardware import memory_bytes

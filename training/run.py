@@ -25,7 +25,7 @@ import torch.distributed as dist
 from pydantic import TypeAdapter
 
 from pairs.errors import PairmillError
-from pairs.recipe import PretrainSpec
+from pairs.pretrain import PretrainSpec
 from pairs.store import Store
 from training import checkpoint, export
 from training.attention import chosen

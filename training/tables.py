@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from pairs.errors import PairmillError
 from pairs.fingerprint import fingerprint
-from pairs.recipe import PretrainSpec
+from pairs.pretrain import PretrainSpec
 from pairs.store import Store, table_metadata
 from pairs.workspace import Dead, Workspace, alive
 from training.config import Pin

@@ -14,7 +14,8 @@ from filters.rules import numbers
 from filters.selection import BEFORE_RULES, rule_columns, steps
 from filters.texts import column_names
 from pairs.errors import PairmillError
-from pairs.recipe import Recipe, Rule
+from pairs.recipe import Recipe
+from pairs.rules import Rule
 from pairs.schemas import SELECTION
 from pipelines import stages, training_jobs
 from pipelines.models import trained

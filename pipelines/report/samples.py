@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from filters.columns import Frame
 from pairs.identity import unit_hash
-from pairs.recipe import Rule, TextsSpec
+from pairs.rules import Rule, TextsSpec
 from pairs.store import Store
 
 Facts = dict[str, Any]

@@ -19,7 +19,7 @@ from filters.lookup import names
 from filters.score_tables import told_by_tables
 from filters.selection import select
 from pairs.errors import PairmillError
-from pairs.recipe import Rule, TextsSpec
+from pairs.rules import Rule, TextsSpec
 from pairs.schemas import PAIRS
 from pairs.shard import ShardRef, write_shard
 from pairs.store import Store

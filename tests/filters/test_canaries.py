@@ -28,7 +28,8 @@ from filters.reduce import run_reducers
 from filters.selection import SelectionResult, select
 from pairs.errors import PairmillError
 from pairs.identity import held_out, make_uid, sha256_hex, url_key
-from pairs.recipe import CanariesSpec, Rule, TextsSpec
+from pairs.recipe import CanariesSpec
+from pairs.rules import Rule, TextsSpec
 from pairs.schemas import PAIRS
 from pairs.shard import ShardRef, read_shard, write_shard
 from pairs.workspace import Workspace

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from filters.rules import Threshold, fit_recall, passes, quantile
 from pairs.errors import PairmillError
-from pairs.recipe import Rule
+from pairs.rules import Rule
 
 
 def kept(rule: dict[str, object], values: list[object], kind: pa.DataType) -> list[bool]:

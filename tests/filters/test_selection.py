@@ -13,7 +13,7 @@ from filters.columns import load_frame
 from filters.selection import SelectionResult, select
 from pairs.errors import PairmillError
 from pairs.identity import held_out
-from pairs.recipe import Rule, TextsSpec
+from pairs.rules import Rule, TextsSpec
 from pairs.schemas import CANDIDATES, LEDGER, PAIRS
 from pairs.shard import ShardRef, write_shard
 from pairs.store import Store

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from filters.texts import choose_texts
 from pairs.errors import PairmillError
-from pairs.recipe import TextsSpec
+from pairs.rules import TextsSpec
 from pairs.schemas import TEXTS
 
 Row = tuple[list[float | None], list[float | None], bool]

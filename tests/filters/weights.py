@@ -53,7 +53,7 @@ def blip_folder(folder: Path, architecture: str) -> dict[str, Any]:
     """A BLIP of two narrow layers with one piece per letter, as `save_pretrained` leaves it."""
     import transformers
 
-    from pairs.recipe import BlipSpec, TowerSpec
+    from pairs.pretrain import BlipSpec, TowerSpec
     from training.blip import blip_config
 
     tower = TowerSpec(layers=1, width=32, heads=2)

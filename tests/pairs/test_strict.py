@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
 from pairs.errors import PairmillError
-from pairs.recipe import NAME, FetchSpec, Recipe, Rule, load_recipe
+from pairs.recipe import NAME, FetchSpec, Recipe, load_recipe
+from pairs.rules import Rule
 from pairs.strict import nearest, setting_names, strict
 
 LEAST: dict[str, Any] = {"name": "small", "sources": {"docs": {"kind": "site"}}}

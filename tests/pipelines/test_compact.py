@@ -22,8 +22,9 @@ from filters.semantic_duplicates import SemanticDuplicates
 from pairs.errors import PairmillError
 from pairs.identity import url_key
 from pairs.increments import MARK, exactly, following, holding, joined
+from pairs.pretrain import BlipSpec
 from pairs.process import ROOT
-from pairs.recipe import BlipSpec, FetchSpec
+from pairs.recipe import FetchSpec
 from pairs.shard import ShardRef, list_shards, read_shard
 from pairs.store import Store, table_metadata
 from pairs.verify import verify

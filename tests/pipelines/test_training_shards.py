@@ -1,7 +1,7 @@
 """Training shards hold the kept pairs and nothing else, and come out the same whenever they are made."""
 
 from filters.selection import select
-from pairs.recipe import Rule, TextsSpec
+from pairs.rules import Rule, TextsSpec
 from pairs.shard import ShardRef, list_shards, read_shard
 from pairs.workspace import Workspace
 from pipelines.training_shards import publish_training_shards

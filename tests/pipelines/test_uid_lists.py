@@ -8,7 +8,7 @@ import pytest
 
 from filters.selection import select
 from pairs.errors import PairmillError
-from pairs.recipe import Rule, TextsSpec
+from pairs.rules import Rule, TextsSpec
 from pairs.schemas import PAIRS
 from pairs.shard import ShardRef, write_shard
 from pairs.workspace import Workspace

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 
 from pairs.identity import local_key, make_uid, sha256_hex
-from pairs.recipe import ModelSpec, PretrainSpec, TowerSpec
+from pairs.pretrain import ModelSpec, PretrainSpec, TowerSpec
 from pairs.schemas import TRAINING
 from pairs.shard import ShardRef, write_shard
 from pairs.store import Store, table_metadata

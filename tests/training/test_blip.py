@@ -14,7 +14,7 @@ from transformers import BlipForConditionalGeneration
 
 from pairs.errors import PairmillError
 from pairs.identity import held_out
-from pairs.recipe import BlipSpec, TowerSpec
+from pairs.pretrain import BlipSpec, TowerSpec
 from pairs.schemas import PAIRS
 from pairs.shard import ShardRef, write_shard
 from pairs.store import table_metadata

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from pairs.errors import PairmillError
 from pairs.fingerprint import content_hash
-from pairs.recipe import MedSpec, PretrainSpec, Recipe
+from pairs.pretrain import MedSpec, PretrainSpec
+from pairs.recipe import Recipe
 from tests.training.blip_small import SIZES, processor
 from tests.training.small import MODEL, config
 from training import blip_run, launch, run

@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from torch._dynamo.utils import counters
 
 from pairs.errors import PairmillError
-from pairs.recipe import ModelSpec
+from pairs.pretrain import ModelSpec
 from tests.training.small import MODEL, SPEC
 from training import launch
 from training.accumulate import features

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from pairs.errors import PairmillError
-from pairs.recipe import StartSpec, TowersSpec
+from pairs.pretrain import StartSpec, TowersSpec
 from pairs.schemas import PAIRS
 from pairs.shard import ShardRef
 from pairs.store import Store

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from pairs.errors import PairmillError
-from pairs.recipe import ModelSpec, PretrainSpec, TowerSpec
+from pairs.pretrain import ModelSpec, PretrainSpec, TowerSpec
 from tests.training.small import MODEL
 from training import export
 from training.models.clip import Towers

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from pairs.errors import PairmillError
-from pairs.recipe import TowerSpec
+from pairs.pretrain import TowerSpec
 from pairs.store import Store
 from tests.training.small import MODEL, SPEC, config, shards
 from training import attention, launch, preflight

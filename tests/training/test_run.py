@@ -14,7 +14,7 @@ import torch
 
 from pairs.errors import PairmillError
 from pairs.fingerprint import content_hash
-from pairs.recipe import BlipSpec, ModelSpec, PretrainSpec, TowerSpec
+from pairs.pretrain import BlipSpec, ModelSpec, PretrainSpec, TowerSpec
 from pairs.store import Store
 from pairs.strict import strict
 from pairs.workspace import Workspace
