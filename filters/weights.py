@@ -19,7 +19,8 @@ from pairs.strict import nearest
 SEED = 0  # of random weights
 CLIP_CONFIG = "open_clip_config.json"
 BLIP_FILES = ["config.json", "model.safetensors", "preprocessor_config.json", "processor_config.json"]
-BLIP_FILES += ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"]
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"]
+BLIP_FILES += TOKENIZER_FILES
 
 Stamp = tuple[tuple[str, int, int], ...]
 
@@ -91,8 +92,8 @@ def blip_hashes(weights: str, architecture: str) -> dict[str, str]:
     return {"weights": content_hash(blip_folder(weights, architecture))}
 
 
-def blip_folder(weights: str, architecture: str) -> Path:
-    """The folder of `weights`, which must hold a BLIP of that class with its tokenizer: the folder itself, or a
+def blip_folder(weights: str, *architectures: str) -> Path:
+    """The folder of `weights`, which must hold a BLIP of one of these classes with its tokenizer: the folder itself, or a
     published name with its revision ("Salesforce/blip-itm-base-coco@<commit>")."""
     if weights == "previous":
         raise PairmillError(
@@ -110,9 +111,9 @@ def blip_folder(weights: str, architecture: str) -> Path:
     pickled = "model.safetensors" in missing and any(name.endswith((".bin", ".pt", ".pth")) for name in names)
     advice = "no pickle is read: load it where you trust it and save_pretrained it as safetensors, or "
     made = [] if missing else json.loads((folder / "config.json").read_text()).get("architectures") or []
-    if missing or architecture not in made:
+    if missing or not {*architectures} & {*made}:
         raise PairmillError(
-            expected=f"a {architecture} with its tokenizer, as save_pretrained leaves it, in {weights}",
+            expected=f"a {' or '.join(architectures)} with its tokenizer, as save_pretrained leaves it, in {weights}",
             found=f"no {', '.join(missing)}" if missing else f"a model of {made}",
             remedy=advice * pickled
             + "name the folder of a trained captioner for blip_caption, of a matcher for blip_match",

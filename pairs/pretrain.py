@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 
 from pairs.strict import Spec
 
+PREVIOUS = "previous"  # in a setting: the model of the round before
+
 
 class TowerSpec(Spec):
     layers: int = Field(ge=1)
@@ -153,6 +155,16 @@ class PretrainSpec(Spec):
             return given | {"model": {"logit_scale": math.log(10), "logit_bias": -10.0} | given.get("model", {})}
         return given
 
+    @model_validator(mode="before")
+    @classmethod
+    def _blip_reads_as_before(cls, given: Any) -> Any:
+        """A BLIP from nothing takes the tokenizer of the captioner in force."""
+        if not isinstance(given, dict) or given.get("objective") != "blip":
+            return given
+        model, blip = given.get("model", {}), given.get("blip", {})
+        fresh = isinstance(model, dict) and isinstance(blip, dict) and not blip.get("start")
+        return given | {"model": {"tokenizer": PREVIOUS} | model} if fresh else given
+
     @model_validator(mode="after")
     def _of_its_objective(self) -> "PretrainSpec":
         if self.objective != "blip" and self.blip != MedSpec():
@@ -169,6 +181,8 @@ class PretrainSpec(Spec):
             raise ValueError(f"batch_pairs {self.batch_pairs} leave some of the {self.workers} workers without a pair")
         if self.objective == "blip" and self.model.tokenizer == "clip" and not self.blip.start:
             raise ValueError("objective: blip needs a BERT tokenizer's folder (model.tokenizer) or blip.start")
+        if self.objective != "blip" and self.model.tokenizer == PREVIOUS:
+            raise ValueError("model.tokenizer: previous goes with objective: blip")
         if (self.objective == "siglip") != (self.model.logit_bias is not None):
             raise ValueError("a model.logit_bias goes with objective: siglip, and only with it")
         return self
@@ -209,3 +223,19 @@ class BlipSpec(Spec):
     def _fits(self) -> "BlipSpec":
         _patches_fit(self.image_px, self.patch_px)
         return self
+
+
+class TuneSpec(Spec):
+    """What fine-tuning changes of the pretraining's settings."""
+
+    steps: int = Field(200, ge=1)
+    learning_rate: float = Field(5e-4, gt=0)
+    warmup_steps: int = Field(20, ge=0)
+    batch_pairs: int | None = Field(None, ge=2)  # as in pretraining
+
+
+class FinetuneSpec(Spec):
+    """Captioner (lm) and match filter (itc, itm), each trained on the trusted pairs from the round's BLIP."""
+
+    captioner: TuneSpec = TuneSpec()
+    matcher: TuneSpec = TuneSpec()

@@ -11,7 +11,7 @@ import yaml
 from pydantic import ConfigDict, Field, model_validator
 
 from pairs.errors import PairmillError
-from pairs.pretrain import BlipSpec, PretrainSpec
+from pairs.pretrain import BlipSpec, FinetuneSpec, PretrainSpec
 from pairs.rules import Rule, Share, TextsSpec
 from pairs.strict import Spec, nearest, strict
 
@@ -104,6 +104,7 @@ class Recipe(Spec):
     gates: GatesSpec = GatesSpec()
     first_filter: FirstFilterSpec = FirstFilterSpec()
     pretrain: PretrainSpec = PretrainSpec()
+    finetune: FinetuneSpec | None = None
     evaluate: EvaluateSpec = EvaluateSpec()
     rounds: int = Field(1, ge=1)
     engine: Literal["ray", "inline"] = "ray"
@@ -128,12 +129,14 @@ class Recipe(Spec):
         return self
 
     @model_validator(mode="after")
-    def _rounds_train_clips(self) -> "Recipe":
+    def _trainings_fit(self) -> "Recipe":
         first = self.first_filter.clip
-        if "blip" in (self.pretrain.objective, first.objective if first else ""):
-            raise ValueError("rounds train and evaluate a CLIP: objective is clip or siglip (blip: a job of its own)")
+        if first and first.objective == "blip":
+            raise ValueError("first_filter.clip trains a CLIP; a small BLIP is trained by first_filter.blip")
         if first and (first.towers.image.features or first.towers.text.features):
             raise ValueError("first_filter.clip takes no `features`: it is trained before any filter makes them")
+        if self.finetune and self.pretrain.objective != "blip":
+            raise ValueError("finetune makes a captioner and a match filter of a BLIP: pretrain.objective is blip")
         return self
 
     @property

@@ -26,6 +26,7 @@ from filters.reduce import run_reducers
 from filters.selection import select
 from filters.texts import column_names
 from pairs.errors import PairmillError
+from pairs.pretrain import PREVIOUS
 from pairs.recipe import Recipe
 from pairs.rules import TextsSpec
 from pairs.schemas import PAIRS
@@ -41,9 +42,7 @@ from training.launch import NVIDIA
 
 Facts = dict[str, Any]
 Shards = Mapping[str, Sequence[ShardRef]]
-PREVIOUS = "previous"
 ROLES = {"clip": "clip", "blip_caption": "captioner", "blip_match": "matcher"}
-FALSE_DROPS = 0.05  # at which two scorers are compared
 VECTOR = pa.list_(pa.float16())  # as filters keep vectors; lists of other floats are values of each text
 
 
@@ -257,39 +256,3 @@ def score(run: Run, planned: Sequence[PlannedFilter], refs: Sequence[ShardRef], 
     )
     filters_report.keep(run, stats)
     return len(left)
-
-
-def compare_scorers(run: Run, number: int, scorer: Facts, model: str) -> Facts:
-    """Whether the round's model may score the next round: its canary recall at equal false drops against the one
-    in force, on the half that reports. Nothing moves without a CLIP filter that follows the rounds, or
-    canaries, or where the model takes columns."""
-    follows, towers = PREVIOUS in run.recipe.filters.get("clip", {}).values(), run.recipe.pretrain.towers
-    curated = run.read(f"round-{number}/curation.json")
-    refs = [ShardRef(folder, 0) for folder in curated["canary_shards"] if "/swapped_text-" in folder]
-    whys = {
-        "no filter follows the rounds": not follows,
-        "this round's model takes columns, not images": bool(towers.image.features or towers.text.features),
-        "there are no canaries to compare scorers on": not refs,
-    }
-    if why := next((why for why, holds in whys.items() if holds), None):
-        return {"promoted": False, "reused": True, "told": f"The scorer stays: {why}."}
-    recalls, made = {}, 0
-    for name, facts in {"in force": scorer, "new": scorer | {"models": scorer["models"] | {"clip": model}}}.items():
-        planned = planned_filters(run, facts, only=["clip"])
-        made += score(run, planned, refs, f"compare round {number}")
-        recalls[name] = _canary_recall(run, planned[0].folder, refs[0])
-    new, old = recalls["new"]["value"], recalls["in force"]["value"]
-    if new is None or old is None:
-        told = "The scorer stays: no canary is in the half that reports, so there is nothing to compare."
-        return {"promoted": False, "reused": not made, "told": told}
-    promoted = new >= old
-    told = f"Canary recall at {FALSE_DROPS:.0%} false drops: {new:.1%} by this round's model, {old:.1%} by its scorer; "
-    told += "this round's model scores from now on." if promoted else "the scorer stays."
-    return {"promoted": promoted, "reused": not made, "told": told, "recalls": recalls}
-
-
-def _canary_recall(run: Run, folder: str, ref: ShardRef) -> Facts:
-    cosine = run.workspace.store.read_table(ref.beside(folder), ["cosine"])["cosine"]
-    values = np.array(cosine.to_pylist(), float)
-    canary, twin = canaries.reporting(canaries.facts(run.workspace.store, ref))
-    return recall_at_false_drops(values[canary], values[twin], FALSE_DROPS)

@@ -6,6 +6,8 @@ settings and the hashes of every tar that was read, so the same training is neve
 
 import json
 import shutil
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,18 @@ def publish_models(
     record = facts | {"models": models, "fingerprint": fingerprint}
     workspace.store.write(f"models/index/{fingerprint}.json", json.dumps(record, indent=1, sort_keys=True, default=str))
     return record
+
+
+def publish_folder(workspace: Workspace, folder: Path, only: Sequence[str] | None = None) -> str:
+    """The name in the workspace, `models/<sha256>`, of a copy of a folder that a training starts from, or of the files
+    `only` in it: whatever becomes of the folder, the training's name and what it read stay."""
+    if only is None:
+        return f"models/{_publish(workspace, folder)}"
+    with tempfile.TemporaryDirectory() as made:
+        for name in only:
+            if (folder / name).is_file():
+                shutil.copy(folder / name, made)
+        return f"models/{_publish(workspace, Path(made))}"
 
 
 def _publish(workspace: Workspace, folder: Path) -> str:

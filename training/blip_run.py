@@ -24,7 +24,7 @@ from training.accumulate import Context
 from training.attention import chosen
 from training.blip_momentum import Keys, Memory
 from training.blip_objective import Aims, Entry, keys_of, losses, pairs_of, ramped, total
-from training.config import RESULT, UNSEEN, TrainConfig, TrainResult, identity
+from training.config import RESULT, UNSEEN, TrainConfig, TrainResult, folder_of, identity
 from training.data import Batch, Loader, cache_at
 from training.export import CARD
 from training.hardware import deterministic
@@ -111,7 +111,7 @@ def train_blip_rank(config: TrainConfig, rank: int, ranks: int, device: torch.de
     plan = SquarePlan.of(flat, spec.model.image_px // spec.model.patch_px)
     if ranks > 1:
         _agree(plan.fingerprint)
-    model, processor = build(spec)
+    model, processor = build(spec, store)
     model.only(spec.blip.losses)
     memory = Memory(model, spec.blip.queue, spec.blip.momentum).to(device) if "itc" in spec.blip.losses else None
     for module in (model, memory.encoders) if memory else (model,):
@@ -185,13 +185,13 @@ def aims(spec: PretrainSpec, tokenizer: Any, context: int) -> Aims:
     )
 
 
-def build(spec: PretrainSpec) -> tuple[PackedBlip, Any]:
+def build(spec: PretrainSpec, store: Store) -> tuple[PackedBlip, Any]:
     """The model and its processor, of the folders in `blip.start` or new."""
     torch.manual_seed(spec.seed)
     m = spec.model
     vision, text = ((t.layers, t.width, t.heads) for t in (m.vision, m.text))
     if spec.blip.start:
-        model, processor = blip_export.load(*map(Path, spec.blip.start), backend=spec.attention)
+        model, processor = blip_export.load(*(Path(folder_of(store, name)) for name in spec.blip.start), backend=spec.attention)
         s = model.sizes
         found = s.image_px, s.patch_px, s.vision, s.text, s.embed_dim
         asked = m.image_px, m.patch_px, vision, text, m.embed_dim
@@ -202,7 +202,7 @@ def build(spec: PretrainSpec) -> tuple[PackedBlip, Any]:
                 remedy="say under pretrain.model what the folder's config.json says",
             )
         return model.train(), processor
-    tokenizer = bert_tokenizer(m.tokenizer)
+    tokenizer = bert_tokenizer(folder_of(store, m.tokenizer))
     if tokenizer.bos_token is None:
         raise PairmillError(
             expected="a tokenizer whose bos_token is [DEC]", found=f"none in {m.tokenizer}", remedy="take a BLIP's"

@@ -1,5 +1,6 @@
 """What a training run is told and what it tells: JSON both ways, so that any launcher can start one."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from pairs.fingerprint import content_hash, fingerprint
 from pairs.pretrain import BlipSpec, PretrainSpec
 from pairs.shard import ShardRef
+from pairs.store import Store
 
 VERSION, BLIP_VERSION = 3, 1  # of what a training makes of the same job: raise with any change that reaches the weights
 UNSEEN = {
@@ -73,13 +75,18 @@ class TrainConfig(Job):
         return fingerprint(self._content() | starts | {"version": VERSION, "spec": spec})
 
 
+def folder_of(store: Store, name: str) -> str:
+    """The folder that a job names as tokenizer or start: `models/<sha256>` of the workspace, or as it is."""
+    return store.full(name) if re.fullmatch(r"models/[0-9a-f]{64}", name) else name
+
+
 def identity(config: TrainConfig) -> dict[str, str]:
     """What tells a training's work from another's beside its plan: the settings, and the content of the folders that it
     starts from (weights, tokenizer) where there are any, as a path can't tell what was made anew there."""
     spec, towers = config.spec, config.spec.towers
-    named = {*spec.blip.start, spec.model.tokenizer, towers.image.weights or "", towers.text.weights or ""}
-    found = {name: content_hash(Path(name)) for name in named - {"", "clip"} if Path(name).is_dir()}
-    return {"config": config.fingerprint} | ({"starts": fingerprint(found)} if found else {})
+    named = [*spec.blip.start, spec.model.tokenizer, towers.image.weights or "", towers.text.weights or ""]
+    found = [content_hash(Path(name)) if Path(name).is_dir() else None for name in named]
+    return {"config": config.fingerprint} | ({"starts": fingerprint({"in order": found})} if any(found) else {})
 
 
 class BlipJob(Job):

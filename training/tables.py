@@ -13,7 +13,7 @@ from pairs.fingerprint import fingerprint
 from pairs.pretrain import PretrainSpec
 from pairs.store import Store, table_metadata
 from pairs.workspace import Dead, Workspace, alive
-from training.config import Pin
+from training.config import Pin, folder_of
 from training.order import WINDOW
 from training.plan import BLOCK, DEALT, FEWEST, Block, Plan
 from training.tokens import Tokeniser
@@ -28,7 +28,8 @@ def make_plan(
 ) -> tuple[Plan, dict[str, int]]:
     """The plan over the pinned shards without the uids `apart`, and the counts of rows left out: forgotten, canary,
     no_text, no_size. `dead` are the tombstones that hold; the workspace's where it is left out."""
-    tokeniser, left_out = Tokeniser(spec.model.context, spec.model.tokenizer, spec.objective == "blip"), Counter[str]()
+    words, left_out = folder_of(store, spec.model.tokenizer), Counter[str]()
+    tokeniser = Tokeniser(spec.model.context, words, spec.objective == "blip")
     columns: dict[str, list[int]] = {name: [] for name in ("image_offset", "image_size", "width", "height")}
     uids: list[str] = []
     texts: list[list[int]] = []

@@ -73,8 +73,9 @@ def bert(text: str, context: int, tokenizer: str) -> tuple[Ids, bool]:
     """The text's tokens by a BERT tokenizer's folder, between its two marks and without padding, and whether it was
     cut: as transformers' BLIP reads texts."""
     ids = bert_tokenizer(tokenizer)(text[: LONGEST * context], verbose=False)["input_ids"]
-    cut = len(ids) > context
-    return np.array([*ids[: context - 1], ids[-1]] if cut else ids, dtype=np.int64), cut
+    long = len(ids) > context
+    ids = [*ids[: context - 1], ids[-1]] if long else ids
+    return np.array(ids, dtype=np.int64), long or len(text) > LONGEST * context
 
 
 @functools.cache

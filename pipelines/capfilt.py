@@ -1,0 +1,124 @@
+"""A round that trains a BLIP (CapFilt): its tokenizer and start, and the captioner and match filter that are fine-tuned.
+
+A training names the folders that it starts from by content, `models/<sha256>` in the workspace, so that no path enters
+its fingerprint. Captioner and filter are fine-tuned apart: where they share their weights, a filter lets through what
+the captioner gets wrong (Li et al., BLIP, arXiv 2201.12086, table 4).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from filters.blip import CAPTIONS, MATCHES
+from filters.lookup import load_filter
+from filters.weights import TOKENIZER_FILES, blip_folder
+from pairs.errors import PairmillError
+from pairs.pretrain import PREVIOUS, MedSpec, PretrainSpec
+from pairs.recipe import Recipe
+from pipelines import curation, training_jobs
+from pipelines.models import model_folder, publish_folder
+from pipelines.run import Run
+
+Facts = dict[str, Any]
+LOSSES = {"captioner": ["lm"], "matcher": ["itc", "itm"]}
+BIAS = "confirmation bias: the filter lets through what the captioner gets wrong"
+
+
+def check(recipe: Recipe) -> None:
+    """Tells what a BLIP of a recipe's rounds lacks, before anything runs."""
+    spec = recipe.pretrain
+    if recipe.finetune and not recipe.trusted:
+        raise PairmillError(
+            expected="a source with `trusted: true` to fine-tune captioner and match filter on",
+            found=f"none among {', '.join(recipe.sources)}",
+            remedy="mark a clean source as trusted, or leave finetune out",
+        )
+    if spec.objective != "blip":
+        return
+    for name in spec.blip.start:
+        blip_folder(name, CAPTIONS, MATCHES)
+    if spec.blip.start:
+        return
+    if spec.model.tokenizer != PREVIOUS:
+        _tokenizer_folder(Path(spec.model.tokenizer))
+    elif not recipe.first_filter.blip and recipe.filters.get("blip_caption", {}).get("weights") in (None, PREVIOUS):
+        raise PairmillError(
+            expected="a captioner whose tokenizer pretraining takes (pretrain.model.tokenizer: previous)",
+            found="no first_filter.blip, and no filters.blip_caption with weights",
+            remedy="add one of them, or name a BERT tokenizer's folder with [DEC]",
+        )
+
+
+def warnings(recipe: Recipe) -> list[str]:
+    """What a recipe may do and shouldn't: captioner and filter of one training, or of one folder."""
+    found, filters = [], recipe.filters
+    if recipe.pretrain.objective == "blip" and recipe.finetune is None:
+        found.append(f"without `finetune` captioner and match filter are of one training ({BIAS})")
+    if {"blip_caption", "blip_match"} <= filters.keys():
+        named = [filters[name].get("weights") for name in ("blip_caption", "blip_match")]
+        if None not in named and PREVIOUS not in named and len({Path(str(name)).resolve() for name in named}) == 1:
+            found.append(f"blip_caption and blip_match have the same weights, {named[0]} ({BIAS})")
+    return found
+
+
+def settled(run: Run, scorer: Facts) -> PretrainSpec:
+    """The round's pretraining with its folders named by content. Without fine-tuning, the captioner learns to write
+    behind the prompt that it will be given."""
+    spec, space = run.recipe.pretrain, run.workspace
+    blip = spec.blip
+    if run.recipe.finetune is None and "prompt" not in blip.model_fields_set:
+        blip = _with(blip, prompt=_prompt(run.recipe, blip))
+    if blip.start:
+        blip = _with(blip, start=[publish_folder(space, blip_folder(name, CAPTIONS, MATCHES)) for name in blip.start])
+        tokenizer = blip.start[0]
+    else:
+        own = spec.model.tokenizer != PREVIOUS
+        folder = _tokenizer_folder(Path(spec.model.tokenizer) if own else _captioner(run, scorer))
+        tokenizer = publish_folder(space, folder, TOKENIZER_FILES)
+    return spec.model_copy(update={"blip": blip, "model": spec.model.model_copy(update={"tokenizer": tokenizer})})
+
+
+def finetune(run: Run, number: int, spec: PretrainSpec, record: Facts, apart: Sequence[str], known: Facts) -> Facts:
+    """The records, by role, of the trainings on the trusted pairs (`known`, shards by source) that go on from the
+    round's BLIP; `spec` is its settled pretraining."""
+    assert run.recipe.finetune is not None
+    selection = curation.select_trusted(run, known)
+    start = [f"models/{sha}" for _, sha in sorted(record["models"].items())]
+    records = {}
+    for role, losses in LOSSES.items():
+        tune = getattr(run.recipe.finetune, role).model_dump(exclude_none=True)
+        blip = _with(spec.blip, losses=losses, start=start, prompt=_prompt(run.recipe, spec.blip))
+        weights = {name: times for name, times in spec.weights.items() if name in known}
+        model = spec.model.model_copy(update={"tokenizer": start[0]})
+        own = PretrainSpec(**dict(spec) | tune | {"blip": blip, "weights": weights, "model": model})
+        records[role] = training_jobs.pretrain(run, f"round-{number}/{role}", selection, known, own, apart)
+    return records
+
+
+def _with(blip: MedSpec, **changes: Any) -> MedSpec:
+    return blip.model_copy(update=changes)
+
+
+def _prompt(recipe: Recipe, blip: MedSpec) -> str:
+    """What stands before the captions that are written."""
+    settings = recipe.filters.get("blip_caption")
+    return blip.prompt if settings is None else str(load_filter("blip_caption", settings).prompt)  # type: ignore[attr-defined]
+
+
+def _captioner(run: Run, scorer: Facts) -> Path:
+    """The folder of the captioner that writes for the scorer."""
+    settings = run.recipe.filters.get("blip_caption", {})
+    if settings.get("weights", PREVIOUS) != PREVIOUS:
+        return blip_folder(settings["weights"], CAPTIONS)
+    return model_folder(run.workspace, scorer["models"]["captioner"])
+
+
+def _tokenizer_folder(folder: Path) -> Path:
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if not {"tokenizer.json", "vocab.txt"} & {*names}:
+        raise PairmillError(
+            expected=f"a BERT tokenizer (tokenizer.json or vocab.txt) in {folder}, for pretrain.model.tokenizer",
+            found=", ".join(names) or ("an empty folder" if folder.is_dir() else "no such folder"),
+            remedy="name a folder that a tokenizer's save_pretrained wrote, such as a BLIP's, or `previous`",
+        )
+    return folder
