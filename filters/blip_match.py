@@ -65,10 +65,9 @@ class BlipMatch(Filter):
             with torch.inference_mode():
                 looks = [image for i in seen if (image := batch.pixels[i]) is not None]
                 images = torch.stack(list(blip.encoded(model, processor, looks)))
-                ids = processor.tokenizer([str(texts[i][j])[:LONGEST] for i, j in places], verbose=False)["input_ids"]
-                for (i, _), row in zip(places, ids, strict=True):
-                    cut[i] += len(row) > self.max_tokens
-                ids = [row if len(row) <= self.max_tokens else [*row[: self.max_tokens - 1], row[-1]] for row in ids]
+                ids, long = self.tokens(processor, [str(texts[i][j]) for i, j in places])
+                for (i, _), too in zip(places, long, strict=True):
+                    cut[i] += too
                 index = {row: k for k, row in enumerate(seen)}
                 for group in same_length(ids):
                     owner = torch.tensor([index[places[k][0]] for k in group], device=model.device)
@@ -77,6 +76,12 @@ class BlipMatch(Filter):
                         probability[places[k][0]][places[k][1]] = p
                         cosine[places[k][0]][places[k][1]] = c
         return {"probability": probability, "cosine": cosine, "cut": cut}
+
+    def tokens(self, processor: Any, texts: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
+        """The ids of each text, and which were cut: these end with their last mark too."""
+        ids = processor.tokenizer([text[:LONGEST] for text in texts], verbose=False)["input_ids"]
+        long = [len(row) > self.max_tokens for row in ids]
+        return [[*row[: self.max_tokens - 1], row[-1]] if cut else row for row, cut in zip(ids, long, strict=True)], long
 
 
 def plain(entries: Sequence[Any] | None) -> list[str | None]:
@@ -97,9 +102,24 @@ def same_length(rows: Sequence[Sequence[int]], at_most: int = 128) -> Iterator[l
 def measure(model: Any, images: "torch.Tensor", ids: "torch.Tensor") -> tuple[list[float], list[float]]:
     """Probability and cosine of text i with image i, as BlipForImageTextRetrieval computes them; `images` is
     (N, patches, width), `ids` (N, tokens)."""
+    cosine = (image_features(model, images) * text_features(model, ids)).sum(-1)
+    return match_logits(model, images, ids).softmax(-1)[:, 1].tolist(), cosine.tolist()
+
+
+def match_logits(model: Any, images: "torch.Tensor", ids: "torch.Tensor") -> "torch.Tensor":
+    """(N, 2) float32: what the match head says of text i with image i, no and yes."""
+    return model.itm_head(blip.read(model.text_encoder, ids, images)[:, 0]).float()  # type: ignore[no-any-return]
+
+
+def image_features(model: Any, images: "torch.Tensor") -> "torch.Tensor":
+    """(N, E) float32, normalised: the images' side of the contrast."""
     from torch.nn.functional import normalize
 
-    fused, alone = (blip.read(model.text_encoder, ids, seen)[:, 0] for seen in (images, None))
-    image = normalize(model.vision_proj(images[:, 0]).float(), dim=-1)
-    text = normalize(model.text_proj(alone).float(), dim=-1)
-    return model.itm_head(fused).float().softmax(-1)[:, 1].tolist(), (image * text).sum(-1).tolist()
+    return normalize(model.vision_proj(images[:, 0]).float(), dim=-1)
+
+
+def text_features(model: Any, ids: "torch.Tensor") -> "torch.Tensor":
+    """(N, E) float32, normalised: the texts' side of the contrast."""
+    from torch.nn.functional import normalize
+
+    return normalize(model.text_proj(blip.read(model.text_encoder, ids, None)[:, 0]).float(), dim=-1)

@@ -74,7 +74,7 @@ def flywheel(
                 break
             gates(run, number, picked)
             trained = pretrain(run, number, picked)
-            evaluate(run, number, trained)
+            evaluate(run, number, {f"round {number}": trained["models"]})
             if until == "pretrain" and number == last:
                 break
             scorer = promote(run, number, scorer, trained)

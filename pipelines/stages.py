@@ -5,14 +5,15 @@ leaves its own in the workspace: what is done is asked of the Store alone, never
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pairs.errors import PairmillError
 from pairs.increments import exactly
-from pairs.recipe import EvaluateSpec, Recipe
+from pairs.recipe import Recipe
 from pairs.shard import ShardRef
-from pipelines import curation, scorer, training_jobs
+from pipelines import curation, evaluation, scorer, training_jobs
 from pipelines.candidates import check_settings, cut_increment, finished_cut, next_increment
 from pipelines.fetch.ledger import FetchCounts, fetch_fingerprint
 from pipelines.fetch.shards import fetch_increment
@@ -214,20 +215,21 @@ def pretrain(run: Run, number: int, picked: Facts) -> Facts:
         return record
 
 
-def evaluate(run: Run, number: int, record: Facts) -> Facts:
-    """Zero-shot classification and retrieval of the round's model, in round 1 of the first filter's too."""
-    spec: EvaluateSpec = run.recipe.evaluate
+def evaluate(run: Run, number: int, models: Mapping[str, Mapping[str, str]]) -> Facts:
+    """Figures of the round's `models`, by what the report calls them: content hashes by role. In round 1 of the first
+    filter's too, its BLIP where rounds train one."""
     with run.stage(f"round-{number}/evaluate") as facts:
-        models = {f"round {number}": record["models"]["clip"]}
-        first = (run.read(f"round-{number}/curation.json") or {}).get("scorer", {}).get("models", {}).get("clip")
-        if number == 1 and first:
-            models = {"scorer in force" if scorer.kept(run) else "first filter": first} | models
+        first = (run.read(f"round-{number}/curation.json") or {}).get("scorer", {}).get("models", {})
+        told = "scorer in force" if scorer.kept(run) else "first filter"
+        blip = {role: sha for role, sha in first.items() if role != "clip" and run.recipe.pretrain.objective == "blip"}
+        earlier = {told: {"clip": first["clip"]} if "clip" in first else {}, f"{told}'s BLIP": blip}
+        models = ({name: roles for name, roles in earlier.items() if roles} if number == 1 else {}) | dict(models)
         known = {name: refs for name, refs in shards(run).items() if name in run.recipe.trusted}
-        results = [training_jobs.evaluate(run, name, sha, spec, known) for name, sha in models.items()]
+        results = [evaluation.evaluate(run, name, roles, known) for name, roles in models.items()]
         rows = [row for result in results for row in result["rows"]]
         run.write(f"round-{number}/evaluation.json", rows)
         facts |= {"reused": all(result["reused"] for result in results)}
-        facts["note"] = ", ".join(f"{r['model']} {r['figure']} {r['value']:.3f}" for r in rows)
+        facts["note"] = ", ".join(f"{r['model']} {r['figure']} {r['value']:.3f}" for r in rows if r["value"] is not None)
         return {"rows": rows}
 
 

@@ -1,9 +1,8 @@
-"""Trainings and evaluations of a run: each is keyed by what goes in, submitted as processes of its own, and its result
-lands in the workspace's models by content. A training that is done is never done again.
+"""Trainings of a run: each is keyed by what goes in, submitted as processes of its own, and its result lands in the
+workspace's models by content. A training that is done is never done again.
 """
 
 import functools
-import json
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -13,13 +12,10 @@ from typing import Any, TypeVar
 from filters.weights import clip_hashes
 from pairs import __version__
 from pairs.errors import PairmillError
-from pairs.fingerprint import content_hash, fingerprint
-from pairs.identity import held_out
 from pairs.pretrain import BlipSpec, PretrainSpec
-from pairs.recipe import EvaluateSpec
 from pairs.shard import ShardRef
 from pairs.store import table_metadata
-from pipelines.models import model_folder, publish_models, trained
+from pipelines.models import publish_models, trained
 from pipelines.run import Run
 from pipelines.training_shards import training_shard
 from training import launch
@@ -132,50 +128,3 @@ def _record(
     if not (isinstance(job, TrainConfig) and job.spec.keep_best):
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return record | {"reused": False}
-
-
-def evaluate(run: Run, told: str, sha: str, spec: EvaluateSpec, known: dict[str, list[ShardRef]]) -> Facts:
-    """Rows of figures of one model; `told` is what the report calls it."""
-    pairs = sorted([ref.group, row["uid"], row["text"]] for ref, row in held_out_rows(run, known))
-    classes = content_hash(Path(spec.zero_shot.path)) if spec.zero_shot else None
-    mark = fingerprint({"evaluate": spec.model_dump(), "classes": classes, "model": sha, "pairs": pairs, "version": 3})
-    path = f"evals/{mark}.json"
-    store = run.workspace.store
-    reused = store.has(path)
-    if not reused:
-        store.write(path, json.dumps(_figures(run, sha, spec, known), indent=1))
-    rows = [{"model": told} | row for row in json.loads(store.read(path))]
-    return {"rows": rows, "reused": reused}
-
-
-def _figures(run: Run, sha: str, spec: EvaluateSpec, known: dict[str, list[ShardRef]]) -> list[Facts]:
-    from training.evaluate import retrieval, zero_shot
-
-    folder = model_folder(run.workspace, sha)
-    rows: list[Facts] = []
-    if spec.zero_shot:
-        told = zero_shot(folder, Path(spec.zero_shot.path), spec.zero_shot.templates)
-        rows.append({"figure": "zero-shot accuracy", "chance": told.chance, **told.accuracy.model_dump()})
-    images, texts = held_out_pairs(run, known)
-    if spec.retrieval and len(images) > 1:
-        found = retrieval(folder, images, texts)
-        for name, share in found.recalls.items():
-            rows.append({"figure": name.replace("_", " "), "chance": found.chance[name], **share.model_dump()})
-    return rows
-
-
-def held_out_pairs(run: Run, known: dict[str, list[ShardRef]]) -> tuple[list[bytes], list[str]]:
-    """Images and first texts of the trusted pairs that only evaluate."""
-    rows, store = held_out_rows(run, known), run.workspace.store
-    images = [store.read(ref.tar, row["image_offset"], row["image_size"]) for ref, row in rows]
-    return images, [row["text"] for _, row in rows]
-
-
-def held_out_rows(run: Run, known: dict[str, list[ShardRef]]) -> list[tuple[ShardRef, Facts]]:
-    """Shard and row of each living trusted pair with a text that only evaluates."""
-    columns, found = ["uid", "url_key", "status", "text", "image_offset", "image_size"], []
-    for ref in sorted(ref for refs in known.values() for ref in refs):
-        table = run.workspace.store.read_table(ref.table, columns)
-        rows = zip(run.workspace.alive(table), table.to_pylist(), strict=True)
-        found += [(ref, row) for living, row in rows if living and row["text"] and held_out(row["uid"])]
-    return found

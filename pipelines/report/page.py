@@ -33,11 +33,14 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def _interval(value: dict[str, float] | None, worst: str = "") -> str:
+def _interval(value: dict[str, Any] | None, worst: str = "") -> str:
     """`{value, low, high}` as "93.0 % (90.1 to 95.2)"; a figure that is the `worst` that may be says so, one that was
-    freed of noise says what was seen."""
+    freed of noise says what was seen, one with a `unit` is no share."""
     if value is None or value.get("value") is None:
         return "–"
+    if unit := value.get("unit"):
+        ends = "" if value["low"] is None else f" ({_number(value['low'])} to {_number(value['high'])})"
+        return f"{_number(value['value'])} {unit}{ends}"
     told = f"{100 * value['value']:.1f} % ({100 * value['low']:.1f} to {100 * value['high']:.1f})"
     if value.get("bound"):
         return f"{worst} {told}"

@@ -11,6 +11,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 INK, SOFT, MARK = "#21506e", "#9cc3d9", "#c4462d"
+ACROSS = 5  # small plots in a row
 plt.rcParams.update(
     {
         "svg.hashsalt": "pairmill",
@@ -92,18 +93,23 @@ def curves(rounds: list[dict[str, Any]]) -> str:
 
 def by_round(rows: list[dict[str, Any]]) -> str:
     """Each figure of the evaluation by round, with its interval and the level of chance."""
+    rows = [row for row in rows if row["value"] is not None and row["low"] is not None]
     names = list(dict.fromkeys(row["figure"] for row in rows))
-    figure, axes = plt.subplots(1, len(names), figsize=(2.1 * len(names), 1.9), squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
+    high = max(1, -(-len(names) // ACROSS))
+    figure, axes = plt.subplots(high, min(max(1, len(names)), ACROSS), figsize=(10.5, 1.9 * high), squeeze=False)
+    for axis in axes.flat[len(names) :]:
+        axis.set_axis_off()
+    for axis, name in zip(axes.flat, names, strict=False):
         mine = [row for row in rows if row["figure"] == name]
         places = range(len(mine))
         values = [row["value"] for row in mine]
         spread = [[v - r["low"] for v, r in zip(values, mine, strict=True)]]
         spread.append([r["high"] - v for v, r in zip(values, mine, strict=True)])
         axis.errorbar(places, values, yerr=spread, fmt="o", color=INK, capsize=3, markersize=4)
-        axis.axhline(mine[0]["chance"], color=MARK, linewidth=0.8, linestyle=":")
+        if mine[0]["chance"] is not None:
+            axis.axhline(mine[0]["chance"], color=MARK, linewidth=0.8, linestyle=":")
         axis.set_xticks(places, [row["model"] for row in mine], fontsize=6)
-        axis.set_ylim(0, 1)
+        axis.set_ylim(0, None if mine[0].get("unit") else 1)
         axis.margins(x=0.4)
         axis.set_title(name, loc="left", fontsize=8)
     figure.tight_layout()

@@ -151,7 +151,7 @@ def run_stages(path: Path, workspace: Path, **options: Any) -> tuple[Run, dict[s
             picked = stages.curate(run, number, scorer)
             stages.gates(run, number, picked)
             record = stages.pretrain(run, number, picked)
-            stages.evaluate(run, number, record)
+            stages.evaluate(run, number, {f"round {number}": record["models"]})
             scorer = stages.promote(run, number, scorer, record)
         told = stages.report(run)
     return run, told

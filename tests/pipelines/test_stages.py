@@ -13,7 +13,7 @@ from filters.score_tables import errors_of
 from pairs.errors import PairmillError
 from pairs.recipe import GatesSpec, Recipe
 from pairs.shard import list_shards
-from pipelines import curation, stages, training_jobs
+from pipelines import curation, evaluation, stages
 from pipelines.console import Console
 from pipelines.fetch.ledger import FetchCounts
 from pipelines.run import Run, open_run
@@ -175,11 +175,11 @@ def test_an_evaluation_is_done_again_once_a_held_out_pair_is_forgotten(finished:
     space = flow.copied(finished.workspace, tmp_path / "workspace")
     run = open_run(finished.recipe, workspace=str(space), console=Console(quiet=True))
     known, model = {"trusted": stages.shards(run)["trusted"]}, finished.report["rounds"][0]["training"]["model"]
-    before = training_jobs.evaluate(run, "it", model, run.recipe.evaluate, known)
+    before = evaluation.evaluate(run, "it", {"clip": model}, known)
     assert before["reused"]
-    (_, gone), *left = training_jobs.held_out_rows(run, known)
+    (_, gone), *left = evaluation.held_out_rows(run, known)
     run.workspace.bury("uid", [gone["uid"]], "asked for")
-    after = training_jobs.evaluate(run, "it", model, run.recipe.evaluate, known)
+    after = evaluation.evaluate(run, "it", {"clip": model}, known)
     assert not after["reused"] and len(left) > 1
     assert {row["n"] for row in after["rows"] if row["figure"].startswith("image to text")} == {len(left)}
 
