@@ -93,8 +93,8 @@ def blip_hashes(weights: str, architecture: str) -> dict[str, str]:
 
 
 def blip_folder(weights: str, *architectures: str) -> Path:
-    """The folder of `weights`, which must hold a BLIP of one of these classes with its tokenizer: the folder itself, or a
-    published name with its revision ("Salesforce/blip-itm-base-coco@<commit>")."""
+    """The folder of `weights`, which must hold a BLIP of one of these classes with its tokenizer: the folder itself,
+    or a published name with its revision ("Salesforce/blip-itm-base-coco@<commit>")."""
     if weights == "previous":
         raise PairmillError(
             expected="a folder or a published name as `weights`",

@@ -1,4 +1,4 @@
-"""A round that trains a BLIP (CapFilt): its tokenizer and start, and the captioner and match filter that are fine-tuned.
+"""A round that trains a BLIP (CapFilt): its tokenizer and start, and captioner and match filter, fine-tuned from it.
 
 A training names the folders that it starts from by content, `models/<sha256>` in the workspace, so that no path enters
 its fingerprint. Captioner and filter are fine-tuned apart: where they share their weights, a filter lets through what
@@ -78,10 +78,13 @@ def settled(run: Run, scorer: Facts) -> PretrainSpec:
     return spec.model_copy(update={"blip": blip, "model": spec.model.model_copy(update={"tokenizer": tokenizer})})
 
 
-def finetune(run: Run, number: int, spec: PretrainSpec, record: Facts, apart: Sequence[str], known: Facts) -> Facts:
+def finetune(
+    run: Run, number: int, record: Facts, known: training_jobs.Shards, apart: Sequence[str]
+) -> dict[str, Facts]:
     """The records, by role, of the trainings on the trusted pairs (`known`, shards by source) that go on from the
-    round's BLIP; `spec` is its settled pretraining."""
+    round's BLIP, whose `record` is given."""
     assert run.recipe.finetune is not None
+    spec = PretrainSpec(**record["train_config"]["spec"])
     selection = curation.select_trusted(run, known)
     start = [f"models/{sha}" for _, sha in sorted(record["models"].items())]
     records = {}

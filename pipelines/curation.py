@@ -9,14 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from cluster.guard import Guard
 from cluster.session import ray_session
 from filters import canaries
 from filters.base import Filter, Reducer
-from filters.canary_figures import recall_at_false_drops
 from filters.canary_report import Judged, report
 from filters.columns import OWN
 from filters.defects import DEFECTS
@@ -166,15 +164,17 @@ def _trains(recipe: Recipe, role: str) -> bool:
     return (recipe.first_filter.clip if role == "clip" else recipe.first_filter.blip) is not None
 
 
-def planned_filters(run: Run, scorer: Facts, only: Sequence[str] | None = None) -> list[PlannedFilter]:
-    """The recipe's filters with the scorer's models in place of `previous`."""
+def planned_filters(run: Run, scorer: Facts, changes: Mapping[str, Facts] | None = None) -> list[PlannedFilter]:
+    """The recipe's filters with the scorer's models in place of `previous`; only those in `changes` where that is
+    given, with these settings of their own."""
 
     def settled(name: str, settings: Mapping[str, Any]) -> Filter:
         models = scorer["models"]
         folder = str(model_folder(run.workspace, models[ROLES[name]])) if PREVIOUS in settings.values() else ""
         return load_filter(name, {key: folder if value == PREVIOUS else value for key, value in settings.items()})
 
-    chosen = {name: s for name, s in run.recipe.filters.items() if only is None or name in only}
+    given = run.recipe.filters
+    chosen = given if changes is None else {name: given[name] | own for name, own in changes.items()}
     return plan({name: settled(name, settings) for name, settings in chosen.items()})
 
 

@@ -1,4 +1,5 @@
-"""The flywheel: crawl → fetch → curate → gates → pretrain → evaluate → report, for N rounds.
+"""The flywheel: crawl → fetch → curate → gates → pretrain → evaluate → report, for N rounds; a BLIP's captioner and
+match filter are fine-tuned after its pretraining.
 
 Before round 1 a filter is trained on the trusted pairs. One Prefect task per stage, never per shard: Ray owns the
 shards, and the Store (not Prefect's cache) owns resumption, so a task that has nothing to do says so and ends.
@@ -27,6 +28,7 @@ first_filter = task(stages.first_filter, name="first-filter", **_stage)
 curate = task(stages.curate, name="curate", **_stage)
 gates = task(stages.gates, name="gates", **_stage)
 pretrain = task(stages.pretrain, name="pretrain", **_stage)
+finetune = task(stages.finetune, name="finetune", **_stage)
 evaluate = task(stages.evaluate, name="evaluate", **_stage)
 promote = task(stages.promote, name="promote", **_stage)
 
@@ -60,6 +62,7 @@ def flywheel(
     run = open_run(Path(recipe), console=Console(quiet), **options)  # type: ignore[arg-type]
     get_run_logger().info("workspace %s, %s", run.workspace.store.root, run.folder)
     stages.check(run.recipe)
+    stages.warn(run)
     with run.workspace.lock(), contextlib.closing(run):
         for stage in (crawl, fetch):
             stage(run)
@@ -74,8 +77,9 @@ def flywheel(
                 break
             gates(run, number, picked)
             trained = pretrain(run, number, picked)
-            evaluate(run, number, {f"round {number}": trained["models"]})
+            models = trained["models"] if run.recipe.finetune is None else finetune(run, number, picked, trained)
+            evaluate(run, number, stages.served(run, number, trained, models))
             if until == "pretrain" and number == last:
                 break
-            scorer = promote(run, number, scorer, trained)
+            scorer = promote(run, number, scorer, models)
         return report(run)

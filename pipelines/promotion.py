@@ -2,85 +2,92 @@
 
 A CLIP and a match filter are asked for their canary recall at equal false drops; a captioner for the match probability
 that the filter in force gives its captions of untouched twins. Both on the half of the canaries that reports, of pairs
-that no model of the run was trained on. A model that isn't worse takes its place. What the comparison needs lies in
+that no model of the run was trained on. A model that isn't worse takes its place. What a comparison needs lies in
 score tables, so it costs nothing the second time.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from filters import canaries
-from filters.canary_figures import mean, recall_at_false_drops
-from filters.engine import plan
-from filters.lookup import load_filter
+from filters.canary_figures import Z, recall_at_false_drops
+from filters.engine import PlannedFilter
 from pairs.pretrain import PREVIOUS
 from pairs.shard import ShardRef
-from pipelines.curation import ROLES, score
-from pipelines.models import model_folder
+from pipelines.curation import ROLES, planned_filters, score
 from pipelines.run import Run
 
 Facts = dict[str, Any]
 FALSE_DROPS = 0.05  # at which two scorers are compared
 FILTERS = {role: name for name, role in ROLES.items()}
 RECALL = f"canary recall at {FALSE_DROPS:.0%} false drops"
-TOLD = {"clip": RECALL, "matcher": RECALL, "captioner": "match probability of captions"}
+FIGURES = {"clip": RECALL, "matcher": RECALL, "captioner": "match probability of captions"}
+WORDS = {"clip": "scorer", "matcher": "match filter", "captioner": "captioner"}
+ASKED: dict[str, dict[str, Facts]] = {  # by role: the filters that measure a figure, with settings of their own
+    "clip": {"clip": {}},
+    "matcher": {"blip_match": {"of": ["texts"]}},
+    "captioner": {"blip_caption": {}, "blip_match": {"of": ["blip_caption.texts"]}},
+}
 
 
-def compare(run: Run, number: int, scorer: Facts, models: dict[str, str]) -> Facts:
-    """Which of the round's `models` (by role) may score the next round, with the figures (`roles`) that say so. None
-    moves without a filter that follows the rounds, or without canaries, or where the model takes columns."""
+def compare(run: Run, number: int, scorer: Facts, models: Mapping[str, str]) -> Facts:
+    """Which of the round's `models` (hashes by role) are promoted, with the figures of both by role. None is without a
+    filter that follows the rounds, or without canaries, or where the model takes columns."""
     curated = run.read(f"round-{number}/curation.json")
     refs = [ShardRef(folder, 0) for folder in curated["canary_shards"] if "/swapped_text-" in folder]
-    roles, made = {}, 0
+    roles: dict[str, Facts] = {}
+    made = 0
     for role, sha in sorted(models.items()):
-        if why := _stays(run, role, refs):
-            roles[role] = {"promoted": False, "told": f"The {_word(role)} stays: {why}."}
+        if why := _why_not(run, role, refs):
+            roles[role] = {"promoted": False, "told": f"The {WORDS[role]} stays: {why}."}
             continue
         figures = {}
-        for name, model in {"new": sha, "in force": scorer["models"][role]}.items():
-            figures[name], wrote = _figure(run, number, scorer, role, model, refs)
-            made += wrote
-        roles[role] = _verdict(role, figures["new"], figures["in force"])
+        for name, hashes in {"in force": scorer["models"], "new": scorer["models"] | {role: sha}}.items():
+            planned = planned_filters(run, scorer | {"models": hashes}, changes=ASKED[role])
+            made += score(run, planned, refs, f"compare round {number}")
+            figures[name] = _figure(run, role, planned[-1], refs[0])
+        roles[role] = figures | _verdict(role, figures["new"]["value"], figures["in force"]["value"])
+    promoted = [role for role, facts in roles.items() if facts["promoted"]]
     told = " ".join(facts["told"] for facts in roles.values())
-    return {"promoted": [r for r, facts in roles.items() if facts["promoted"]], "reused": not made, "told": told, "roles": roles}
+    return {"promoted": promoted, "roles": roles, "told": told, "reused": not made}
 
 
-def _stays(run: Run, role: str, refs: Sequence[ShardRef]) -> str | None:
-    """Why a role's model can't be compared."""
+def _why_not(run: Run, role: str, refs: Sequence[ShardRef]) -> str | None:
     filters, towers = run.recipe.filters, run.recipe.pretrain.towers
     whys = {
         "no filter follows the rounds": PREVIOUS not in filters.get(FILTERS[role], {}).values(),
-        "no filter matches its captions": role == "captioner" and "blip_match" not in filters,
+        "no filter matches its captions": not ASKED[role].keys() <= filters.keys(),
         "this round's model takes columns, not images": bool(towers.image.features or towers.text.features),
-        "there are no canaries to compare on": not refs,
+        "there are no canaries to compare it on": not refs,
     }
     return next((why for why, holds in whys.items() if holds), None)
 
 
-def _figure(run: Run, number: int, scorer: Facts, role: str, sha: str, refs: Sequence[ShardRef]) -> tuple[Facts, int]:
-    """A model's figure, and of how many shards it had to be scored for that."""
-    models = scorer["models"] | {role: sha}
-    changes: dict[str, Facts] = {FILTERS[role]: {}}
-    if role == "matcher":
-        changes["blip_match"] = {"of": ["texts"]}
-    if role == "captioner":
-        changes["blip_match"] = {"of": ["blip_caption.texts"]}
-    planned = plan({name: load_filter(name, _settings(run, name, models) | own) for name, own in changes.items()})
-    made = score(run, planned, refs, f"compare round {number}")
+def _verdict(role: str, new: float | None, old: float | None) -> Facts:
+    if new is None or old is None:
+        told = f"The {WORDS[role]} stays: no canary is in the half that reports, so there is nothing to compare."
+        return {"promoted": False, "told": told}
+    told = f"{FIGURES[role].capitalize()}: {new:.1%} by this round's {WORDS[role]}, {old:.1%} by the one in force; "
+    told += "this round's takes its place." if new >= old else f"the {WORDS[role]} stays."
+    return {"promoted": new >= old, "told": told}
+
+
+def _figure(run: Run, role: str, planned: PlannedFilter, ref: ShardRef) -> Facts:
     column = "cosine" if role == "clip" else "probability"
-    table = run.workspace.store.read_table(refs[0].beside(planned[-1].folder), [column])[column].to_pylist()
-    canary, twin = canaries.reporting(canaries.facts(run.workspace.store, refs[0]))
-    if role == "captioner":  # without a caption: 0
-        return mean(np.array([np.mean([p or 0.0 for p in row or [0.0]]) for row in table])[twin]), made
-    values = np.array([row[0] if isinstance(row, list) and row else row or None for row in table], float)
-    return recall_at_false_drops(values[canary], values[twin], FALSE_DROPS), made
+    rows = run.workspace.store.read_table(ref.beside(planned.folder), [column])[column].to_pylist()
+    canary, twin = canaries.reporting(canaries.facts(run.workspace.store, ref))
+    values = np.array([_mean(row) if isinstance(row, list) else row for row in rows], float)
+    if role != "captioner":
+        return recall_at_false_drops(values[canary], values[twin], FALSE_DROPS)
+    own = np.nan_to_num(values[twin])  # no caption matches nothing
+    if not len(own):
+        return {"value": None, "low": None, "high": None, "n": 0}
+    value, half = float(own.mean()), float(Z * own.std() / len(own) ** 0.5)
+    return {"value": value, "low": max(0.0, value - half), "high": min(1.0, value + half), "n": len(own)}
 
 
-def _settings(run: Run, name: str, models: dict[str, str]) -> Facts:
-    """A filter's settings with the model of its role in place of `previous`."""
-    settings = run.recipe.filters[name]
-    folder = str(model_folder(run.workspace, models[ROLES[name]])) if PREVIOUS in settings.values() else ""
-    return {key: folder if value == PREVIOUS else value for key, value in settings.items()}
+def _mean(values: list[float | None]) -> float | None:
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None

@@ -13,7 +13,7 @@ from pairs.errors import PairmillError
 from pairs.increments import exactly
 from pairs.recipe import Recipe
 from pairs.shard import ShardRef
-from pipelines import curation, evaluation, scorer, training_jobs
+from pipelines import capfilt, curation, evaluation, promotion, scorer, training_jobs
 from pipelines.candidates import check_settings, cut_increment, finished_cut, next_increment
 from pipelines.fetch.ledger import FetchCounts, fetch_fingerprint
 from pipelines.fetch.shards import fetch_increment
@@ -35,6 +35,7 @@ def check(recipe: Recipe) -> None:
             found=f"none among {', '.join(recipe.sources)}",
             remedy="mark a clean source as trusted, or name published weights and leave first_filter out",
         )
+    capfilt.check(recipe)
     for pretraining in filter(None, (recipe.first_filter.clip, recipe.pretrain)):
         preflight(pretraining)
         for weights in filter(None, (pretraining.towers.image.weights, pretraining.towers.text.weights)):
@@ -46,6 +47,12 @@ def check(recipe: Recipe) -> None:
             found="no such folder",
             remedy="correct evaluate.zero_shot.path (it is relative to where pairmill is called)",
         )
+
+
+def warn(run: Run) -> None:
+    """Says what the recipe may do and shouldn't."""
+    for line in capfilt.warnings(run.recipe):
+        run.console.say(f"warning: {line}")
 
 
 def crawl(run: Run) -> Facts:
@@ -207,12 +214,38 @@ def pretrain(run: Run, number: int, picked: Facts) -> Facts:
     """Trains the round's model on the selection's training shards."""
     with run.stage(f"round-{number}/pretrain") as facts:
         name, spec = f"round-{number}", run.recipe.pretrain
+        if spec.objective == "blip":
+            spec = capfilt.settled(run, run.read(f"round-{number}/curation.json")["scorer"])
         given = (picked["selection"], shards(run), spec, picked["apart"], picked["scores"])
         record = training_jobs.pretrain(run, name, *given)
         facts |= {"reused": record["reused"], "training": record["fingerprint"]}
-        result = record["result"]
-        facts["note"] = f"{result['steps']} steps, {result['pairs']} pairs, model {record['models']['clip'][:12]}"
+        facts["note"] = f"{_trained(record)} of {record['result']['pairs']} pairs"
         return record
+
+
+def finetune(run: Run, number: int, picked: Facts, record: Facts) -> Facts:
+    """The models that serve after the round, by role: the captioner and the match filter that are fine-tuned apart on
+    the trusted pairs, where the recipe asks for it; else what was pretrained."""
+    if run.recipe.finetune is None:
+        return dict(record["models"])
+    with run.stage(f"round-{number}/finetune") as facts:
+        known = {name: refs for name, refs in shards(run).items() if name in run.recipe.trusted}
+        records = capfilt.finetune(run, number, record, known, picked["apart"])
+        facts |= {"reused": all(r["reused"] for r in records.values())}
+        facts["trainings"] = {role: r["fingerprint"] for role, r in records.items()}
+        facts["note"] = "; ".join(map(_trained, records.values()))
+        return {role: r["models"][role] for role, r in records.items()}
+
+
+def _trained(record: Facts) -> str:
+    models = ", ".join(f"{'model' if role == 'clip' else role} {sha[:12]}" for role, sha in record["models"].items())
+    return f"{models} after {record['result']['steps']} steps"
+
+
+def served(run: Run, number: int, record: Facts, models: Mapping[str, str]) -> dict[str, Mapping[str, str]]:
+    """What of a round is evaluated, by the report's name: the pretrained model, and what is fine-tuned from it."""
+    told: dict[str, Mapping[str, str]] = {f"round {number}": record["models"]}
+    return told | ({f"round {number}, fine-tuned": models} if run.recipe.finetune else {})
 
 
 def evaluate(run: Run, number: int, models: Mapping[str, Mapping[str, str]]) -> Facts:
@@ -229,7 +262,9 @@ def evaluate(run: Run, number: int, models: Mapping[str, Mapping[str, str]]) -> 
         rows = [row for result in results for row in result["rows"]]
         run.write(f"round-{number}/evaluation.json", rows)
         facts |= {"reused": all(result["reused"] for result in results)}
-        facts["note"] = ", ".join(f"{r['model']} {r['figure']} {r['value']:.3f}" for r in rows if r["value"] is not None)
+        facts["note"] = ", ".join(
+            f"{r['model']} {r['figure']} {r['value']:.3f}" for r in rows if r["value"] is not None
+        )
         return {"rows": rows}
 
 
@@ -238,19 +273,19 @@ def rounds(run: Run) -> int:
     return 1 if scorer.kept(run) else run.recipe.rounds
 
 
-def promote(run: Run, number: int, current: Facts, record: Facts) -> Facts:
-    """The next round's scorer: this round's model, unless its canary recall at equal false drops is worse, or the run
+def promote(run: Run, number: int, current: Facts, models: Mapping[str, str]) -> Facts:
+    """The next round's scorer: in each role this round's model, unless it is worse than the one in force, or the run
     keeps the scorer in force."""
     with run.stage(f"round-{number}/promote") as facts:
         if scorer.kept(run):
             told = "The scorer stays: a run that adds what is new keeps it until `--advance`."
-            verdict = {"promoted": False, "reused": True, "told": told}
+            verdict: Facts = {"promoted": [], "reused": True, "told": told}
         else:
-            verdict = curation.compare_scorers(run, number, current, record["models"]["clip"])
+            verdict = promotion.compare(run, number, current, models)
         following = current
-        if verdict["promoted"]:
-            models = current["models"] | {"clip": record["models"]["clip"]}
-            following = {"name": f"the model of round {number}", "models": models}
+        if new := {role: models[role] for role in verdict["promoted"]}:
+            what = "model" if "clip" in new else " and ".join(new)
+            following = {"name": f"the {what} of round {number}", "models": current["models"] | new}
         run.write(f"round-{number}/promotion.json", verdict | {"scorer": following})
         facts |= {"reused": verdict["reused"], "note": verdict["told"]}
         return following

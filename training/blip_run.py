@@ -191,7 +191,9 @@ def build(spec: PretrainSpec, store: Store) -> tuple[PackedBlip, Any]:
     m = spec.model
     vision, text = ((t.layers, t.width, t.heads) for t in (m.vision, m.text))
     if spec.blip.start:
-        model, processor = blip_export.load(*(Path(folder_of(store, name)) for name in spec.blip.start), backend=spec.attention)
+        model, processor = blip_export.load(
+            *(Path(folder_of(store, name)) for name in spec.blip.start), backend=spec.attention
+        )
         s = model.sizes
         found = s.image_px, s.patch_px, s.vision, s.text, s.embed_dim
         asked = m.image_px, m.patch_px, vision, text, m.embed_dim

@@ -151,8 +151,9 @@ def run_stages(path: Path, workspace: Path, **options: Any) -> tuple[Run, dict[s
             picked = stages.curate(run, number, scorer)
             stages.gates(run, number, picked)
             record = stages.pretrain(run, number, picked)
-            stages.evaluate(run, number, {f"round {number}": record["models"]})
-            scorer = stages.promote(run, number, scorer, record)
+            models = stages.finetune(run, number, picked, record)
+            stages.evaluate(run, number, stages.served(run, number, record, models))
+            scorer = stages.promote(run, number, scorer, models)
         told = stages.report(run)
     return run, told
 
