@@ -18,6 +18,8 @@ from filters.columns import one_chunk
 from pairs.shard import ShardRef
 from pairs.store import Store, table_metadata
 
+MADE_WITH = "made_with.json"  # in a folder of score tables: hashes of the model or the list that made them
+
 
 def write_scores(
     store: Store, ref: ShardRef, folder: str, uids: pa.ChunkedArray, living: Sequence[bool], made: pa.Table,

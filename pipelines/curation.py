@@ -4,12 +4,15 @@ Filters measure and the selection judges; this file only brings them together. `
 stands for the model that the scorer (a round's facts) names for that filter's role.
 """
 
+import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cluster.guard import Guard
 from cluster.session import ray_session
@@ -21,6 +24,7 @@ from filters.defects import DEFECTS
 from filters.engine import PlannedFilter, missing, plan, score_shards
 from filters.lookup import load_filter, load_reducer
 from filters.reduce import run_reducers
+from filters.score_tables import MADE_WITH
 from filters.selection import select
 from filters.texts import column_names
 from pairs.errors import PairmillError
@@ -232,12 +236,29 @@ def curate(run: Run, number: int, scorer: Facts, shards: Shards) -> Facts:
     }
 
 
+def no_captions(run: Run, picked: Facts) -> str | None:
+    """What to say where the captioner wrote nothing at all for this selection's pairs; None where it wrote."""
+    if "blip_caption" not in picked["scores"]:
+        return None
+    store, reasons = run.workspace.store, Counter[str]()
+    for path in store.files(picked["scores"]["blip_caption"], ".parquet"):
+        table = store.read_table(path, ["texts", "reason"])
+        if pc.any(pc.greater(pc.list_value_length(table["texts"]), 0)).as_py():
+            return None
+        reasons.update(pc.drop_null(table["reason"]).to_pylist())
+    why = ", ".join(f"{name} {count}" for name, count in reasons.most_common())
+    return f"blip_caption wrote no caption at all ({why or 'no pairs'}): its captioner needs other training."
+
+
 def score(run: Run, planned: Sequence[PlannedFilter], refs: Sequence[ShardRef], told: str) -> int:
     """Makes the missing score tables; returns of how many shards. Ray starts here, and only if something is missing."""
     store = run.workspace.store
     left = missing(store, planned, refs)
     if not left:
         return 0
+    for one in planned:  # whoever has a table finds the model that made it, such as the one that wrote a text
+        if not store.has(path := f"{one.folder}/{MADE_WITH}") and (content := one.filter.content_hashes()):
+            store.write(path, json.dumps(content))
     show = run.console.progress(told)
     # For one shard a child process does, with the same bytes: Ray starts slower. Where GPUs are its workers have them.
     alone = len(left) == 1 and "RAY_ADDRESS" not in os.environ and not NVIDIA.exists()

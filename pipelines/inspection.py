@@ -13,15 +13,13 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
-from filters.score_tables import errors_of
+from filters.score_tables import MADE_WITH, errors_of
 from pairs.errors import PairmillError
 from pairs.shard import ShardRef, list_shards
 from pairs.verify import verify
 from pairs.workspace import Workspace
 from pipelines.console import printable
-from training.config import TrainConfig
-from training.plan import taken
-from training.tables import make_plan, pinned_path
+from pipelines.training_trace import trainings
 
 _out = Rich(highlight=False)
 SAME_START_S = 1.0  # a start time is told in ticks of the clock
@@ -165,8 +163,8 @@ def trace(workspace: Workspace, uid: str) -> dict[str, Any]:
     for name, values in facts["scores"].items():
         schema = store.read_table(ref.beside(f"scores/{name}"), ["uid"]).schema
         told = [why for why, rows in errors_of(schema).items() if row in rows]
-        facts["scores"][name] = values | ({"error": told[0]} if told else {})
-    facts["training"] = _training(workspace, full)
+        facts["scores"][name] = values | _made_with(workspace, name) | ({"error": told[0]} if told else {})
+    facts["training"] = trainings(workspace, full)
     return facts
 
 
@@ -198,34 +196,10 @@ def _by_key(workspace: Workspace, prefix: str, key: str) -> list[dict[str, Any]]
     return rows
 
 
-def _training(workspace: Workspace, uid: str) -> list[dict[str, Any]]:
-    """Each finished training that consumed the pair, with the steps (from 0) whose batch held it. The plan is made
-    anew from the tables; where it isn't the one that was trained by any more, no step is named."""
-    rows: list[dict[str, Any]] = []
-    for path in workspace.store.files("models/index", ".json"):
-        record = json.loads(workspace.store.read(path))
-        if "train_config" not in record:
-            continue
-        config = TrainConfig(store=workspace.store.root, out_dir="", **record["train_config"])
-        told = {"training": record["folder"], "model": record["models"]["clip"]}
-        tables = (workspace.store.read_table(pinned_path(workspace.store, p), ["uid"]) for p in config.shards)
-        if not any(uid in table["uid"].to_pylist() for table in tables):
-            continue
-        if uid in config.apart:
-            rows.append(told | {"steps": [], "note": "set apart: canaries are made from it"})
-            continue
-        plan, left_out = make_plan(workspace.store, config.shards, config.spec, config.apart)
-        if plan.fingerprint != record["result"]["plan"]:
-            rows.append(told | {"steps": [], "note": _changed(left_out, record["result"]["left_out"])})
-        elif steps := [step for step, _ in taken(plan, {uid}, config.spec.steps)]:
-            rows.append(told | {"steps": steps})
-    return rows
-
-
-def _changed(now: dict[str, int], then: dict[str, int]) -> str:
-    gone = now.get("forgotten", 0) - then.get("forgotten", 0)
-    why = f"{gone} of its pairs were forgotten" if gone else "another version of pairmill made it"
-    return f"its steps can't be told: the plan can't be made again since {why}"
+def _made_with(workspace: Workspace, name: str) -> dict[str, Any]:
+    """The model that made a folder of score tables, where one did."""
+    path = f"scores/{name}/{MADE_WITH}"
+    return {"made_with": json.loads(workspace.store.read(path))} if workspace.store.has(path) else {}
 
 
 def tell_trace(workspace: Workspace, uid: str, as_json: bool) -> None:

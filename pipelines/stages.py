@@ -183,8 +183,8 @@ def gates(run: Run, number: int, picked: Facts) -> None:
                 found=f"{picked['kept_untrusted']} in {picked['selection']}",
                 remedy="loosen `keep` or the gate; the funnel (funnel.json there) names the rule that drops most",
             )
-        if limits.min_canary_recall:
-            facts["note"] = _canary_gate(limits.min_canary_recall, picked["canary_recall"])
+        told = [_canary_gate(limits.min_canary_recall, picked["canary_recall"])] if limits.min_canary_recall else []
+        facts["note"] = "; ".join(filter(None, [*told, curation.no_captions(run, picked)]))
 
 
 def _canary_gate(wanted: float | dict[str, float], figures: dict[str, Facts]) -> str:

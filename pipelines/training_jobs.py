@@ -67,7 +67,7 @@ def pretrain(
     apart: Sequence[str],
     scores: Mapping[str, str] | None = None,
 ) -> Facts:
-    """Trains a CLIP on the selection's training shards of `shards`; returns its record (models, result, config).
+    """Trains a CLIP or a BLIP on the selection's training shards of `shards`; returns its record (models, result, config).
     `scores` are the folders of score tables by filter, for towers that are columns."""
     starts = (spec.towers.image, spec.towers.text)
     config = TrainConfig(
@@ -104,7 +104,10 @@ def train_blip(run: Run, name: str, known: dict[str, list[ShardRef]], spec: Blip
     """Trains a captioner and a match filter on the trusted pairs; returns their record."""
     pinned = trusted_pins(run, known)
     job = BlipJob(store=run.workspace.store.root, shards=pinned, spec=spec, out_dir="", apart=list(apart))
-    return _record(run, name, job, launch.train_blip, lambda line: (line["step"] + 1, line["steps"], line["stage"]), {})
+    told = {"blip_job": job.model_dump(mode="json", exclude={"store", "out_dir"})}
+    return _record(
+        run, name, job, launch.train_blip, lambda line: (line["step"] + 1, line["steps"], line["stage"]), told
+    )
 
 
 def _record(

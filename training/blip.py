@@ -207,6 +207,15 @@ def _rows(count: int, batch: int, step: int, key: list[int]) -> np.ndarray:
     return np.random.default_rng([*key, 0, epoch]).permutation(count)[place * batch : (place + 1) * batch]
 
 
+def drawn(spec: BlipSpec, count: int, place: int) -> dict[str, list[int]]:
+    """Of each stage the steps whose batch holds the pair at `place` among `count`."""
+    stages = {"words": spec.word_steps, "captioner": spec.caption_steps, "matcher": spec.match_steps}
+    return {
+        stage: [s for s in range(steps) if place in _rows(count, spec.batch_pairs, s, [spec.seed, SEEDS[stage]])]
+        for stage, steps in stages.items()
+    }
+
+
 def _pace(step: int, steps: int) -> float:
     """Share of the full learning rate: up over a tenth of the steps, then down along a cosine."""
     return min((step + 1) / (0.1 * steps + 1), 0.5 * (1 + math.cos(math.pi * step / steps)))

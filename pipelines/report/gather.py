@@ -3,7 +3,7 @@ except histograms and the choice of samples (by hash of the uid, so the same rep
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,9 @@ from pairs.errors import PairmillError
 from pairs.recipe import Recipe
 from pairs.rules import Rule
 from pairs.schemas import SELECTION
-from pipelines import stages, training_jobs
+from pipelines import capfilt, curation, stages, training_jobs
 from pipelines.models import trained
+from pipelines.promotion import FIGURES
 from pipelines.report import filters
 from pipelines.report.samples import Sampler
 from pipelines.run import Run
@@ -41,6 +42,7 @@ def gather(run: Run) -> Facts:
         "made_by": training_jobs.made_by(),
         "recipe": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
         "stages": [_stage(name, facts) for name, facts in sorted(states.items(), key=lambda s: s[1]["started"])],
+        "warnings": capfilt.warnings(run.recipe),
         "evaluation": evaluation,
         "rounds": rounds,
     }
@@ -74,11 +76,16 @@ def _rounds(run: Run) -> Iterator[Facts]:
                 {"rule": name, "threshold": t["value"], "high": t.get("high"), "found": t["found"], "now": t["now"]}
                 for name, t in manifest["thresholds"].items()
             ],
-            "promotion": (run.read(f"round-{number}/promotion.json") or {}).get("told"),
+            "promotion": (promotion := run.read(f"round-{number}/promotion.json") or {}).get("told"),
+            "compared": [
+                {"role": role, "figure": FIGURES[role], **facts} for role, facts in promotion.get("roles", {}).items()
+            ],
+            "no_captions": curation.no_captions(run, curated),
             **_canaries(curated["canaries"]),
             "filters": filters.rows(run, curated["scores"], [r for refs in stages.shards(run).values() for r in refs]),
             **_measured(run, curated, manifest),
-            "training": _training(run, number),
+            "training": _training(run, record),
+            "finetuning": {role: _training(run, trained(run.workspace, mark)) for role, mark in _tuned(run, number)},
         }
 
 
@@ -205,8 +212,13 @@ def _record(run: Run, number: int) -> Facts | None:
     return trained(run.workspace, facts["training"]) if "training" in facts else None
 
 
-def _training(run: Run, number: int) -> Facts | None:
-    record = _record(run, number)
+def _tuned(run: Run, number: int) -> Iterable[tuple[str, str]]:
+    """Role and fingerprint of the round's fine-tunings."""
+    facts: Facts = (run.read("stages.json") or {}).get(f"round-{number}/finetune", {})
+    return facts.get("trainings", {}).items()
+
+
+def _training(run: Run, record: Facts | None) -> Facts | None:
     if not record:
         return None
     path = f"{record['folder']}/metrics.jsonl"
@@ -217,5 +229,9 @@ def _training(run: Run, number: int) -> Facts | None:
         every = max(1, len(by_step) // CURVE_POINTS)
         curve = [[step, loss] for step, loss in sorted(by_step.items())][::every]
     told = {key: result[key] for key in ("steps", "pairs", "pairs_per_s", "fill")}
-    batch = record["train_config"]["spec"]["batch_pairs"]
-    return told | {"loss": curve, "last_loss": result["loss"], "batch_pairs": batch, "model": record["models"]["clip"]}
+    told |= {
+        "truncated": result["truncated"],
+        "last_loss": result["loss"],
+        "model": ", ".join(record["models"].values()),
+    }
+    return told | {"loss": curve, "batch_pairs": record["train_config"]["spec"]["batch_pairs"]}

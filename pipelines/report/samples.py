@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 
+from filters.canary_figures import wilson
 from filters.columns import Frame
 from pairs.identity import unit_hash
 from pairs.rules import Rule, TextsSpec
@@ -81,8 +82,8 @@ class Sampler:
 
     def captions(self, spec: TextsSpec) -> Facts:
         """Web and synthetic texts side by side, with what became of each; nothing where no captions were made."""
-        if spec.match is None or "blip_caption.texts" not in self.frame.table.column_names:
-            return {"captions": [], "caption_counts": None}
+        if spec.match is None:
+            return {"captions": [], "caption_counts": None, "noise_ratios": None}
         makers = [
             (name, self.frame.table[name if "." in name else f"pairs.{name}"].to_pylist()) for name in spec.sources
         ]
@@ -98,7 +99,9 @@ class Sampler:
             ]
             for entry in entries[int(row)]:
                 side = "synthetic" if entry["kind"] == "synthetic" else "web"
-                counts.update([side, *([f"{side}_kept"] if entry["kept"] else [])])
+                counts.update(
+                    [side, *[f"{side}_kept"] * entry["kept"], *[f"{side}_unmatched"] * (entry["probability"] is None)]
+                )
         shown = self._chosen(list(entries), CAPTIONS)
         cards = [
             {"uid": self.uids[row], "image": self.thumbnail(row), "texts": [_short(e) for e in entries[row]]}
@@ -107,7 +110,14 @@ class Sampler:
         return {
             "captions": [card for card in cards if card["image"]],
             "caption_counts": {key: counts[key] for key in ("web", "web_kept", "synthetic", "synthetic_kept")},
+            "noise_ratios": {side: _noise(counts, side) for side in ("web", "synthetic")},
         }
+
+
+def _noise(counts: Counter[str], side: str) -> Facts:
+    """The share of the matched texts that the match dropped."""
+    matched = counts[side] - counts[f"{side}_unmatched"]
+    return wilson(matched - counts[f"{side}_kept"], matched)
 
 
 def _withheld(would_drop: Sequence[Sequence[str] | None], keep: Sequence[Rule]) -> np.ndarray:
