@@ -67,8 +67,8 @@ def pretrain(
     apart: Sequence[str],
     scores: Mapping[str, str] | None = None,
 ) -> Facts:
-    """Trains a CLIP or a BLIP on the selection's training shards of `shards`; returns its record (models, result, config).
-    `scores` are the folders of score tables by filter, for towers that are columns."""
+    """Trains a CLIP or a BLIP on the selection's training shards of `shards`; returns its record (models, result,
+    config). `scores` are the folders of score tables by filter, for towers that are columns."""
     starts = (spec.towers.image, spec.towers.text)
     config = TrainConfig(
         store=run.workspace.store.root,
@@ -105,9 +105,7 @@ def train_blip(run: Run, name: str, known: dict[str, list[ShardRef]], spec: Blip
     pinned = trusted_pins(run, known)
     job = BlipJob(store=run.workspace.store.root, shards=pinned, spec=spec, out_dir="", apart=list(apart))
     told = {"blip_job": job.model_dump(mode="json", exclude={"store", "out_dir"})}
-    return _record(
-        run, name, job, launch.train_blip, lambda line: (line["step"] + 1, line["steps"], line["stage"]), told
-    )
+    return _record(run, name, job, launch.train_blip, lambda at: (at["step"] + 1, at["steps"], at["stage"]), told)
 
 
 def _record(

@@ -228,10 +228,6 @@ def _training(run: Run, record: Facts | None) -> Facts | None:
         by_step = {line["step"]: line["loss"] for line in lines if line.get("loss") is not None}
         every = max(1, len(by_step) // CURVE_POINTS)
         curve = [[step, loss] for step, loss in sorted(by_step.items())][::every]
-    told = {key: result[key] for key in ("steps", "pairs", "pairs_per_s", "fill")}
-    told |= {
-        "truncated": result["truncated"],
-        "last_loss": result["loss"],
-        "model": ", ".join(record["models"].values()),
-    }
-    return told | {"loss": curve, "batch_pairs": record["train_config"]["spec"]["batch_pairs"]}
+    told = {key: result[key] for key in ("steps", "pairs", "truncated", "pairs_per_s", "fill")}
+    told |= {"batch_pairs": record["train_config"]["spec"]["batch_pairs"], "last_loss": result["loss"]}
+    return told | {"loss": curve, "model": ", ".join(record["models"].values())}
