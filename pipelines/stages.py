@@ -229,7 +229,9 @@ def evaluate(run: Run, number: int, models: Mapping[str, Mapping[str, str]]) -> 
         rows = [row for result in results for row in result["rows"]]
         run.write(f"round-{number}/evaluation.json", rows)
         facts |= {"reused": all(result["reused"] for result in results)}
-        facts["note"] = ", ".join(f"{r['model']} {r['figure']} {r['value']:.3f}" for r in rows if r["value"] is not None)
+        facts["note"] = ", ".join(
+            f"{r['model']} {r['figure']} {r['value']:.3f}" for r in rows if r["value"] is not None
+        )
         return {"rows": rows}
 
 
