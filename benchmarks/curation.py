@@ -38,32 +38,35 @@ def arms(base: dict[str, Any], clean: bool) -> dict[str, dict[str, Any]]:
             if not (clean and name == "filter")}  # fmt: skip
 
 
-def run_seed(folder: Path, seed: int, noise: float, clean: bool, recipe: Path) -> dict[str, dict[str, float]]:
-    """The figures of each arm's model on the web of one seed."""
-    home = folder / f"seed-{seed}{'-clean' if clean else ''}"
-    make_web(home / "web", seed=seed, noise=0.0 if clean else noise, port=PORT, clean=clean)
-    base = yaml.safe_load(recipe.read_text())
-    base["sources"]["web"]["seeds"] = [f"http://127.0.0.11:{PORT}/"]
+def based(recipe: Path, home: Path, seed: int, port: int = PORT) -> dict[str, Any]:
+    """The recipe on the demo web of `home`, with the seed."""
+    base: dict[str, Any] = yaml.safe_load(recipe.read_text())
+    base["sources"]["web"]["seeds"] = [f"http://127.0.0.11:{port}/"]
     base["sources"]["trusted"]["path"] = str(home / "web/trusted")
     base["evaluate"]["zero_shot"]["path"] = str(home / "web/eval")
     base["seed"] = base["pretrain"]["seed"] = seed
-    found = {}
-    with running_server(home / "web", PORT):
-        for name, arm in arms(base, clean).items():
+    return base
+
+
+def run_arms(home: Path, recipes: dict[str, dict[str, Any]], port: int = PORT) -> dict[str, dict[str, Any]]:
+    """Runs each recipe (written to `home`) in the one workspace there; returns their reports. What is done stays."""
+    found, command = {}, [str(Path(sys.executable).parent / "pairmill"), "run"]
+    with running_server(home / "web", port):
+        for name, recipe in recipes.items():
             path = home / f"{name}.yaml"
-            path.write_text(yaml.safe_dump(arm, sort_keys=False))
-            command = [
-                str(Path(sys.executable).parent / "pairmill"),
-                "run",
-                str(path),
-                "--workspace",
-                str(home / "space"),
-            ]
-            subprocess.run([*command, "--json"], check=True, stdout=subprocess.DEVNULL)
-            rows = sorted((home / "space/runs").glob(f"arm-{name}-*/round-1/evaluation.json"))[-1]
-            found[name] = {r["figure"]: r["value"] for r in json.loads(rows.read_text()) if r["model"] == "round 1"}
-            print(seed, name, found[name], flush=True)
+            path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+            options = ["--workspace", str(home / "space"), "--json"]
+            told = subprocess.run([*command, str(path), *options], check=True, stdout=subprocess.PIPE, text=True)
+            run = json.loads(told.stdout)["run"]
+            found[name] = json.loads((home / "space" / run / "report.json").read_text())
     return found
+
+
+def figures(report: dict[str, Any], number: int) -> dict[str, float]:
+    """The figures of a round's models; those of the fine-tuned ones say so."""
+    mine = [row for row in report["evaluation"] if row["model"].partition(",")[0] == f"round {number}"]
+    names = (row["figure"] + row["model"].removeprefix(f"round {number}") for row in mine)
+    return {name: row["value"] for name, row in zip(names, mine, strict=True) if row["value"] is not None}
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -80,16 +83,22 @@ def main() -> None:
     parser.add_argument("--clean", action="store_true")
     parser.add_argument("--recipe", type=Path, default=Path("recipes/demo.yaml"))
     arguments = parser.parse_args()
-    folder = arguments.folder.resolve()
-    found = {s: run_seed(folder, s, arguments.noise, arguments.clean, arguments.recipe) for s in arguments.seeds}
+    clean, noise = arguments.clean, 0.0 if arguments.clean else arguments.noise
+    found = {}
+    for seed in arguments.seeds:
+        home = arguments.folder.resolve() / f"seed-{seed}{'-clean' if clean else ''}"
+        make_web(home / "web", seed=seed, noise=noise, port=PORT, clean=clean)
+        reports = run_arms(home, arms(based(arguments.recipe, home, seed), clean))
+        found[seed] = {name: figures(report, 1) for name, report in reports.items()}
+        print(seed, found[seed], flush=True)
     names = list(next(iter(found.values())))
-    figures = list(next(iter(found.values()))["raw"])
-    table = {figure: {n: spread([f[n][figure] for f in found.values()]) for n in names} for figure in figures}
+    told = list(next(iter(found.values()))["raw"])
+    table = {figure: {n: spread([f[n][figure] for f in found.values()]) for n in names} for figure in told}
     gains = {
         figure: {n: spread([f[n][figure] - f["raw"][figure] for f in found.values()]) for n in names[1:]}
-        for figure in figures
+        for figure in told
     }
-    print(json.dumps({"noise": 0.0 if arguments.clean else arguments.noise, "clean": arguments.clean, "by_seed": found,
+    print(json.dumps({"noise": noise, "clean": clean, "by_seed": found,
                       "means": table, "gain_over_raw_paired": gains}, indent=1))  # fmt: skip
 
 

@@ -81,7 +81,9 @@ class BlipMatch(Filter):
         """The ids of each text, and which were cut: these end with their last mark too."""
         ids = processor.tokenizer([text[:LONGEST] for text in texts], verbose=False)["input_ids"]
         long = [len(row) > self.max_tokens for row in ids]
-        return [[*row[: self.max_tokens - 1], row[-1]] if cut else row for row, cut in zip(ids, long, strict=True)], long
+        return [
+            [*row[: self.max_tokens - 1], row[-1]] if cut else row for row, cut in zip(ids, long, strict=True)
+        ], long
 
 
 def plain(entries: Sequence[Any] | None) -> list[str | None]:

@@ -103,7 +103,9 @@ def retrieval(one: BlipMatch, images: Iterable[bytes], texts: Sequence[str], scr
         features, ok, patches = matcher.images(images, Path(folder, "patches"))
         cosine = features @ matcher.texts(texts).T
         best = cosine.masked_fill(~ok[:, None], -torch.inf)
-        to_text, to_image = (torch.zeros_like(c, dtype=bool).scatter_(1, c.topk(k).indices, True) for c in (best, best.T))
+        to_text, to_image = (
+            torch.zeros_like(c, dtype=bool).scatter_(1, c.topk(k).indices, True) for c in (best, best.T)
+        )
         assert patches is not None
         logits = matcher.logits(patches, texts, (to_text | to_image.T) & ok[:, None])
     ranked = cosine + logits

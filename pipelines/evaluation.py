@@ -1,9 +1,9 @@
 """Figures of models on what no training sees: rows for the report, kept in `evals/` by what goes in.
 
-A model is named by its content, by role. A `clip` answers zero-shot and retrieval; a `matcher` these by its contrast and,
-re-ranked, by its match head; a `captioner` writes a caption for each held-out image, by three beams as BLIP's authors
-evaluate theirs, with the prompt and lengths of the recipe's `blip_caption`. A row is {model, figure, value, low, high, n,
-chance}, intervals at 95 %; what isn't a share has a `unit`, and no chance.
+A model is named by its content, by role. A `clip` answers zero-shot and retrieval; a `matcher` these by its contrast
+and, re-ranked, by its match head; a `captioner` writes a caption for each held-out image, by three beams as BLIP's
+authors evaluate theirs, with the prompt and lengths of the recipe's `blip_caption`. A row is {model, figure, value,
+low, high, n, chance}, intervals at 95 %; what isn't a share has a `unit`, and no chance.
 """
 
 import json

@@ -115,7 +115,8 @@ def zero_shot(model_folder: Path, class_folder: Path, templates: Sequence[str]) 
     """Top-1 accuracy over the images of `class_folder` (`Classes.read`)."""
     classes = Classes.read(class_folder, templates)
     model, _ = export.load(model_folder)
-    return classes.judge(*embed_images(model, classes.images()), embed_texts(model, classes.prompts))
+    images, ok = embed_images(model, classes.images())
+    return classes.judge(images, ok, embed_texts(model, classes.prompts))
 
 
 def retrieval(model_folder: Path, images: Iterable[bytes], texts: Sequence[str]) -> Retrieval:

@@ -1,6 +1,5 @@
 """Evaluation of a BLIP: figures are those of a plain loop over the same models, and nothing is computed twice."""
 
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -60,7 +59,9 @@ def test_figures_are_those_of_a_plain_loop(run: Run) -> None:
     folder = run.workspace.store.local / "models" / models(run)["matcher"]  # type: ignore[operator]
     model = transformers.BlipForImageTextRetrieval.from_pretrained(folder).eval()
     processor = transformers.BlipProcessor.from_pretrained(folder)
-    images = [cv2.imdecode(np.frombuffer(data, np.uint8), 1)[..., ::-1] for data in evaluation.held_out_images(run, rows)]
+    images = [
+        cv2.imdecode(np.frombuffer(data, np.uint8), 1)[..., ::-1] for data in evaluation.held_out_images(run, rows)
+    ]
     texts, n = [row["text"] for _, row in rows], len(rows)
     cosine, logit = np.zeros((n, n)), np.zeros((n, n))
     with torch.inference_mode():
@@ -87,7 +88,9 @@ def test_an_evaluation_is_kept_and_hangs_on_models_and_passes(run: Run, monkeypa
     assert again["reused"] and [r | {"model": "it"} for r in again["rows"]] == first["rows"]
     with pytest.raises(KeyError):
         evaluation.evaluate(run, "it", {"matcher": models(run)["matcher"]}, known(run))
-    settings = {name: one | {"prompt": "another "} for name, one in run.recipe.filters.items() if name == "blip_caption"}
+    settings = {
+        name: one | {"prompt": "another "} for name, one in run.recipe.filters.items() if name == "blip_caption"
+    }
     monkeypatch.setattr(run, "recipe", run.recipe.model_copy(update={"filters": settings}))
     with pytest.raises(KeyError):
         evaluation.evaluate(run, "it", {"captioner": models(run)["captioner"]}, known(run))
