@@ -1,6 +1,5 @@
 """CapFilt as a recipe: rounds that pretrain a BLIP and fine-tune captioner and match filter from it."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from pipelines.inspection import trace
 from pipelines.run import Run
 from tests.pipelines import flow
 from training import blip_run, launch, run
@@ -58,4 +56,10 @@ def finished(drawn: Path) -> Iterator[Run]:
 def test_two_rounds_and_a_second_run_that_reuses_them(finished: Run, drawn: Path) -> None:
     again, _ = flow.run_stages(drawn / "recipe.yaml", drawn / "workspace")
     assert {name for name in again.read("stages.json") if name not in again.reused} == {
-        "report", "round-1/gates", "round-2/gates", "crawl", "fetch", "first-filter"}
+        "report",
+        "round-1/gates",
+        "round-2/gates",
+        "crawl",
+        "fetch",
+        "first-filter",
+    }
