@@ -238,7 +238,7 @@ def curate(run: Run, number: int, scorer: Facts, shards: Shards) -> Facts:
 
 def no_captions(run: Run, picked: Facts) -> str | None:
     """What to say where the captioner wrote nothing at all for this selection's pairs; None where it wrote."""
-    if "blip_caption" not in picked["scores"]:
+    if "blip_caption" not in picked.get("scores", {}):
         return None
     store, reasons = run.workspace.store, Counter[str]()
     for path in store.files(picked["scores"]["blip_caption"], ".parquet"):
