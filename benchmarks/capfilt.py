@@ -5,10 +5,12 @@
 Five arms of each seed share a workspace: the same pairs, one captioner and one filter (the first filter's), the same
 scores; the trusted pairs are in each. `raw` trains on the web's first texts, `filter` on those of the web's texts that
 match, `captioner` on web and synthetic texts, `capfilt` on those of both that match, `second round` again so with what
-the first round trained. They differ in `texts` alone (and what is matched); no arm has rules of `keep`, but with `--rules`
-those that match have the recipe's. Each is one command, `pairmill run FOLDER/seed-221/capfilt.yaml --workspace
-FOLDER/seed-221/space` while `pairmill demo-web --help`'s server serves the web; the same command here goes on where it
-was stopped. Prints a table for benchmarks/results: means, and differences to `raw` paired by seed with standard errors.
+the first round trained. They differ in `texts` alone (and in what is matched); no arm has rules of `keep`, but with
+`--rules` those that match have the recipe's. Prints a table for benchmarks/results: means, and differences to `raw`
+paired by seed with their standard errors. The same command goes on where it was stopped. An arm alone, at SEED = 221:
+
+    pairmill demo-web FOLDER/seed-221/web --port 8795 --serve &
+    pairmill run FOLDER/seed-221/capfilt.yaml --workspace FOLDER/seed-221/space
 """
 
 import argparse
