@@ -63,11 +63,9 @@ def recipes(base: dict[str, Any], wanted: Sequence[str], rules: bool) -> dict[st
 def of_arm(name: str, reports: Mapping[str, dict[str, Any]]) -> dict[str, float]:
     """An arm's figures, and the share of its web and its synthetic texts that didn't match."""
     report, number = reports[name.replace("second round", "capfilt")], 2 if name == "second round" else 1
-    found, counts = figures(report, number), report["rounds"][number - 1]["caption_counts"] or {}
-    for kind in ("web", "synthetic"):
-        if counts.get(kind):
-            found[f"noise ratio, {kind} texts"] = 1 - counts[f"{kind}_kept"] / counts[kind]
-    return found
+    noise = report["rounds"][number - 1]["noise_ratios"] or {}
+    ratios = {f"noise ratio, {kind} texts": told["value"] for kind, told in noise.items() if told["value"] is not None}
+    return figures(report, number) | ratios
 
 
 def table(found: Mapping[int, Mapping[str, Mapping[str, float]]]) -> str:
