@@ -155,16 +155,6 @@ class PretrainSpec(Spec):
             return given | {"model": {"logit_scale": math.log(10), "logit_bias": -10.0} | given.get("model", {})}
         return given
 
-    @model_validator(mode="before")
-    @classmethod
-    def _blip_reads_as_before(cls, given: Any) -> Any:
-        """A BLIP from nothing takes the tokenizer of the captioner in force."""
-        if not isinstance(given, dict) or given.get("objective") != "blip":
-            return given
-        model, blip = given.get("model", {}), given.get("blip", {})
-        fresh = isinstance(model, dict) and isinstance(blip, dict) and not blip.get("start")
-        return given | {"model": {"tokenizer": PREVIOUS} | model} if fresh else given
-
     @model_validator(mode="after")
     def _of_its_objective(self) -> "PretrainSpec":
         if self.objective != "blip" and self.blip != MedSpec():

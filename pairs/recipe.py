@@ -11,7 +11,7 @@ import yaml
 from pydantic import ConfigDict, Field, model_validator
 
 from pairs.errors import PairmillError
-from pairs.pretrain import BlipSpec, FinetuneSpec, PretrainSpec
+from pairs.pretrain import PREVIOUS, BlipSpec, FinetuneSpec, PretrainSpec
 from pairs.rules import Rule, Share, TextsSpec
 from pairs.strict import Spec, nearest, strict
 
@@ -110,6 +110,15 @@ class Recipe(Spec):
     engine: Literal["ray", "inline"] = "ray"
     workers: int = Field(2, ge=1)  # actors that score shards
     seed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _blip_reads_as_before(cls, given: Any) -> Any:
+        """A BLIP of the rounds takes the tokenizer of the captioner in force, unless the recipe names another."""
+        spec = given.get("pretrain") if isinstance(given, dict) else None
+        if not isinstance(spec, dict) or spec.get("objective") != "blip" or not isinstance(spec.get("model", {}), dict):
+            return given
+        return given | {"pretrain": spec | {"model": {"tokenizer": PREVIOUS} | spec.get("model", {})}}
 
     @model_validator(mode="after")
     def _one_per_last(self) -> "Recipe":

@@ -2,7 +2,7 @@
 
 A training names the folders that it starts from by content, `models/<sha256>` in the workspace, so that no path enters
 its fingerprint. Captioner and filter are fine-tuned apart: where they share their weights, a filter lets through what
-the captioner gets wrong (Li et al., BLIP, arXiv 2201.12086, table 4).
+the captioner gets wrong (Li et al., BLIP, arXiv 2201.12086).
 """
 
 from collections.abc import Sequence

@@ -33,8 +33,8 @@ ASKED: dict[str, dict[str, Facts]] = {  # by role: the filters that measure a fi
 
 
 def compare(run: Run, number: int, scorer: Facts, models: Mapping[str, str]) -> Facts:
-    """Which of the round's `models` (hashes by role) are promoted, with the figures of both by role. None is without a
-    filter that follows the rounds, or without canaries, or where the model takes columns."""
+    """Whether any of the round's `models` (hashes by role) is promoted, and which (`roles`), with the figures of
+    both. None is without a filter that follows the rounds, without canaries, or where the model takes columns."""
     curated = run.read(f"round-{number}/curation.json")
     refs = [ShardRef(folder, 0) for folder in curated["canary_shards"] if "/swapped_text-" in folder]
     roles: dict[str, Facts] = {}
@@ -49,7 +49,7 @@ def compare(run: Run, number: int, scorer: Facts, models: Mapping[str, str]) -> 
             made += score(run, planned, refs, f"compare round {number}")
             figures[name] = _figure(run, role, planned[-1], refs[0])
         roles[role] = figures | _verdict(role, figures["new"]["value"], figures["in force"]["value"])
-    promoted = [role for role, facts in roles.items() if facts["promoted"]]
+    promoted = any(facts["promoted"] for facts in roles.values())
     told = " ".join(facts["told"] for facts in roles.values())
     return {"promoted": promoted, "roles": roles, "told": told, "reused": not made}
 

@@ -279,11 +279,12 @@ def promote(run: Run, number: int, current: Facts, models: Mapping[str, str]) ->
     with run.stage(f"round-{number}/promote") as facts:
         if scorer.kept(run):
             told = "The scorer stays: a run that adds what is new keeps it until `--advance`."
-            verdict: Facts = {"promoted": [], "reused": True, "told": told}
+            verdict: Facts = {"promoted": False, "reused": True, "told": told}
         else:
             verdict = promotion.compare(run, number, current, models)
         following = current
-        if new := {role: models[role] for role in verdict["promoted"]}:
+        roles: Facts = verdict.get("roles", {})
+        if new := {role: models[role] for role, one in roles.items() if one["promoted"]}:
             what = "model" if "clip" in new else " and ".join(new)
             following = {"name": f"the {what} of round {number}", "models": current["models"] | new}
         run.write(f"round-{number}/promotion.json", verdict | {"scorer": following})

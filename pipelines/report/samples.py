@@ -99,9 +99,8 @@ class Sampler:
             ]
             for entry in entries[int(row)]:
                 side = "synthetic" if entry["kind"] == "synthetic" else "web"
-                counts.update(
-                    [side, *[f"{side}_kept"] * entry["kept"], *[f"{side}_unmatched"] * (entry["probability"] is None)]
-                )
+                counts.update([side, *[f"{side}_kept"] * entry["kept"]])
+                counts[f"{side}_unmatched"] += entry["probability"] is None
         shown = self._chosen(list(entries), CAPTIONS)
         cards = [
             {"uid": self.uids[row], "image": self.thumbnail(row), "texts": [_short(e) for e in entries[row]]}

@@ -1,15 +1,30 @@
 """CapFilt as a recipe: rounds that pretrain a BLIP and fine-tune captioner and match filter from it."""
 
-import json
+import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
+from filters import canaries
+from filters.weights import TOKENIZER_FILES
+from pairs.errors import PairmillError
+from pairs.identity import held_out
+from pairs.recipe import Recipe
+from pairs.schemas import SELECTION
+from pairs.shard import ShardRef
+from pairs.strict import strict
+from pairs.workspace import Workspace
+from pipelines import capfilt, curation, promotion, stages
+from pipelines.console import Console
 from pipelines.inspection import trace
-from pipelines.run import Run
+from pipelines.run import Run, open_run
+from pipelines.takedown import consumers
 from tests.pipelines import flow
 from training import blip_run, launch, run
 from training.config import TrainConfig, TrainResult
@@ -17,6 +32,8 @@ from training.config import TrainConfig, TrainResult
 TRAIN = flow.TRAIN | {"objective": "blip", "batch_pairs": 8, "steps": 4, "blip": {"queue": 32}}
 del TRAIN["max_patches"]
 TUNE = {"steps": 3, "warmup_steps": 1}
+DEAD: dict[str, list[str]] = {"uid": [], "url_key": [], "host": [], "sha256": []}
+IDLE = {"report", "round-1/gates", "round-2/gates"}  # stages that have nothing to reuse
 
 
 def recipe(root: Path) -> dict[str, Any]:
@@ -25,12 +42,15 @@ def recipe(root: Path) -> dict[str, Any]:
     values["sources"]["web"] = {"kind": "folder", "path": f"{root}/web"}
     previous = {"weights": "previous"}
     values["filters"] = {"blip_caption": previous | {"max_tokens": 12}, "blip_match": previous}
+    values["texts"] = values["texts"] | {"min": 0.4}
     values |= {"first_filter": {"blip": flow.BLIP}, "pretrain": TRAIN, "finetune": {"captioner": TUNE, "matcher": TUNE}}
     return values | {"canaries": {"per_defect": 8, "max_fraction": 0.5, "defects": ["swapped_text"]}}
 
 
 def here(config: TrainConfig, on_line: launch.OnLine) -> TrainResult:
-    """Trains in this process, which has imported transformers already."""
+    """Trains in this process, which has imported transformers already, and leaves what `launch` leaves."""
+    Path(config.out_dir).mkdir(parents=True, exist_ok=True)
+    (Path(config.out_dir) / "config.json").write_text(config.model_dump_json())
     return blip_run.train_blip_rank(config, 0, 1, torch.device("cpu"))
 
 
@@ -55,7 +75,204 @@ def finished(drawn: Path) -> Iterator[Run]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_rounds_and_a_second_run_that_reuses_them(finished: Run, drawn: Path) -> None:
-    again, _ = flow.run_stages(drawn / "recipe.yaml", drawn / "workspace")
-    assert {name for name in again.read("stages.json") if name not in again.reused} == {
-        "report", "round-1/gates", "round-2/gates", "crawl", "fetch", "first-filter"}
+def test_a_workspace_that_was_moved_reuses_both_rounds(
+    finished: Run, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "train", lambda *_: pytest.fail("trained again"))
+    moved = flow.copied(drawn / "workspace", tmp_path / "moved")
+    (drawn / "workspace").rename(tmp_path / "away")
+    try:
+        again, _ = flow.run_stages(drawn / "recipe.yaml", moved)
+        assert again.read("stages.json").keys() - {*again.reused} == IDLE
+        uid = next(uid for uid in uids(again, "web") if kept(again, uid))
+        assert [t["steps"] for t in trace(again.workspace, uid)["training"]]
+    finally:
+        (tmp_path / "away").rename(drawn / "workspace")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_rounds_promote_what_is_not_worse_and_say_so(finished: Run) -> None:
+    told = finished.read("report.json")
+    first, second = (finished.read(f"round-{n}/curation.json") for n in (1, 2))
+    models = first["scorer"]["models"]
+    for row in told["rounds"][0]["compared"]:
+        assert row["promoted"] == (row["new"]["value"] >= row["in force"]["value"])
+        assert (second["scorer"]["models"][row["role"]] != models[row["role"]]) == row["promoted"]
+    assert [row["role"] for row in told["rounds"][0]["compared"]] == ["captioner", "matcher"]
+    assert told["rounds"][0]["finetuning"].keys() == {"captioner", "matcher"} and not told["warnings"]
+    tuned = [t["model"] for t in told["rounds"][0]["finetuning"].values()]
+    assert not {*tuned} & {*told["rounds"][0]["training"]["model"].split(", ")}
+    assert told["rounds"][0]["adds_up"] and told["rounds"][1]["adds_up"]
+    page = finished.workspace.store.read(f"{finished.folder}/report.html").decode()
+    assert "Fine-tuning: matcher" in page and "Noise ratio: web" in page and "match probability of captions" in page
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_captioner_is_judged_by_the_matcher_in_force_on_twins(finished: Run) -> None:
+    (row, _), store = finished.read("report.json")["rounds"][0]["compared"], finished.workspace.store
+    curated = finished.read("round-1/curation.json")
+    ref = ShardRef(curated["canary_shards"][0], 0)
+    facts = canaries.facts(store, ref)
+    twins = [f["twin"] and f["half"] == "report" for f in facts.to_pylist()]
+    found = []
+    for folder in store.folders("scores"):
+        made = store.has(f"scores/{folder}/made_with.json") and store.has(ref.beside(f"scores/{folder}"))
+        if folder.startswith("blip_match-") and made:
+            lists = store.read_table(ref.beside(f"scores/{folder}"))["probability"].to_pylist()
+            rows = [values for values, twin in zip(lists, twins, strict=True) if twin]
+            found.append(float(np.mean([np.mean([p or 0 for p in values]) if values else 0.0 for values in rows])))
+    assert any(abs(row["new"]["value"] - value) < 1e-6 for value in found) and row["new"]["n"] == sum(twins)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_noise_ratios_are_shares_of_the_texts_that_were_matched(finished: Run) -> None:
+    curated, store = finished.read("round-1/curation.json"), finished.workspace.store
+    matched, dropped = Counter[str](), Counter[str]()
+    for ref in stages.shards(finished)["web"]:
+        rows = store.read_table(ref.table)["texts"].to_pylist()
+        captions, scores = (
+            store.read_table(ref.beside(curated["scores"][name]))[column].to_pylist()
+            for name, column in (("blip_caption", "texts"), ("blip_match", "probability"))
+        )
+        for own, written, values in zip(rows, captions, scores, strict=True):
+            kinds = ["web"] * len(own) + ["synthetic"] * len(written or [])
+            matched.update(kinds)
+            dropped.update(kind for kind, value in zip(kinds, values, strict=True) if value < 0.4)
+    told = finished.read("report.json")["rounds"][0]["noise_ratios"]
+    assert {side: figure["n"] for side, figure in told.items()} == {
+        "web": matched["web"],
+        "synthetic": matched["synthetic"],
+    }
+    assert all(figure["value"] == pytest.approx(dropped[side] / matched[side]) for side, figure in told.items())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_synthetic_text_leads_to_the_model_that_wrote_it(finished: Run) -> None:
+    curated, store = finished.read("round-1/curation.json"), finished.workspace.store
+    texts = [
+        text
+        for ref in stages.shards(finished)["web"]
+        for row in store.read_table(ref.beside(curated["selection"])).cast(SELECTION)["texts"].to_pylist()
+        for text in row
+    ]
+    assert {text["kind"] for text in texts} >= {"synthetic"} and all(text["probability"] >= 0.4 for text in texts)
+    uid = next(iter(uids(finished, "web")))
+    made = trace(finished.workspace, uid)["scores"][curated["scores"]["blip_caption"].removeprefix("scores/")]
+    assert made["made_with"] == {"weights": curated["scorer"]["models"]["captioner"]}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_step_of_every_blip_is_accounted_for(finished: Run) -> None:
+    places: dict[str, list[Any]] = {}
+    apart = finished.read("round-1/curation.json")["apart"]
+    trusted = uids(finished, "trusted")
+    for uid in [*trusted, *uids(finished, "web")]:
+        for training in trace(finished.workspace, uid)["training"]:
+            name, steps = training["training"].split("/", 2)[2].rpartition("/")[0], training["steps"]
+            flat = [(stage, s) for stage, row in steps.items() for s in row] if isinstance(steps, dict) else steps
+            places.setdefault(name, []).extend(flat)
+            assert ("canaries" in training.get("note", "")) == (uid in apart)
+    assert Counter(places["round-1"]) == dict.fromkeys(range(4), 8)
+    assert Counter(places["round-2/matcher"]) == Counter(places["round-1/captioner"]) == dict.fromkeys(range(3), 8)
+    stages_ = {(stage, step) for stage in ("words", "captioner", "matcher") for step in range(3)}
+    assert Counter(places["first-filter/blip"]) == dict.fromkeys(stages_, 8)
+    asked = next(uid for uid in trusted if uid not in apart and not held_out(uid))
+    took = {t["training"].split("/", 2)[2].rpartition("/")[0] for t in consumers(finished.workspace, {asked}, DEAD)}
+    assert took >= {"round-1", "round-1/captioner", "round-1/matcher", "round-2", "first-filter/blip"}
+
+
+def uids(run: Run, source: str) -> list[str]:
+    return [
+        u for ref in stages.shards(run)[source] for u in run.workspace.store.read_table(ref.table)["uid"].to_pylist()
+    ]
+
+
+def kept(run: Run, uid: str) -> bool:
+    return any(verdict["kept"] for verdict in trace(run.workspace, uid)["selections"].values())
+
+
+WEB: dict[str, Any] = {"sources": {"web": {"kind": "folder", "path": "web"}}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (WEB | {"first_filter": {}, "filters": {}, "texts": {}}, "to fine-tune"),
+        (WEB | {"finetune": None}, "to train the first filter on"),
+        ({"pretrain": TRAIN | {"model": flow.MODEL | {"tokenizer": "web"}}}, "tokenizer.json or vocab.txt"),
+        ({"pretrain": TRAIN | {"blip": {"start": ["./web"]}}}, "no config.json, model.safetensors, tokenizer.json"),
+        ({"filters": {"blip_match": {"weights": "./web", "of": ["texts"]}}, "texts": {}}, "with its tokenizer"),
+        ({"first_filter": {}, "filters": {}, "texts": {}}, "no first_filter.blip"),
+        ({"pretrain": flow.TRAIN}, "pretrain.objective is blip"),
+        (
+            {"pretrain": flow.TRAIN | {"model": {"tokenizer": "previous"}}, "finetune": None},
+            "goes with objective: blip",
+        ),
+        ({"first_filter": {"clip": TRAIN | {"blip": {"start": ["./web"]}}}}, "first_filter.clip trains a CLIP"),
+    ],
+)
+def test_what_a_blip_lacks_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for kind in ("trusted", "eval", "web"):
+        flow.draw_folder(tmp_path / kind, 1)
+    path = flow.write_recipe(tmp_path / "recipe.yaml", recipe(tmp_path) | changes)
+    with pytest.raises(PairmillError) as error:
+        stages.check(open_run(path, workspace=str(tmp_path / "workspace"), console=Console(quiet=True)).recipe)
+    assert told in str(error.value)
+
+
+def test_shared_weights_are_warned_of(tmp_path: Path) -> None:
+    def warned(**changes: Any) -> list[str]:
+        return capfilt.warnings(strict(Recipe, recipe(tmp_path) | changes, "recipe"))
+
+    def named(caption: str, match: str) -> dict[str, Any]:
+        return {"blip_caption": {"weights": caption}, "blip_match": {"weights": match}}
+
+    assert warned() == [] and warned(filters=named("a/b@1", "a/c@1")) == []
+    assert "of one training" in warned(finetune=None)[0] and "confirmation bias" in warned(finetune=None)[0]
+    assert "same weights" in warned(filters=named("./models/one", "models/one"))[0]
+
+
+def test_tokenizers_are_known_by_content(tmp_path: Path) -> None:
+    for name in ("one", "two", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_text("{}" if name != "other" else "{ }")
+        (tmp_path / name / "model.safetensors").write_text(name)
+    space = Workspace.open(tmp_path / "space", create=True)
+    one, two, other = (capfilt.publish_folder(space, tmp_path / n, TOKENIZER_FILES) for n in ("one", "two", "other"))
+    assert one == two != other and [p.name for p in (tmp_path / "space" / one).iterdir()] == ["tokenizer.json"]
+    shutil.rmtree(tmp_path / "one")
+    assert (Path(space.store.root) / one / "tokenizer.json").exists()
+
+
+def test_a_captioner_that_writes_nothing_is_told(tmp_path: Path) -> None:
+    path = flow.write_recipe(tmp_path / "recipe.yaml", recipe(tmp_path) | {"gates": {"min_pairs": 0}})
+    run = open_run(path, workspace=str(tmp_path / "workspace"), console=Console(quiet=True))
+    kinds = pa.schema([("texts", pa.list_(pa.string())), ("reason", pa.string())])
+    picked = {"scores": {"blip_caption": "scores/blip_caption-0"}, "kept_untrusted": 0}
+
+    def write(n: int, rows: list[Any]) -> None:
+        made = [{"texts": texts, "reason": reason} for texts, reason in rows]
+        run.workspace.store.write_table(
+            f"scores/blip_caption-0/web/{n}.parquet", pa.Table.from_pylist(made, schema=kinds)
+        )
+
+    write(0, [(None, "endless"), (None, "endless"), (None, "empty")])
+    stages.gates(run, 1, picked)
+    assert "no caption at all (endless 2, empty 1)" in run.read("stages.json")["round-1/gates"]["note"]
+    write(1, [(["a box"], None)])
+    assert curation.no_captions(run, picked) is None and curation.no_captions(run, {"scores": {}}) is None
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "moves"), [(0.5, 0.5, True), (0.4, 0.5, False), (0.0, 0.0, True), (None, 0.1, False)]
+)
+def test_what_is_not_worse_is_promoted(new: float | None, old: float, moves: bool) -> None:
+    assert promotion._verdict("matcher", new, old)["promoted"] == moves

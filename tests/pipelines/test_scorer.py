@@ -51,7 +51,7 @@ def test_a_new_run_keeps_what_the_last_one_ended_with(path: Path) -> None:
     assert told["models"] == RESULT["models"] and told["name"] == f"the model of round 1, in force since {first.folder}"
     assert stages.rounds(run) == 1 and stages.rounds(first) == 3
     assert run.reused == ["first-filter"]
-    assert stages.promote(run, 1, told, {"models": {"clip": "f" * 64}}) == told
+    assert stages.promote(run, 1, told, {"clip": "f" * 64}) == told
     assert "--advance" in run.read("round-1/promotion.json")["told"]
     assert scorer.settle(opened(path)) == told, "going on without --new decides nothing anew"
     scorer.record(run)

@@ -13,7 +13,7 @@ from filters.score_tables import errors_of
 from pairs.errors import PairmillError
 from pairs.recipe import GatesSpec, Recipe
 from pairs.shard import list_shards
-from pipelines import curation, evaluation, stages
+from pipelines import curation, evaluation, promotion, stages
 from pipelines.console import Console
 from pipelines.fetch.ledger import FetchCounts
 from pipelines.run import Run, open_run
@@ -185,12 +185,12 @@ def test_an_evaluation_is_done_again_once_a_held_out_pair_is_forgotten(finished:
 
 
 def test_without_reporting_canaries_the_scorer_stays(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(curation, "_canary_recall", lambda *_: {"value": None})
+    monkeypatch.setattr(promotion, "_figure", lambda *_: {"value": None})
     scorer, model = (
         finished.run.read("round-1/curation.json")["scorer"],
         finished.report["rounds"][0]["training"]["model"],
     )
-    verdict = curation.compare_scorers(finished.run, 1, scorer, model)
+    verdict = promotion.compare(finished.run, 1, scorer, {"clip": model})
     assert not verdict["promoted"] and "nothing to compare" in verdict["told"]
 
 

@@ -165,5 +165,6 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         siglip = {"embed_dim": 128, "logit_bias": -1.0} if name == "kind" else {}
         with pytest.raises(ValueError, match=rf"knows no model\.{name}"):
             PretrainSpec(**spec, model={name: value, **siglip})
-    with pytest.raises(ValueError, match="rounds train and evaluate a CLIP"):
-        Recipe(name="a", sources={"b": {"kind": "folder", "path": "c"}}, pretrain=blip(tmp_path, "round").spec)
+    with pytest.raises(ValueError, match=r"first_filter\.clip trains a CLIP"):
+        first = {"clip": blip(tmp_path, "round").spec}
+        Recipe(name="a", sources={"b": {"kind": "folder", "path": "c"}}, first_filter=first)
