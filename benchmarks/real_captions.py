@@ -13,6 +13,7 @@ import random
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,6 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 ACROSS, DOWN = 6, 4  # of each kind
-MIN = 0.5
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ def swapped(pairs: Sequence[Looked], seed: int) -> list[str]:
     return [chance.choice(others[text]) for text in texts]
 
 
-def auc(one: Any, pairs: Sequence[Looked], seed: int) -> dict[str, Any]:
-    """ROC-AUC of own texts over swapped ones, and the share of each that passes."""
+def auc(one: Any, pairs: Sequence[Looked], least: float, seed: int) -> dict[str, Any]:
+    """ROC-AUC of own texts over swapped ones, and the share of each with at least `least`."""
     rows: list[list[float]] = []
     wrong = swapped(pairs, seed)
     for start in range(0, len(pairs), 256):
@@ -115,7 +115,7 @@ def auc(one: Any, pairs: Sequence[Looked], seed: int) -> dict[str, Any]:
         )
         rows += one.score(batch)["probability"]
     own, other = np.array(rows, float).T
-    return roc_auc(other, own) | {"own": float((own >= MIN).mean()), "swapped": float((other >= MIN).mean())}
+    return roc_auc(other, own) | {"own": float((own >= least).mean()), "swapped": float((other >= least).mean())}
 
 
 def draw(kinds: dict[str, list[Looked]], path: Path) -> None:
@@ -127,7 +127,9 @@ def draw(kinds: dict[str, list[Looked]], path: Path) -> None:
         axis.set_axis_off()
         makers = [kind] * len(pair.texts) + ["BLIP"] * len(pair.captions)
         said = zip(makers, pair.texts + pair.captions, pair.matches, strict=True)
-        lines = [f"{'–' if p is None else f'{p:.2f}'} {maker}: {text[:56]}" for maker, text, p in said]
+        lines = [
+            f"{'–' if p is None else f'{p:.2f}'} {maker}: {textwrap.fill(text[:120], 40)}" for maker, text, p in said
+        ]
         axis.set_title("\n".join(lines), fontsize=7, loc="left", parse_math=False)
     figure.tight_layout()
     figure.savefig(path, dpi=80)
@@ -147,13 +149,17 @@ def main() -> None:
     settings = run.recipe.filters["blip_match"] | {"of": ["texts"]}
     weights = str(model_folder(run.workspace, facts["scorer"]["models"]["matcher"]))
     one = load_filter("blip_match", settings | {"weights": weights})
+    least = run.recipe.texts.min
     kinds = {"web": looked(run, known["web"], facts["scores"])}
     kinds["trusted"] = [pair for pair in looked(run, known["trusted"], facts["scores"]) if held_out(pair.uid)]
     print("| pairs | n | ROC-AUC, own over swapped text | own matched | swapped matched | captions | of them matched |")
     print("| --- " * 7 + "|")
     for kind, pairs in kinds.items():
-        told, written = auc(one, pairs, asked.seed), [p for pair in pairs for p in pair.matches[len(pair.texts) :]]
-        matched = sum(p is not None and p >= MIN for p in written)
+        told, written = (
+            auc(one, pairs, least, asked.seed),
+            [p for pair in pairs for p in pair.matches[len(pair.texts) :]],
+        )
+        matched = sum(p is not None and p >= least for p in written)
         ends = f"{told['value']:.3f} ({told['low']:.3f} to {told['high']:.3f})"
         shares = f"{told['own']:.1%} | {told['swapped']:.1%}"
         print(f"| {kind} | {told['n']} | {ends} | {shares} | {len(written)} | {matched} |")
