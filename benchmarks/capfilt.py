@@ -88,7 +88,8 @@ def _cell(found: Mapping[int, Mapping[str, Mapping[str, float]]], name: str, arm
     if arm == "raw" or not gains:
         return told
     gain = spread(gains)
-    return f"{told} ({gain['mean']:+.3f} ± {gain['standard_error']:.3f})"
+    error = f" ± {gain['standard_error']:.3f}" if len(gains) > 1 else ""
+    return f"{told} ({gain['mean']:+.3f}{error})"
 
 
 def main() -> None:
