@@ -41,7 +41,7 @@ def check(recipe: Recipe) -> None:
         return
     if spec.model.tokenizer != PREVIOUS:
         _tokenizer_folder(Path(spec.model.tokenizer))
-    elif not recipe.first_filter.blip and recipe.filters.get("blip_caption", {}).get("weights") in (None, PREVIOUS):
+    elif not recipe.first_filter.blip and _captioner(recipe) == PREVIOUS:
         raise PairmillError(
             expected="a captioner whose tokenizer pretraining takes (pretrain.model.tokenizer: previous)",
             found="no first_filter.blip, and no filters.blip_caption with weights",
@@ -61,8 +61,8 @@ def warnings(recipe: Recipe) -> list[str]:
     return found
 
 
-def settled(run: Run, scorer: Facts) -> PretrainSpec:
-    """The round's pretraining with its folders named by content. Without fine-tuning, the captioner learns to write
+def settled(run: Run, number: int) -> PretrainSpec:
+    """A round's pretraining with its folders named by content. Without fine-tuning, the captioner learns to write
     behind the prompt that it will be given."""
     spec, space = run.recipe.pretrain, run.workspace
     blip = spec.blip
@@ -73,8 +73,13 @@ def settled(run: Run, scorer: Facts) -> PretrainSpec:
         tokenizer = blip.start[0]
     else:
         own = spec.model.tokenizer != PREVIOUS
-        folder = _tokenizer_folder(Path(spec.model.tokenizer) if own else _captioner(run, scorer))
-        tokenizer = publish_folder(space, folder, TOKENIZER_FILES)
+        weights = spec.model.tokenizer if own else _captioner(run.recipe)
+        if weights == PREVIOUS:
+            scorer = run.read(f"round-{number}/curation.json")["scorer"]
+            folder = model_folder(space, scorer["models"]["captioner"])
+        else:
+            folder = Path(weights) if own else blip_folder(weights, CAPTIONS)
+        tokenizer = publish_folder(space, _tokenizer_folder(folder), TOKENIZER_FILES)
     return spec.model_copy(update={"blip": blip, "model": spec.model.model_copy(update={"tokenizer": tokenizer})})
 
 
@@ -84,7 +89,7 @@ def finetune(
     """The records, by role, of the trainings on the trusted pairs (`known`, shards by source) that go on from the
     round's BLIP, whose `record` is given."""
     assert run.recipe.finetune is not None
-    spec = PretrainSpec(**record["train_config"]["spec"])
+    spec = settled(run, number)
     selection = curation.select_trusted(run, known)
     start = [f"models/{sha}" for _, sha in sorted(record["models"].items())]
     records = {}
@@ -108,12 +113,10 @@ def _prompt(recipe: Recipe, blip: MedSpec) -> str:
     return blip.prompt if settings is None else str(load_filter("blip_caption", settings).prompt)  # type: ignore[attr-defined]
 
 
-def _captioner(run: Run, scorer: Facts) -> Path:
-    """The folder of the captioner that writes for the scorer."""
-    settings = run.recipe.filters.get("blip_caption", {})
-    if settings.get("weights", PREVIOUS) != PREVIOUS:
-        return blip_folder(settings["weights"], CAPTIONS)
-    return model_folder(run.workspace, scorer["models"]["captioner"])
+def _captioner(recipe: Recipe) -> str:
+    """The weights of the captioner that writes for a round: published ones, a folder, or `previous`."""
+    settings = recipe.filters.get("blip_caption")
+    return PREVIOUS if settings is None else str(load_filter("blip_caption", settings).weights)  # type: ignore[attr-defined]
 
 
 def _tokenizer_folder(folder: Path) -> Path:

@@ -215,7 +215,7 @@ def pretrain(run: Run, number: int, picked: Facts) -> Facts:
     with run.stage(f"round-{number}/pretrain") as facts:
         name, spec = f"round-{number}", run.recipe.pretrain
         if spec.objective == "blip":
-            spec = capfilt.settled(run, run.read(f"round-{number}/curation.json")["scorer"])
+            spec = capfilt.settled(run, number)
         given = (picked["selection"], shards(run), spec, picked["apart"], picked["scores"])
         record = training_jobs.pretrain(run, name, *given)
         facts |= {"reused": record["reused"], "training": record["fingerprint"]}

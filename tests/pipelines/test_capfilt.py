@@ -42,7 +42,7 @@ def recipe(root: Path) -> dict[str, Any]:
     values["sources"]["web"] = {"kind": "folder", "path": f"{root}/web"}
     previous = {"weights": "previous"}
     values["filters"] = {"blip_caption": previous | {"max_tokens": 12}, "blip_match": previous}
-    values["texts"] = values["texts"] | {"min": 0.4}
+    values |= {"texts": values["texts"] | {"min": 0.4}, "gates": {"min_pairs": 0}}
     values |= {"first_filter": {"blip": flow.BLIP}, "pretrain": TRAIN, "finetune": {"captioner": TUNE, "matcher": TUNE}}
     return values | {"canaries": {"per_defect": 8, "max_fraction": 0.5, "defects": ["swapped_text"]}}
 
@@ -253,7 +253,7 @@ def test_tokenizers_are_known_by_content(tmp_path: Path) -> None:
 
 
 def test_a_captioner_that_writes_nothing_is_told(tmp_path: Path) -> None:
-    path = flow.write_recipe(tmp_path / "recipe.yaml", recipe(tmp_path) | {"gates": {"min_pairs": 0}})
+    path = flow.write_recipe(tmp_path / "recipe.yaml", recipe(tmp_path))
     run = open_run(path, workspace=str(tmp_path / "workspace"), console=Console(quiet=True))
     kinds = pa.schema([("texts", pa.list_(pa.string())), ("reason", pa.string())])
     picked = {"scores": {"blip_caption": "scores/blip_caption-0"}, "kept_untrusted": 0}
