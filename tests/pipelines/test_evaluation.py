@@ -155,3 +155,18 @@ def test_the_report_tells_units_and_what_has_no_figure(run: Run) -> None:
     assert page._interval({"unit": "words"} | mean([3.0])) == "3 words"
     nothing = {"model": "it", "chance": None, "figure": "caption CIDEr", "unit": "of 10"} | mean([])
     assert "caption CIDEr" in plots.by_round(rows) and "CIDEr" not in plots.by_round([nothing])
+
+
+def test_the_first_filters_blip_has_rows_where_rounds_train_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.write("round-1/curation.json", {"scorer": {"models": models(run)}})
+    tuned = {"matcher": models(run)["matcher"]}
+
+    def told(objective: str, number: int) -> set[str]:
+        pretrain = run.recipe.pretrain.model_copy(update={"objective": objective})
+        monkeypatch.setattr(run, "recipe", run.recipe.model_copy(update={"pretrain": pretrain}))
+        rows = stages.evaluate(run, number, {f"round {number}, fine-tuned": tuned})["rows"]
+        assert run.read(f"round-{number}/evaluation.json") == rows
+        return {row["model"] for row in rows}
+
+    assert told("blip", 1) == {"first filter's BLIP", "round 1, fine-tuned"}
+    assert told("clip", 1) == {"round 1, fine-tuned"} and told("blip", 2) == {"round 2, fine-tuned"}
