@@ -9,7 +9,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from pairs.errors import PairmillError
-from training.tokens import encode
+from training.blip_data import make_tokenizer
+from training.tokens import Tokeniser, encode
 
 
 @pytest.fixture
@@ -32,3 +33,12 @@ def test_padding_is_part_of_the_text_and_cuts_are_told(folder: str) -> None:
 def test_a_tokenizer_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(PairmillError, match="a tokenizer at"):
         encode("a", 4, str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("text", ["a red box " * 1000, "x" * 10_000, "ein" + "zigwort" * 1428])
+def test_an_endless_text_is_cut_and_counted(tmp_path: Path, text: str) -> None:
+    make_tokenizer(["a red box"], 64, 16).save_pretrained(tmp_path)
+    tokeniser = Tokeniser(16, str(tmp_path), bare=True)
+    tokeniser.number(text)
+    tokeniser.number("a red box")
+    assert tokeniser.truncated == 1 and max(len(ids) for ids in tokeniser.tokens().ids) <= 16
