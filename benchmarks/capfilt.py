@@ -5,10 +5,12 @@
 Five arms of each seed share a workspace: the same pairs, one captioner and one filter (the first filter's), the same
 scores; the trusted pairs are in each. `raw` trains on the web's first texts, `filter` on those of the web's texts that
 match, `captioner` on web and synthetic texts, `capfilt` on those of both that match, `second round` again so with what
-the first round trained. They differ in `texts` alone (and what is matched); no arm has rules of `keep`, but with `--rules`
-those that match have the recipe's. Each is one command, `pairmill run FOLDER/seed-221/capfilt.yaml --workspace
-FOLDER/seed-221/space` while `pairmill demo-web --help`'s server serves the web; the same command here goes on where it
-was stopped. Prints a table for benchmarks/results: means, and differences to `raw` paired by seed with standard errors.
+the first round trained. They differ in `texts` alone (and in what is matched); no arm has rules of `keep`, but with
+`--rules` those that match have the recipe's. Prints a table for benchmarks/results: means, and differences to `raw`
+paired by seed with their standard errors. The same command goes on where it was stopped. An arm alone, at SEED = 221:
+
+    pairmill demo-web FOLDER/seed-221/web --port 8795 --serve &
+    pairmill run FOLDER/seed-221/capfilt.yaml --workspace FOLDER/seed-221/space
 """
 
 import argparse
@@ -61,11 +63,9 @@ def recipes(base: dict[str, Any], wanted: Sequence[str], rules: bool) -> dict[st
 def of_arm(name: str, reports: Mapping[str, dict[str, Any]]) -> dict[str, float]:
     """An arm's figures, and the share of its web and its synthetic texts that didn't match."""
     report, number = reports[name.replace("second round", "capfilt")], 2 if name == "second round" else 1
-    found, counts = figures(report, number), report["rounds"][number - 1]["caption_counts"] or {}
-    for kind in ("web", "synthetic"):
-        if counts.get(kind):
-            found[f"noise ratio, {kind} texts"] = 1 - counts[f"{kind}_kept"] / counts[kind]
-    return found
+    noise = report["rounds"][number - 1]["noise_ratios"] or {}
+    ratios = {f"noise ratio, {kind} texts": told["value"] for kind, told in noise.items() if told["value"] is not None}
+    return figures(report, number) | ratios
 
 
 def table(found: Mapping[int, Mapping[str, Mapping[str, float]]]) -> str:
@@ -88,7 +88,8 @@ def _cell(found: Mapping[int, Mapping[str, Mapping[str, float]]], name: str, arm
     if arm == "raw" or not gains:
         return told
     gain = spread(gains)
-    return f"{told} ({gain['mean']:+.3f} ± {gain['standard_error']:.3f})"
+    error = f" ± {gain['standard_error']:.3f}" if len(gains) > 1 else ""
+    return f"{told} ({gain['mean']:+.3f}{error})"
 
 
 def main() -> None:

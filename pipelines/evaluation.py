@@ -24,6 +24,7 @@ Row = tuple[ShardRef, Facts]
 Known = Mapping[str, Sequence[ShardRef]]
 FILTERS = {"matcher": "blip_match", "captioner": "blip_caption"}
 BEAMS = {"sample": "beam", "beams": 3, "captions": 1}
+NOTED = ("zero-shot accuracy", "image to text at 1", "text to image at 1", "caption CIDEr")  # by which a stage is known
 VERSION = 4
 
 
@@ -38,7 +39,8 @@ def evaluate(run: Run, told: str, models: Mapping[str, str], known: Known) -> Fa
     asked["pairs"] = sorted([ref.group, row["uid"], row["text"], *_texts(row)] for ref, row in rows)
     path = f"evals/{fingerprint(asked)}.json"
     if not (reused := store.has(path)):
-        found = [row for role in models for row in FIGURES[role](run, models[role], passes.get(role), rows)]
+        roles = sorted(models, reverse=True)  # captions last
+        found = [row for role in roles for row in FIGURES[role](run, models[role], passes.get(role), rows)]
         store.write(path, json.dumps(found, indent=1))
     return {"rows": [{"model": told} | row for row in json.loads(store.read(path))], "reused": reused}
 

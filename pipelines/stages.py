@@ -262,9 +262,8 @@ def evaluate(run: Run, number: int, models: Mapping[str, Mapping[str, str]]) -> 
         rows = [row for result in results for row in result["rows"]]
         run.write(f"round-{number}/evaluation.json", rows)
         facts |= {"reused": all(result["reused"] for result in results)}
-        facts["note"] = ", ".join(
-            f"{r['model']} {r['figure']} {r['value']:.3f}" for r in rows if r["value"] is not None
-        )
+        shown = [row for row in rows if row["figure"] in evaluation.NOTED and row["value"] is not None]
+        facts["note"] = ", ".join(f"{row['model']} {row['figure']} {row['value']:.3f}" for row in shown)
         return {"rows": rows}
 
 

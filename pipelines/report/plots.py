@@ -95,8 +95,8 @@ def by_round(rows: list[dict[str, Any]]) -> str:
     """Each figure of the evaluation by round, with its interval and the level of chance."""
     rows = [row for row in rows if row["value"] is not None and row["low"] is not None]
     names = list(dict.fromkeys(row["figure"] for row in rows))
-    high = max(1, -(-len(names) // ACROSS))
-    figure, axes = plt.subplots(high, min(max(1, len(names)), ACROSS), figsize=(10.5, 1.9 * high), squeeze=False)
+    high, wide = max(1, -(-len(names) // ACROSS)), max(1, min(len(names), ACROSS))
+    figure, axes = plt.subplots(high, wide, figsize=(2.1 * wide, 1.9 * high), squeeze=False)
     for axis in axes.flat[len(names) :]:
         axis.set_axis_off()
     for axis, name in zip(axes.flat, names, strict=False):

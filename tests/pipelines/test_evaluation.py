@@ -13,6 +13,7 @@ from pipelines import blip_figures, evaluation, stages
 from pipelines.cider import cider, mean, words
 from pipelines.console import Console
 from pipelines.models import publish_models
+from pipelines.report import page, plots
 from pipelines.run import Run, open_run
 from tests.filters.weights import WEIGHTS
 from tests.pipelines import flow
@@ -143,3 +144,29 @@ def test_cider_by_hand() -> None:
 def test_too_few_images_have_no_cider() -> None:
     assert cider(["a red box"] * 2, [["a red box"], ["a tree"]]) == {"value": None, "low": None, "high": None, "n": 2}
     assert mean([])["value"] is None and mean([3.0]) == {"value": 3.0, "low": None, "high": None, "n": 1}
+
+
+def test_the_report_tells_units_and_what_has_no_figure(run: Run) -> None:
+    rows = evaluation.evaluate(run, "it", models(run), known(run))["rows"]
+    told = {row["figure"]: page._interval(row) for row in rows}
+    assert told["caption CIDEr"].count(" of 10 (") == 1 and "%" not in told["caption CIDEr"]
+    assert told["zero-shot accuracy"].count("%") == 1
+    assert page._interval({"value": None, "unit": "of 10"}) == "–"
+    assert page._interval({"unit": "words"} | mean([3.0])) == "3 words"
+    nothing = {"model": "it", "chance": None, "figure": "caption CIDEr", "unit": "of 10"} | mean([])
+    assert "caption CIDEr" in plots.by_round(rows) and "CIDEr" not in plots.by_round([nothing])
+
+
+def test_the_first_filters_blip_has_rows_where_rounds_train_one(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.write("round-1/curation.json", {"scorer": {"models": models(run)}})
+    tuned = {"matcher": models(run)["matcher"]}
+
+    def told(objective: str, number: int) -> set[str]:
+        pretrain = run.recipe.pretrain.model_copy(update={"objective": objective})
+        monkeypatch.setattr(run, "recipe", run.recipe.model_copy(update={"pretrain": pretrain}))
+        rows = stages.evaluate(run, number, {f"round {number}, fine-tuned": tuned})["rows"]
+        assert run.read(f"round-{number}/evaluation.json") == rows
+        return {row["model"] for row in rows}
+
+    assert told("blip", 1) == {"first filter's BLIP", "round 1, fine-tuned"}
+    assert told("clip", 1) == {"round 1, fine-tuned"} and told("blip", 2) == {"round 2, fine-tuned"}
