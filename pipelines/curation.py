@@ -69,7 +69,7 @@ def check(recipe: Recipe) -> None:
                 found=f"it at filters.{name}",
                 remedy="name a folder or a file there",
             )
-        if PREVIOUS not in settings.values():
+        if name not in ROLES or str(settings.get("weights")).startswith(("/", ".")):
             loaded[name].content_hashes()  # a file that isn't there, or isn't what it should be, is told now
         if PREVIOUS in settings.values() and not _trains(recipe, ROLES[name]):
             raise PairmillError(
