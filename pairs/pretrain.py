@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from pairs.strict import Spec
 
 PREVIOUS = "previous"  # in a setting: the model of the round before
+BEGINNING = "beginning"  # in `blip.start`: what the first filter's captioner and match filter share
 
 
 class TowerSpec(Spec):
@@ -91,7 +92,8 @@ class TowersSpec(Spec):
 
 class MedSpec(Spec):
     """BLIP's objective. `start` are folders of transformers' BLIP to go on from (captioner, matcher, or both of one
-    training), the first of which names the tokenizer too."""
+    training), the first of which names the tokenizer too; or `beginning`, as BLIP starts from a DeiT and a BERT: the
+    image tower and the words that the first filter learned on the trusted pairs before it learned to write and match."""
 
     losses: list[Literal["itc", "itm", "lm"]] = ["itc", "itm", "lm"]  # captioner: lm; match filter: itc and itm
     start: list[str] = []

@@ -13,7 +13,7 @@ from filters.blip import CAPTIONS, MATCHES
 from filters.lookup import load_filter
 from filters.weights import TOKENIZER_FILES, blip_folder
 from pairs.errors import PairmillError
-from pairs.pretrain import PREVIOUS, MedSpec, PretrainSpec
+from pairs.pretrain import BEGINNING, PREVIOUS, MedSpec, PretrainSpec
 from pairs.recipe import Recipe
 from pipelines import curation, training_jobs
 from pipelines.models import model_folder, publish_folder
@@ -36,7 +36,14 @@ def check(recipe: Recipe) -> None:
     if spec.objective != "blip":
         return
     for name in spec.blip.start:
-        blip_folder(name, CAPTIONS, MATCHES)
+        if name != BEGINNING:
+            blip_folder(name, CAPTIONS, MATCHES)
+        elif not recipe.first_filter.blip:
+            raise PairmillError(
+                expected="first_filter.blip, whose beginning pretrain.blip.start names",
+                found="a recipe without it",
+                remedy="add first_filter: {blip: {}}, name folders of a BLIP, or leave `start` out",
+            )
     if spec.blip.start:
         return
     if spec.model.tokenizer != PREVIOUS:
@@ -69,14 +76,13 @@ def settled(run: Run, number: int) -> PretrainSpec:
     if run.recipe.finetune is None and "prompt" not in blip.model_fields_set:
         blip = _with(blip, prompt=_prompt(run.recipe, blip))
     if blip.start:
-        blip = _with(blip, start=[publish_folder(space, blip_folder(name, CAPTIONS, MATCHES)) for name in blip.start])
+        blip = _with(blip, start=[_start(run, number, name) for name in blip.start])
         tokenizer = blip.start[0]
     else:
         own = spec.model.tokenizer != PREVIOUS
         weights = spec.model.tokenizer if own else _captioner(run.recipe)
         if weights == PREVIOUS:
-            scorer = run.read(f"round-{number}/curation.json")["scorer"]
-            folder = model_folder(space, scorer["models"]["captioner"])
+            folder = model_folder(space, _scorer(run, number)["captioner"])
         else:
             folder = Path(weights) if own else blip_folder(weights, CAPTIONS)
         tokenizer = publish_folder(space, _tokenizer_folder(folder), TOKENIZER_FILES)
@@ -101,6 +107,18 @@ def finetune(
         own = PretrainSpec(**dict(spec) | tune | {"blip": blip, "weights": weights, "model": model})
         records[role] = training_jobs.pretrain(run, f"round-{number}/{role}", selection, known, own, apart)
     return records
+
+
+def _start(run: Run, number: int, name: str) -> str:
+    """The name in the workspace of what `blip.start` names."""
+    if name != BEGINNING:
+        return publish_folder(run.workspace, blip_folder(name, CAPTIONS, MATCHES))
+    return f"models/{_scorer(run, number)[BEGINNING]}"
+
+
+def _scorer(run: Run, number: int) -> dict[str, str]:
+    """The models that score the round, by role."""
+    return dict(run.read(f"round-{number}/curation.json")["scorer"]["models"])
 
 
 def _with(blip: MedSpec, **changes: Any) -> MedSpec:

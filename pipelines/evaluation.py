@@ -39,7 +39,7 @@ def evaluate(run: Run, told: str, models: Mapping[str, str], known: Known) -> Fa
     asked["pairs"] = sorted([ref.group, row["uid"], row["text"], *_texts(row)] for ref, row in rows)
     path = f"evals/{fingerprint(asked)}.json"
     if not (reused := store.has(path)):
-        roles = sorted(models, reverse=True)  # captions last
+        roles = sorted(models.keys() & FIGURES.keys(), reverse=True)  # captions last
         found = [row for role in roles for row in FIGURES[role](run, models[role], passes.get(role), rows)]
         store.write(path, json.dumps(found, indent=1))
     return {"rows": [{"model": told} | row for row in json.loads(store.read(path))], "reused": reused}

@@ -9,6 +9,7 @@ import json
 from typing import Any
 
 from pairs.errors import PairmillError
+from pairs.pretrain import BEGINNING
 from pipelines.models import model_folder
 from pipelines.run import Run
 
@@ -55,7 +56,8 @@ def _in_force(run: Run) -> Facts | None:
         return None
     told = json.loads(run.workspace.store.read(_path(run)))
     spec = run.recipe.first_filter
-    needed = {"clip": spec.clip, "captioner": spec.blip, "matcher": spec.blip}
+    needed: dict[str, object] = {"clip": spec.clip, "captioner": spec.blip, "matcher": spec.blip}
+    needed[BEGINNING] = BEGINNING in run.recipe.pretrain.blip.start
     if lacks := [role for role, trained in needed.items() if trained and role not in told["models"]]:
         raise PairmillError(
             expected=f"a {' and a '.join(lacks)} in the scorer in force ({_path(run)})",

@@ -38,7 +38,7 @@ from training import checkpoint
 from training.blip_data import TrustedPairs, load_pairs, make_tokenizer
 from training.blip_losses import Lesson, Losses, WordReader, caption_loss, match_loss, pieces_held, word_loss
 from training.blip_start import start_crossing, start_vision
-from training.config import BlipResult
+from training.config import BLIP_ROLES, BlipResult
 
 Progress = Callable[[dict[str, object]], None]
 CARD = "model_card.json"  # in a model's folder: which training made it
@@ -70,7 +70,7 @@ def train_blip(pairs: Iterable[tuple[bytes, str]], spec: BlipSpec, out_dir: Path
     """
     data = load_pairs(pairs, spec.image_px)
     models = BlipResult(
-        captioner=out_dir / "captioner", matcher=out_dir / "matcher", pairs=len(data), left_out=data.left_out
+        **{role: out_dir / role for role in BLIP_ROLES}, pairs=len(data), left_out=data.left_out
     )
     tokenizer = make_tokenizer([*data.texts, spec.prompt], spec.vocabulary, spec.max_tokens)
     images = BlipImageProcessor(size={"height": spec.image_px, "width": spec.image_px})
@@ -83,12 +83,15 @@ def train_blip(pairs: Iterable[tuple[bytes, str]], spec: BlipSpec, out_dir: Path
     start_vision(captioner.vision_model, (data.pixels[:SAMPLE] / 255 - mean) / std)
     start_crossing(captioner.text_decoder.bert)
     words = captioner.text_decoder.get_input_embeddings()
-    if _made(models.captioner, run.identity) and _made(models.matcher, run.identity):
+    if all(_made(folder, run.identity) for folder in models.models.values()):
         return models
     run.fit("words", WordReader(captioner.vision_model, words, lesson.words), word_loss, spec.word_steps, 1.0)
+    processor = BlipProcessor(images, tokenizer)
+    if not _made(models.beginning, run.identity):
+        _publish(run, models.beginning, captioner, processor)
     matcher.vision_model.load_state_dict(captioner.vision_model.state_dict())
     matcher.text_encoder.load_state_dict(captioner.text_decoder.bert.state_dict())
-    finish = functools.partial(_finish, run, BlipProcessor(images, tokenizer))
+    finish = functools.partial(_finish, run, processor)
     rest = (models.matcher, matcher, match_loss, spec.match_steps, spec.match_rate)
     with _beside(finish, models.captioner, captioner, caption_loss, spec.caption_steps, spec.caption_rate):
         finish(*rest)
@@ -103,8 +106,12 @@ def _finish(
     if _made(folder, run.identity):
         return
     run.fit(folder.name, model, loss, steps, rate)
+    _publish(run, folder, model.eval(), processor)
+
+
+def _publish(run: "Run", folder: Path, model: nn.Module, processor: BlipProcessor) -> None:
     with checkpoint.publishing(folder) as temporary:
-        model.eval().save_pretrained(temporary)
+        model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
         (temporary / CARD).write_text(json.dumps({"training": run.identity, "spec": run.lesson.spec.model_dump()}))
 

@@ -11,7 +11,7 @@ from pairs.pretrain import BlipSpec, PretrainSpec
 from pairs.shard import ShardRef
 from pairs.store import Store
 
-VERSION, BLIP_VERSION = 3, 1  # of what a training makes of the same job: raise with any change that reaches the weights
+VERSION, BLIP_VERSION = 3, 2  # of what a training makes of the same job: raise with any change that reaches the weights
 UNSEEN = {
     "workers",
     "checkpoint_every",
@@ -24,6 +24,7 @@ UNSEEN = {
     "cache",
     "cache_gb",
 }  # settings that change no number
+BLIP_ROLES = ("beginning", "captioner", "matcher")
 RESULT = "result.json"  # in the run's folder, beside its model: what varies from run to run
 
 
@@ -104,6 +105,7 @@ class BlipResult(BaseModel):
     """Folders that transformers loads, and how many pairs were learned from or left out, by reason."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    beginning: Path  # what captioner and match filter share: an image tower and words that were learned together
     captioner: Path
     matcher: Path
     pairs: int
@@ -112,7 +114,7 @@ class BlipResult(BaseModel):
     @property
     def models(self) -> dict[str, Path]:
         """The folders by role."""
-        return {"captioner": self.captioner, "matcher": self.matcher}
+        return {role: getattr(self, role) for role in BLIP_ROLES}
 
 
 class TrainResult(BaseModel):

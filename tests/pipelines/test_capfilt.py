@@ -28,8 +28,9 @@ from tests.pipelines import flow
 from training import blip_run, launch, run
 from training.config import TrainConfig, TrainResult
 
-TRAIN = flow.TRAIN | {"objective": "blip", "batch_pairs": 8, "steps": 4, "blip": {"queue": 32}}
+TRAIN = flow.TRAIN | {"objective": "blip", "batch_pairs": 8, "steps": 4, "blip": {"queue": 32, "start": ["beginning"]}}
 del TRAIN["max_patches"]
+NEW = TRAIN | {"blip": {"queue": 32}}  # from weights drawn at random
 TUNE = {"steps": 3, "warmup_steps": 1}
 DEAD: dict[str, list[str]] = {"uid": [], "url_key": [], "host": [], "sha256": []}
 IDLE = {"report", "round-1/gates", "round-2/gates"}  # stages that have nothing to reuse
@@ -199,10 +200,11 @@ WEB: dict[str, Any] = {"sources": {"web": {"kind": "folder", "path": "web"}}}
     [
         (WEB | {"first_filter": {}, "filters": {}, "texts": {}}, "to fine-tune"),
         (WEB | {"finetune": None}, "to train the first filter on"),
-        ({"pretrain": TRAIN | {"model": flow.MODEL | {"tokenizer": "web"}}}, "tokenizer.json or vocab.txt"),
+        ({"pretrain": NEW | {"model": flow.MODEL | {"tokenizer": "web"}}}, "tokenizer.json or vocab.txt"),
         ({"pretrain": TRAIN | {"blip": {"start": ["./web"]}}}, "no config.json, model.safetensors, tokenizer.json"),
         ({"filters": {"blip_match": {"weights": "./web", "of": ["texts"]}}, "texts": {}}, "with its tokenizer"),
-        ({"first_filter": {}, "filters": {}, "texts": {}}, "no first_filter.blip"),
+        ({"first_filter": {}}, "whose beginning pretrain.blip.start names"),
+        ({"first_filter": {}, "filters": {}, "texts": {}, "pretrain": NEW}, "no first_filter.blip"),
         ({"pretrain": flow.TRAIN}, "pretrain.objective is blip"),
         (
             {"pretrain": flow.TRAIN | {"model": {"tokenizer": "previous"}}, "finetune": None},
