@@ -69,7 +69,7 @@ def check(recipe: Recipe) -> None:
                 found=f"it at filters.{name}",
                 remedy="name a folder or a file there",
             )
-        if PREVIOUS not in settings.values():
+        if name not in ROLES or str(settings.get("weights")).startswith(("/", ".")):
             loaded[name].content_hashes()  # a file that isn't there, or isn't what it should be, is told now
         if PREVIOUS in settings.values() and not _trains(recipe, ROLES[name]):
             raise PairmillError(
@@ -238,7 +238,7 @@ def curate(run: Run, number: int, scorer: Facts, shards: Shards) -> Facts:
 
 def no_captions(run: Run, picked: Facts) -> str | None:
     """What to say where the captioner wrote nothing at all for this selection's pairs; None where it wrote."""
-    if "blip_caption" not in picked["scores"]:
+    if "blip_caption" not in picked.get("scores", {}):
         return None
     store, reasons = run.workspace.store, Counter[str]()
     for path in store.files(picked["scores"]["blip_caption"], ".parquet"):

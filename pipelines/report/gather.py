@@ -78,7 +78,8 @@ def _rounds(run: Run) -> Iterator[Facts]:
             ],
             "promotion": (promotion := run.read(f"round-{number}/promotion.json") or {}).get("told"),
             "compared": [
-                {"role": role, "figure": FIGURES[role], **facts} for role, facts in promotion.get("roles", {}).items()
+                {"role": role, "figure": FIGURES[role], "new": None, "in force": None, **facts}
+                for role, facts in promotion.get("roles", {}).items()
             ],
             "no_captions": curation.no_captions(run, curated),
             **_canaries(curated["canaries"]),
