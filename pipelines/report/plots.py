@@ -108,7 +108,8 @@ def by_round(rows: list[dict[str, Any]]) -> str:
         axis.errorbar(places, values, yerr=spread, fmt="o", color=INK, capsize=3, markersize=4)
         if mine[0]["chance"] is not None:
             axis.axhline(mine[0]["chance"], color=MARK, linewidth=0.8, linestyle=":")
-        axis.set_xticks(places, [row["model"] for row in mine], fontsize=6)
+        turned: dict[str, Any] = {"rotation": 30, "ha": "right"} if len(mine) > 3 else {}
+        axis.set_xticks(places, [row["model"] for row in mine], fontsize=6, **turned)
         axis.set_ylim(0, None if mine[0].get("unit") else 1)
         axis.margins(x=0.4)
         axis.set_title(name, loc="left", fontsize=8)
