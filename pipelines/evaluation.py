@@ -15,6 +15,7 @@ from filters.base import Filter, fingerprint_of
 from filters.lookup import load_filter
 from pairs.fingerprint import content_hash, fingerprint
 from pairs.identity import held_out
+from pairs.pretrain import BEGINNING
 from pairs.shard import ShardRef
 from pipelines.models import model_folder
 from pipelines.run import Run
@@ -39,7 +40,7 @@ def evaluate(run: Run, told: str, models: Mapping[str, str], known: Known) -> Fa
     asked["pairs"] = sorted([ref.group, row["uid"], row["text"], *_texts(row)] for ref, row in rows)
     path = f"evals/{fingerprint(asked)}.json"
     if not (reused := store.has(path)):
-        roles = sorted(models.keys() & FIGURES.keys(), reverse=True)  # captions last
+        roles = sorted(models.keys() - {BEGINNING}, reverse=True)  # captions last
         found = [row for role in roles for row in FIGURES[role](run, models[role], passes.get(role), rows)]
         store.write(path, json.dumps(found, indent=1))
     return {"rows": [{"model": told} | row for row in json.loads(store.read(path))], "reused": reused}

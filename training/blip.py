@@ -69,9 +69,7 @@ def train_blip(pairs: Iterable[tuple[bytes, str]], spec: BlipSpec, out_dir: Path
     PairmillError where fewer than two pairs are usable.
     """
     data = load_pairs(pairs, spec.image_px)
-    models = BlipResult(
-        **{role: out_dir / role for role in BLIP_ROLES}, pairs=len(data), left_out=data.left_out
-    )
+    models = BlipResult(**{role: out_dir / role for role in BLIP_ROLES}, pairs=len(data), left_out=data.left_out)
     tokenizer = make_tokenizer([*data.texts, spec.prompt], spec.vocabulary, spec.max_tokens)
     images = BlipImageProcessor(size={"height": spec.image_px, "width": spec.image_px})
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (images.image_mean, images.image_std))

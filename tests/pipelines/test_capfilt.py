@@ -203,7 +203,7 @@ WEB: dict[str, Any] = {"sources": {"web": {"kind": "folder", "path": "web"}}}
         ({"pretrain": NEW | {"model": flow.MODEL | {"tokenizer": "web"}}}, "tokenizer.json or vocab.txt"),
         ({"pretrain": TRAIN | {"blip": {"start": ["./web"]}}}, "no config.json, model.safetensors, tokenizer.json"),
         ({"filters": {"blip_match": {"weights": "./web", "of": ["texts"]}}, "texts": {}}, "with its tokenizer"),
-        ({"first_filter": {}}, "whose beginning pretrain.blip.start names"),
+        ({"first_filter": {}, "filters": {}, "texts": {}}, "whose beginning pretrain.blip.start names"),
         ({"first_filter": {}, "filters": {}, "texts": {}, "pretrain": NEW}, "no first_filter.blip"),
         ({"pretrain": flow.TRAIN}, "pretrain.objective is blip"),
         (
