@@ -93,7 +93,7 @@ class TowersSpec(Spec):
 class MedSpec(Spec):
     """BLIP's objective. `start` are folders of transformers' BLIP to go on from (captioner, matcher, or both of one
     training), the first of which names the tokenizer too; or `beginning`, as BLIP starts from a DeiT and a BERT: the
-    image tower and the words that the first filter learned on the trusted pairs before it learned to write and match."""
+    image tower and the words that the first filter learned on the trusted pairs before it wrote and matched."""
 
     losses: list[Literal["itc", "itm", "lm"]] = ["itc", "itm", "lm"]  # captioner: lm; match filter: itc and itm
     start: list[str] = []
