@@ -6,9 +6,8 @@ so captioner (lm) and match filter (itc, itm) are fine-tuned apart from one pret
 """
 
 import dataclasses
+import functools
 import itertools
-import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,23 +18,18 @@ from torch import Tensor, nn
 from pairs.errors import PairmillError
 from pairs.recipe import PretrainSpec
 from pairs.store import Store
-from training import blip_export, checkpoint
+from training import blip_export, frame
 from training.accumulate import Context
-from training.attention import chosen
 from training.blip_momentum import Keys, Memory
 from training.blip_objective import Aims, Entry, keys_of, losses, pairs_of, ramped, total
-from training.config import RESULT, UNSEEN, TrainConfig, TrainResult, identity
-from training.data import Batch, Loader, cache_at
-from training.export import CARD
-from training.hardware import deterministic
-from training.loop import Line, make_optimizer, train_steps
+from training.checkpoint import CARD, Facts, card
+from training.config import TrainConfig, TrainResult
+from training.data import Batch
+from training.loop import Line
 from training.models.blip import PackedBlip, Sizes, spans_of
-from training.models.transformer import compile_blocks
-from training.packing import CLIP
-from training.parallel import place, settle, whole_state
+from training.parallel import place, settle
 from training.pixels import Grid
 from training.plan import Cost, Plan
-from training.tables import make_plan
 from training.tokens import bert_tokenizer
 
 ROLES = {"captioner": (blip_export.CAPTIONER, "lm"), "matcher": (blip_export.MATCHER, "itm")}  # and what trains each
@@ -103,73 +97,34 @@ class Bootstrapping:
 
 def train_blip_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device) -> TrainResult:
     """As `training.run.train_rank`, for objective: blip."""
-    from training.run import Metrics, _agree, _resume, precision, profiled
+    spec = _named(config.spec)
+    return frame.train(config, spec, rank, ranks, device, functools.partial(_begin, spec))
 
-    began, spec, out = time.perf_counter(), _named(config.spec), Path(config.out_dir)
-    store = Store(config.store)
-    flat, left_out = make_plan(store, config.shards, spec, config.apart)
-    plan = SquarePlan.of(flat, spec.model.image_px // spec.model.patch_px)
-    if ranks > 1:
-        _agree(plan.fingerprint)
+
+def _begin(spec: PretrainSpec, store: Store, flat: Plan, rank: int, ranks: int, device: torch.device) -> frame.Work:
+    m, asked = spec.model, spec.blip.losses
+    plan = SquarePlan.of(flat, m.image_px // m.patch_px)
     model, processor = build(spec)
-    model.only(spec.blip.losses)
-    memory = Memory(model, spec.blip.queue, spec.blip.momentum).to(device) if "itc" in spec.blip.losses else None
+    model.only(asked)
+    memory = Memory(model, spec.blip.queue, spec.blip.momentum).to(device) if "itc" in asked else None
     for module in (model, memory.encoders) if memory else (model,):
         place(module, spec.parallel, ranks, device)
-    held = nn.ModuleDict({"model": model, "memory": memory} if memory else {"model": model})
-    model.visual.transformer.remember = spec.activations
-    if spec.compile:
-        compile_blocks(held)
-    optimizer = make_optimizer(model, spec)
-    own = {"plan": plan.fingerprint} | identity(config)
-    start, totals = _resume(out / "checkpoints", held, optimizer, own, rank, ranks)
-    dtype = precision(spec, device)
-    metrics = Metrics(out / "metrics.jsonl", start, spec.tensorboard) if rank == 0 else None
-    if rank == 0:
-        checkpoint.check_room(out, held, spec.keep_best)
-    saver = checkpoint.Saver(out / "checkpoints", spec.keep_best)
+    parts = [role for role, (_, loss) in ROLES.items() if loss in asked]
 
-    def save(step: int) -> None:
-        loss = sum(totals.recent) / len(totals.recent) if totals.recent else None
-        totals.recent.clear()
-        saver.save(held, optimizer, plan.state(step) | own | {"loss": loss, "totals": dataclasses.asdict(totals)})
+    def publish(folder: Path, weights: dict[str, Tensor], facts: Facts) -> None:
+        for role in parts:
+            blip_export.save(folder / role, model.sizes, weights, ROLES[role][0], processor, facts)
+        Store(folder).write(CARD, card(facts))  # last: it tells that all is done
 
-    m = spec.model
-    cost = Cost((m.vision.layers, m.vision.width), (m.text.layers, 3 * m.text.width))
-    loader = Loader(
-        plan, store, rank, ranks, cost, m.patch_px, spec.jitter, CLIP, multiple=spec.token_multiple, steps=spec.steps,
-        workers=spec.loader_workers, cache=cache_at(spec.cache, spec.cache_gb),
-    )  # fmt: skip
-    teach = Bootstrapping(model, memory, plan, aims(spec, processor.tokenizer, model.sizes.context), spec, rank)
-    traced = spec.profile_steps if rank == 0 else 0
-    with deterministic(spec.deterministic), saver, profiled(out / "trace.json", traced) as tick:
-
-        def told(line: Line) -> None:
-            if metrics:
-                metrics.add(line)
-            tick()
-            saver.check()
-
-        train_steps(model, optimizer, loader, spec, start, totals, device, dtype, told, save, teach=teach)
-    weights = whole_state(model, keep=rank == 0)
-    result = TrainResult(
-        model=str(out / "model"), fingerprint=config.fingerprint, plan=plan.fingerprint, steps=spec.steps,
-        resumed_from=start, pairs=len(plan), left_out=left_out, truncated=plan.tokens.truncated,
-        seconds=time.perf_counter() - began, precision=str(dtype).removeprefix("torch."),
-        attention=chosen(spec.attention, device.type, dtype), torch=torch.__version__,
-        parts=[role for role, (_, loss) in ROLES.items() if loss in spec.blip.losses],
-        **totals.figures() | {"fill": None},
-    )  # fmt: skip
-    if rank == 0:
-        Store(out).write(RESULT, result.model_dump_json(indent=2))
-        facts: dict[str, Any] = {
-            "spec": spec.model_dump(exclude=UNSEEN), "steps": spec.steps, "precision": result.precision,
-        } | own  # fmt: skip
-        card = json.dumps(facts, indent=2, sort_keys=True)
-        for role, folder in result.models.items():
-            blip_export.save(folder, model.sizes, weights, ROLES[role][0], processor, {CARD: card})
-        Store(out).write(f"model/{CARD}", card)  # last: it tells that all is done
-    return result
+    return frame.Work(
+        model=model,
+        beside={"memory": memory} if memory else {},
+        plan=plan,
+        cost=Cost((m.vision.layers, m.vision.width), (m.text.layers, 3 * m.text.width)),
+        teach=Bootstrapping(model, memory, plan, aims(spec, processor.tokenizer, model.sizes.context), spec, rank),
+        publish=publish,
+        told={"parts": parts, "fill": None},
+    )
 
 
 def aims(spec: PretrainSpec, tokenizer: Any, context: int) -> Aims:

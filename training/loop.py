@@ -102,14 +102,12 @@ def train_steps(
     dtype: torch.dtype,
     emit: Callable[[Line], None],
     save: Callable[[int], None],
+    teach: Teach,
     average: nn.Module | None = None,
-    teach: "Teach | None" = None,
 ) -> None:
     """Steps [start, spec.steps), added to `totals`. `emit` gets a line for each, `save` how many are done, when due.
-    `average` is a copy of the model that follows it (spec.ema); `teach` what the steps compute, if not a contrast of
-    towers."""
-    ranks, rank, in_a_row = loader.ranks, loader.rank, 0
-    teach = teach or Contrast(spec.objective, rank)
+    `teach` is what the steps compute, `average` a copy of the model that follows it (spec.ema)."""
+    ranks, in_a_row = loader.ranks, 0
     lately: deque[tuple[int, int]] = deque(maxlen=PATIENCE)
     parameters = [p for p in model.parameters() if p.requires_grad]
     run = running(model, ranks)

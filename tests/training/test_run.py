@@ -19,7 +19,7 @@ from pairs.store import Store
 from pairs.strict import strict
 from pairs.workspace import Workspace
 from tests.training.small import SPEC, config, pair
-from training import checkpoint, launch, run
+from training import checkpoint, frame, hardware, launch
 from training import config as training_config
 from training.config import BlipJob, TrainConfig, TrainResult
 from training.run import train_rank
@@ -75,10 +75,10 @@ def test_a_run_that_is_killed_ends_in_the_same_model_and_tells_the_same_sums(
         if line.get("step") == 4:
             raise Stop
 
-    monkeypatch.setattr(run, "_say", stop)
+    monkeypatch.setattr(frame, "say", stop)
     with pytest.raises(Stop):
         _train(broken)
-    monkeypatch.setattr(run, "_say", lambda line: None)
+    monkeypatch.setattr(frame, "say", lambda line: None)
     results += [_train(broken), _train(broken)]
     assert [result.resumed_from for result in results] == [0, 0, 3, 8]
     assert len({content_hash(Path(result.model)) for result in results}) == 1
@@ -101,7 +101,7 @@ def test_damage_in_most_pairs_stops_the_run(tmp_path: Path) -> None:
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
-    run.Metrics(tmp_path / "metrics.jsonl", 0).add({"step": 0, "loss": float("nan"), "lr": 0.5})
+    frame.Metrics(tmp_path / "metrics.jsonl", 0).add({"step": 0, "loss": float("nan"), "lr": 0.5})
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 0, "loss": None, "lr": 0.5}
 
 
@@ -131,7 +131,7 @@ def test_preflight_tells_what_cannot_run_here(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(PairmillError, match="3 or more"):
-        run.check_gpus(3)
+        hardware.check_gpus(3)
 
 
 def test_lines_of_libraries_are_no_lines_of_ours(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from training.attention import Layout, attend
 from training.models.clip import MEAN, STD, pixels, resized
 from training.models.transformer import Attention, Mlp, Transformer
-from training.packing import PackedImages
+from training.packing import CLIP, PackedImages
 
 Span = tuple[int, int]  # first row and number of rows of an image in its stream
 Result = TypeVar("Result")
@@ -177,6 +177,8 @@ class Text(nn.Module):
 
 class PackedBlip(nn.Module):
     """All of it. exp(`logit_scale`) is one over the authors' temperature; the exported models have neither."""
+
+    form = CLIP
 
     def __init__(self, sizes: Sizes, backend: str = "auto", temperature: float = 0.07) -> None:
         super().__init__()
