@@ -21,7 +21,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from training.models.blip import PackedBlip
 from training.models.clip import Towers
-from training.models.transformer import Block
+from training.models.transformer import Repeated
 
 warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
 
@@ -31,7 +31,7 @@ def place(model: Towers | PackedBlip, how: str, ranks: int, device: torch.device
     if how == "fsdp" and ranks > 1:
         mesh = init_device_mesh(device.type, (ranks,))
         scalars = {p for p in model.parameters() if p.ndim == 0}
-        for part in [*(m for m in model.modules() if isinstance(m, Block)), model.visual, model]:
+        for part in [*(m for m in model.modules() if isinstance(m, Repeated)), model.visual, model]:
             fully_shard(part, mesh=mesh, ignored_params=scalars)
         for p in scalars:
             p.data = p.data.to(device)
