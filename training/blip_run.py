@@ -8,7 +8,6 @@ so captioner (lm) and match filter (itc, itm) are fine-tuned apart from one pret
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,11 @@ from training.blip_objective import Aims, Entry, keys_of, losses, pairs_of, ramp
 from training.checkpoint import CARD, Facts, card
 from training.config import TrainConfig, TrainResult
 from training.data import Batch
-from training.loop import Line
 from training.models.blip import PackedBlip, Sizes, spans_of
+from training.packing import Grid
 from training.parallel import place, settle
-from training.pixels import Grid
 from training.plan import Cost, Plan
+from training.teach import Found
 from training.tokens import bert_tokenizer
 
 ROLES = {"captioner": (blip_export.CAPTIONER, "lm"), "matcher": (blip_export.MATCHER, "itm")}  # and what trains each
@@ -61,10 +60,13 @@ class Bootstrapping:
     spec: PretrainSpec
     rank: int
     keys: Keys | None = None
+    unmeasured: tuple[str, ...] = UNMEASURED
 
-    def loss(
-        self, run: nn.Module, batch: Batch, step: int, mixed: Context
-    ) -> tuple[Tensor, Tensor, Callable[[Tensor], None], Line]:
+    def ready(self) -> None:
+        if self.memory:
+            self.memory.follow(self.model)
+
+    def loss(self, run: nn.Module, batch: Batch, step: int, mixed: Context) -> Found:
         ((images, _),) = batch.parts
         flat = [self._entry(row, text) for row, text in batch.same.tolist()]
         ends = [sum(batch.counts[:i]) for i in range(len(batch.counts) + 1)]
@@ -75,7 +77,6 @@ class Bootstrapping:
         alpha = ramped(blip.alpha, step, round(blip.ramp_epochs * len(self.plan) / self.spec.batch_pairs))
         with mixed():
             if self.memory:
-                self.memory.follow(self.model)
                 self.keys = keys_of(self.memory, images, pairs)
             parts = run(lambda model: losses(model, images, pairs, self.keys, self.aims, alpha))
         value, count, told = total(parts, pairs.valid_B, len(batch.counts))
@@ -84,7 +85,7 @@ class Bootstrapping:
             loss.backward()  # type: ignore[no-untyped-call]
             settle(run)
 
-        return value, count, back, told | dict.fromkeys(UNMEASURED)
+        return value, count, back, told
 
     def _entry(self, row: int, text: int) -> Entry:
         ids = torch.from_numpy(self.plan.tokens.used[self.plan.tokens.ids[text]])
@@ -93,6 +94,17 @@ class Bootstrapping:
     def done(self) -> None:
         if self.memory and self.keys:
             self.memory.push(self.keys)
+
+    def kept(self, batch: Batch, half: bool) -> float:
+        ((images, texts),) = batch.parts
+        (layers, width, _), asked = self.model.sizes.text, self.aims.losses
+        patches, tokens = len(images.place), len(texts.tokens)
+        # A text looks at copies of its image's keys and values, and each wrong pair is another look.
+        looks = 3 * ("itm" in asked) + ("lm" in asked)
+        floats = layers * width * (16 * tokens * ("itc" in asked) + looks * (20 * tokens + 2 * patches) + 2 * patches)
+        floats += 3 * tokens * self.model.sizes.vocabulary * ("lm" in asked)
+        places = len(self.memory.same_Q2) + len(batch.same) if self.memory else 0
+        return 4.0 * (floats * (0.6 if half else 1) + 10 * len(batch.valid) * places)
 
 
 def train_blip_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device) -> TrainResult:

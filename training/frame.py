@@ -28,13 +28,14 @@ from training.attention import chosen
 from training.config import RESULT, UNSEEN, TrainConfig, TrainResult, identity
 from training.data import Loader, cache_at
 from training.hardware import deterministic, precision
-from training.loop import Line, Teach, Totals, make_optimizer, train_steps
+from training.loop import Line, Totals, make_optimizer, train_steps
 from training.models.blip import PackedBlip
 from training.models.clip import Towers
 from training.models.transformer import Transformer, compile_blocks
 from training.parallel import whole_state
 from training.plan import Cost, Plan
 from training.tables import make_plan
+from training.teach import Teach
 
 log = logging.getLogger("pairmill.training")
 WARM = 5  # steps before a profile begins

@@ -66,7 +66,7 @@ def settle(model: nn.Module) -> None:
                 p.grad /= dist.get_world_size()
 
 
-def clip(parameters: Sequence[Tensor], most: float) -> float:
+def clip(parameters: Sequence[Tensor], most: float) -> Tensor:
     """Scales the gradients down to the norm `most`, taken over all ranks; the norm before."""
     alike, cut = ([p for p in parameters if isinstance(p, DTensor) == kind] for kind in (False, True))
     norm = get_total_norm([p.grad for p in alike if p.grad is not None])
@@ -76,7 +76,7 @@ def clip(parameters: Sequence[Tensor], most: float) -> float:
         norm = (norm.square() + square).sqrt()
     for kind in (alike, cut):
         clip_grads_with_norm_(kind, most, norm)
-    return float(norm)
+    return norm
 
 
 @torch.no_grad()

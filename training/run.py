@@ -25,10 +25,10 @@ from training.columns import make_loader, start_model
 from training.config import BlipJob, BlipResult, TrainConfig, TrainResult
 from training.frame import say
 from training.hardware import check_gpus
-from training.loop import Contrast
 from training.parallel import place
 from training.plan import Cost, Plan
 from training.preflight import meet
+from training.teach import Contrast
 
 JOBS: TypeAdapter[TrainConfig | BlipJob] = TypeAdapter(TrainConfig | BlipJob)
 

@@ -20,6 +20,7 @@ from training.models.clip import Towers
 from training.plan import Cost
 from training.run import train_rank
 from training.tables import make_plan
+from training.teach import Contrast
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -67,7 +68,8 @@ def _ready(root: Path, remember: str = "all") -> tuple[Towers, torch.optim.Optim
 
 
 def _rehearse(model: Towers, optimizer: torch.optim.Optimizer, loader: Loader) -> int:
-    return preflight.rehearse(model, optimizer, loader, SPEC, lambda: torch.autocast("cpu", enabled=False), CPU)
+    teach = Contrast("clip", 0)
+    return preflight.rehearse(model, optimizer, loader, teach, SPEC, lambda: torch.autocast("cpu", enabled=False), CPU)
 
 
 def test_the_largest_step_is_rehearsed_and_leaves_no_trace(tmp_path: Path) -> None:
@@ -113,7 +115,7 @@ def test_a_step_too_large_is_told_with_what_to_lower(tmp_path: Path, monkeypatch
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
 
     monkeypatch.undo()
-    monkeypatch.setattr(preflight, "features", out)
+    monkeypatch.setattr("training.teach.features", out)
     with pytest.raises(PairmillError, match="Tried to allocate"):
         train_rank(config(tmp_path, "out"), 0, 1, CPU)
 
