@@ -101,7 +101,7 @@ class Bootstrapping:
         patches, tokens = len(images.place), len(texts.tokens)
         # A text looks at copies of its image's keys and values, and each wrong pair is another look.
         looks = 3 * ("itm" in asked) + ("lm" in asked)
-        floats = layers * width * (16 * tokens * ("itc" in asked) + looks * (20 * tokens + 2 * patches) + 2 * patches)
+        floats = layers * width * (16 * tokens * ("itc" in asked) + looks * (20 * tokens + 2 * patches))
         floats += 3 * tokens * self.model.sizes.vocabulary * ("lm" in asked)
         places = len(self.memory.same_Q2) + len(batch.same) if self.memory else 0
         return 4.0 * (floats * (0.6 if half else 1) + 10 * len(batch.valid) * places)

@@ -91,7 +91,7 @@ def _same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], nam
         torch.testing.assert_close(found[name], expected[name], rtol=1e-10, atol=1e-13, msg=name)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_with_uneven_counts_train_what_one_process_trains(tmp_path: Path, ranks: int, how: str) -> None:
