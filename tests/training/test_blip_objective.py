@@ -45,6 +45,7 @@ def one_step(run: torch.nn.Module, model: PackedBlip, memory: Memory, step: int,
     entries = [[entry(step, i) for i in part] for part in split]
     valid = torch.tensor([i != DAMAGED for i in split[rank]])
     pairs = pairs_of(entries, rank, spans_of(images), valid, 7, step)
+    run.zero_grad()  # not after the forward pass, when a cut model's root is whole
     memory.follow(model)
     keys = keys_of(memory, images, pairs)
     parts = run(lambda it: losses(it, images, pairs, keys, AIMS, ramped(ALPHA, step, 2)))
@@ -70,7 +71,6 @@ def _train(rank: int, ranks: int, folder: str, start: int, steps: int, how: str 
             place(module, how, ranks, CPU)
     run, told = running(model, ranks), []
     for step in range(start, steps):
-        run.zero_grad()  # not after the forward pass, when a cut model's root is whole
         told.append(one_step(run, model, memory, step, rank, ranks))
         with torch.no_grad():
             for p in model.parameters():
