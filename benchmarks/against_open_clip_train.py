@@ -37,7 +37,7 @@ from pairs.store import Store, table_metadata
 from training import export
 from training.config import Pin, TrainConfig
 from training.evaluate import retrieval
-from training.run import precision
+from training.hardware import precision
 from training.tokens import encode
 
 CONTEXT, WARM, SHARDS, HELD = 77, 3, 4, 500

@@ -41,7 +41,6 @@ from training.blip_start import start_crossing, start_vision
 from training.config import BLIP_ROLES, BlipResult
 
 Progress = Callable[[dict[str, object]], None]
-CARD = "model_card.json"  # in a model's folder: which training made it
 SAMPLE = 2000  # pictures that the first weights are fitted to
 SEEDS = {"words": 0, "captioner": 1, "matcher": 2}  # of each stage's draws
 
@@ -111,7 +110,9 @@ def _publish(run: "Run", folder: Path, model: nn.Module, processor: BlipProcesso
     with checkpoint.publishing(folder) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
-        (temporary / CARD).write_text(json.dumps({"training": run.identity, "spec": run.lesson.spec.model_dump()}))
+        (temporary / checkpoint.CARD).write_text(
+            json.dumps({"training": run.identity, "spec": run.lesson.spec.model_dump()})
+        )
 
 
 @contextlib.contextmanager
@@ -147,7 +148,7 @@ def _beside(work: Callable[..., None], *arguments: object) -> Iterator[None]:
 
 def _made(folder: Path, identity: str) -> bool:
     """Whether the model in `folder` is of this very training."""
-    card = folder / CARD
+    card = folder / checkpoint.CARD
     return card.exists() and json.loads(card.read_text())["training"] == identity
 
 

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 
 from pairs.errors import PairmillError
-from training.checkpoint import publishing
+from training.checkpoint import Facts, publishing
 from training.models.blip import PackedBlip, Sizes
 
 CAPTIONER, MATCHER = "BlipForConditionalGeneration", "BlipForImageTextRetrieval"
@@ -121,16 +121,12 @@ def to_transformers(sizes: Sizes, weights: Weights, architecture: str, tokenizer
     return theirs  # type: ignore[no-any-return]
 
 
-def save(
-    folder: Path, sizes: Sizes, weights: Weights, architecture: str, processor: Any, extra: dict[str, str]
-) -> None:
-    """Publishes a folder that `from_pretrained` loads, of our state dict, with `extra` files (name to text) in it."""
+def save(folder: Path, sizes: Sizes, weights: Weights, architecture: str, processor: Any, facts: Facts) -> None:
+    """Publishes a folder that `from_pretrained` loads, of our state dict, with a card of the `facts` in it."""
     transformers.utils.logging.disable_progress_bar()
-    with publishing(folder) as temporary:
+    with publishing(folder, facts) as temporary:
         to_transformers(sizes, weights, architecture, processor.tokenizer).save_pretrained(temporary)
         processor.save_pretrained(temporary)
-        for name, text in extra.items():
-            (temporary / name).write_text(text)
 
 
 def load(*folders: Path, backend: str = "auto") -> tuple[PackedBlip, Any]:

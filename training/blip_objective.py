@@ -137,7 +137,7 @@ def losses(
     return parts
 
 
-def total(parts: dict[str, Part], valid_B: Tensor, ranks: int) -> tuple[Tensor, Tensor, dict[str, float]]:
+def total(parts: dict[str, Part], valid_B: Tensor, ranks: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The losses' sum over all ranks, each divided by its own global count, as a sum and a count of this rank's pairs;
     and each loss over all ranks."""
     pairs = valid_B.sum()
@@ -148,7 +148,7 @@ def total(parts: dict[str, Part], valid_B: Tensor, ranks: int) -> tuple[Tensor, 
         dist.all_reduce(sums)
     counts = sums[:, 1].clamp(min=1)
     whole = torch.stack([value for value, _ in parts.values()])
-    told = zip(parts, (sums[:-1, 0] / counts[:-1]).tolist(), strict=True)
+    told = zip(parts, sums[:-1, 0] / counts[:-1], strict=True)
     return (whole * (counts[-1] / counts[:-1]).to(whole)).sum(), pairs, dict(told)
 
 
@@ -208,7 +208,8 @@ def _to_match(
     looks, read, labels, weights = zip(*chosen, strict=True)
     marked = [_begun(pairs.texts[t], aims.match) for t in read]
     look = stream(marked, device, [pairs.spans[i] for i in looks])
-    return look, torch.tensor(labels, device=device), torch.tensor(weights, device=device)
+    moved = [torch.tensor(x).to(device, non_blocking=True) for x in (labels, weights)]
+    return look, moved[0], moved[1]
 
 
 def _to_write(pairs: Pairs, aims: Aims, device: torch.device) -> tuple[Stream, Tensor, Tensor, Tensor]:
@@ -218,9 +219,9 @@ def _to_write(pairs: Pairs, aims: Aims, device: torch.device) -> tuple[Stream, T
     whole = [_cut(torch.cat([head, pairs.texts[p][1:]]), aims.context) for p in pairs.places]
     written = stream([ids[:-1] for ids in whole], device, pairs.spans, causal=True)
     counts = torch.tensor([len(ids) - 1 - skip for ids in whole])
-    offsets = torch.cat([torch.arange(skip, len(ids) - 1) for ids in whole]).to(device)
-    targets = torch.cat([ids[1 + skip :] for ids in whole]).to(device)
-    each = counts.to(device)
+    offsets = torch.cat([torch.arange(skip, len(ids) - 1) for ids in whole]).to(device, non_blocking=True)
+    targets = torch.cat([ids[1 + skip :] for ids in whole]).to(device, non_blocking=True)
+    each = counts.to(device, non_blocking=True)
     rows = written.first.repeat_interleave(each) + offsets
     counted = pairs.valid_B.repeat_interleave(each)
     if aims.unknown is not None:

@@ -6,10 +6,8 @@ so captioner (lm) and match filter (itc, itm) are fine-tuned apart from one pret
 """
 
 import dataclasses
+import functools
 import itertools
-import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +17,18 @@ from torch import Tensor, nn
 from pairs.errors import PairmillError
 from pairs.pretrain import PretrainSpec
 from pairs.store import Store
-from training import blip_export, checkpoint
+from training import blip_export, frame
 from training.accumulate import Context
-from training.attention import chosen
 from training.blip_momentum import Keys, Memory
 from training.blip_objective import Aims, Entry, keys_of, losses, pairs_of, ramped, total
-from training.config import RESULT, UNSEEN, TrainConfig, TrainResult, folder_of, identity
-from training.data import Batch, Loader, cache_at
-from training.export import CARD
-from training.hardware import deterministic
-from training.loop import Line, make_optimizer, train_steps
+from training.checkpoint import CARD, Facts, card
+from training.config import TrainConfig, TrainResult, folder_of
+from training.data import Batch
 from training.models.blip import PackedBlip, Sizes, spans_of
-from training.models.transformer import compile_blocks
-from training.packing import CLIP
-from training.parallel import place, settle, whole_state
-from training.pixels import Grid
+from training.packing import Grid
+from training.parallel import place, settle
 from training.plan import Cost, Plan
-from training.tables import make_plan
+from training.teach import Found
 from training.tokens import bert_tokenizer
 
 ROLES = {"captioner": (blip_export.CAPTIONER, "lm"), "matcher": (blip_export.MATCHER, "itm")}  # and what trains each
@@ -67,10 +60,13 @@ class Bootstrapping:
     spec: PretrainSpec
     rank: int
     keys: Keys | None = None
+    unmeasured: tuple[str, ...] = UNMEASURED
 
-    def loss(
-        self, run: nn.Module, batch: Batch, step: int, mixed: Context
-    ) -> tuple[Tensor, Tensor, Callable[[Tensor], None], Line]:
+    def ready(self) -> None:
+        if self.memory:
+            self.memory.follow(self.model)
+
+    def loss(self, run: nn.Module, batch: Batch, step: int, mixed: Context) -> Found:
         ((images, _),) = batch.parts
         flat = [self._entry(row, text) for row, text in batch.same.tolist()]
         ends = [sum(batch.counts[:i]) for i in range(len(batch.counts) + 1)]
@@ -81,7 +77,6 @@ class Bootstrapping:
         alpha = ramped(blip.alpha, step, round(blip.ramp_epochs * len(self.plan) / self.spec.batch_pairs))
         with mixed():
             if self.memory:
-                self.memory.follow(self.model)
                 self.keys = keys_of(self.memory, images, pairs)
             parts = run(lambda model: losses(model, images, pairs, self.keys, self.aims, alpha))
         value, count, told = total(parts, pairs.valid_B, len(batch.counts))
@@ -90,7 +85,7 @@ class Bootstrapping:
             loss.backward()  # type: ignore[no-untyped-call]
             settle(run)
 
-        return value, count, back, told | dict.fromkeys(UNMEASURED)
+        return value, count, back, told
 
     def _entry(self, row: int, text: int) -> Entry:
         ids = torch.from_numpy(self.plan.tokens.used[self.plan.tokens.ids[text]])
@@ -100,76 +95,48 @@ class Bootstrapping:
         if self.memory and self.keys:
             self.memory.push(self.keys)
 
+    def kept(self, batch: Batch, half: bool) -> float:
+        ((images, texts),) = batch.parts
+        (layers, width, _), asked = self.model.sizes.text, self.aims.losses
+        patches, tokens = len(images.place), len(texts.tokens)
+        # A text looks at copies of its image's keys and values, and each wrong pair is another look.
+        looks = 3 * ("itm" in asked) + ("lm" in asked)
+        floats = layers * width * (16 * tokens * ("itc" in asked) + looks * (20 * tokens + 2 * patches))
+        floats += 3 * tokens * self.model.sizes.vocabulary * ("lm" in asked)
+        places = len(self.memory.same_Q2) + len(batch.same) if self.memory else 0
+        return 4.0 * (floats * (0.6 if half else 1) + 10 * len(batch.valid) * places)
+
 
 def train_blip_rank(config: TrainConfig, rank: int, ranks: int, device: torch.device) -> TrainResult:
     """As `training.run.train_rank`, for objective: blip."""
-    from training.run import Metrics, _agree, _resume, precision, profiled
+    spec = _named(config.spec)
+    return frame.train(config, spec, rank, ranks, device, functools.partial(_begin, spec))
 
-    began, spec, out = time.perf_counter(), _named(config.spec), Path(config.out_dir)
-    store = Store(config.store)
-    flat, left_out = make_plan(store, config.shards, spec, config.apart)
-    plan = SquarePlan.of(flat, spec.model.image_px // spec.model.patch_px)
-    if ranks > 1:
-        _agree(plan.fingerprint)
+
+def _begin(spec: PretrainSpec, store: Store, flat: Plan, rank: int, ranks: int, device: torch.device) -> frame.Work:
+    m, asked = spec.model, spec.blip.losses
+    plan = SquarePlan.of(flat, m.image_px // m.patch_px)
     model, processor = build(spec, store)
-    model.only(spec.blip.losses)
-    memory = Memory(model, spec.blip.queue, spec.blip.momentum).to(device) if "itc" in spec.blip.losses else None
+    model.only(asked)
+    memory = Memory(model, spec.blip.queue, spec.blip.momentum).to(device) if "itc" in asked else None
     for module in (model, memory.encoders) if memory else (model,):
         place(module, spec.parallel, ranks, device)
-    held = nn.ModuleDict({"model": model, "memory": memory} if memory else {"model": model})
-    model.visual.transformer.remember = spec.activations
-    if spec.compile:
-        compile_blocks(held)
-    optimizer = make_optimizer(model, spec)
-    own = {"plan": plan.fingerprint} | identity(config)
-    start, totals = _resume(out / "checkpoints", held, optimizer, own, rank, ranks)
-    dtype = precision(spec, device)
-    metrics = Metrics(out / "metrics.jsonl", start, spec.tensorboard) if rank == 0 else None
-    if rank == 0:
-        checkpoint.check_room(out, held, spec.keep_best)
-    saver = checkpoint.Saver(out / "checkpoints", spec.keep_best)
+    parts = [role for role, (_, loss) in ROLES.items() if loss in asked]
 
-    def save(step: int) -> None:
-        loss = sum(totals.recent) / len(totals.recent) if totals.recent else None
-        totals.recent.clear()
-        saver.save(held, optimizer, plan.state(step) | own | {"loss": loss, "totals": dataclasses.asdict(totals)})
+    def publish(folder: Path, weights: dict[str, Tensor], facts: Facts) -> None:
+        for role in parts:
+            blip_export.save(folder / role, model.sizes, weights, ROLES[role][0], processor, facts)
+        Store(folder).write(CARD, card(facts))  # last: it tells that all is done
 
-    m = spec.model
-    cost = Cost((m.vision.layers, m.vision.width), (m.text.layers, 3 * m.text.width))
-    loader = Loader(
-        plan, store, rank, ranks, cost, m.patch_px, spec.jitter, CLIP, multiple=spec.token_multiple, steps=spec.steps,
-        workers=spec.loader_workers, cache=cache_at(spec.cache, spec.cache_gb),
-    )  # fmt: skip
-    teach = Bootstrapping(model, memory, plan, aims(spec, processor.tokenizer, model.sizes.context), spec, rank)
-    traced = spec.profile_steps if rank == 0 else 0
-    with deterministic(spec.deterministic), saver, profiled(out / "trace.json", traced) as tick:
-
-        def told(line: Line) -> None:
-            if metrics:
-                metrics.add(line)
-            tick()
-            saver.check()
-
-        train_steps(model, optimizer, loader, spec, start, totals, device, dtype, told, save, teach=teach)
-    weights = whole_state(model, keep=rank == 0)
-    result = TrainResult(
-        model=str(out / "model"), fingerprint=config.fingerprint, plan=plan.fingerprint, steps=spec.steps,
-        resumed_from=start, pairs=len(plan), left_out=left_out, truncated=plan.tokens.truncated,
-        seconds=time.perf_counter() - began, precision=str(dtype).removeprefix("torch."),
-        attention=chosen(spec.attention, device.type, dtype), torch=torch.__version__,
-        parts=[role for role, (_, loss) in ROLES.items() if loss in spec.blip.losses],
-        **totals.figures() | {"fill": None},
-    )  # fmt: skip
-    if rank == 0:
-        Store(out).write(RESULT, result.model_dump_json(indent=2))
-        facts: dict[str, Any] = {
-            "spec": spec.model_dump(exclude=UNSEEN), "steps": spec.steps, "precision": result.precision,
-        } | own  # fmt: skip
-        card = json.dumps(facts, indent=2, sort_keys=True)
-        for role, folder in result.models.items():
-            blip_export.save(folder, model.sizes, weights, ROLES[role][0], processor, {CARD: card})
-        Store(out).write(f"model/{CARD}", card)  # last: it tells that all is done
-    return result
+    return frame.Work(
+        model=model,
+        beside={"memory": memory} if memory else {},
+        plan=plan,
+        cost=Cost((m.vision.layers, m.vision.width), (m.text.layers, 3 * m.text.width)),
+        teach=Bootstrapping(model, memory, plan, aims(spec, processor.tokenizer, model.sizes.context), spec, rank),
+        publish=publish,
+        told={"parts": parts, "fill": None},
+    )
 
 
 def aims(spec: PretrainSpec, tokenizer: Any, context: int) -> Aims:

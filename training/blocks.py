@@ -1,11 +1,13 @@
-"""Blocks of shards on their way to the decoder: one range request each, ahead of the steps, kept while they are needed.
+"""Blocks of shards on their way to the decoder: of each a rank reads what it needs, in one range request, ahead.
 
 A store that is away for a moment is asked again. The optional cache keeps blocks of far stores on a local disk: a file
 each, named by the tar's sha256, so that another tar is never taken for it, and holding its own sha256 before its bytes.
 A file that isn't what it says is read anew. Files are renamed into place, so ranks may share a folder; what was used
-least recently goes first. Cost: the blocks of two windows of the plan in memory; each rank reads every block.
+least recently goes first. Cost: the rank's own images of about one window of the plan in memory.
 """
 
+import contextlib
+import dataclasses
 import hashlib
 import logging
 import os
@@ -13,6 +15,8 @@ import re
 import tempfile
 import threading
 import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,6 +24,7 @@ import numpy as np
 
 from pairs.errors import PairmillError
 from pairs.store import TEMPORARY, Store, advice
+from training.order import Ints
 from training.plan import Block, Plan
 
 log = logging.getLogger("pairmill.training")
@@ -97,43 +102,100 @@ class Cache:
 
 
 class Blocks:
-    """The encoded images of a plan's rows."""
+    """The encoded images of the rows that a rank takes, `own` of a step: asked for ahead of the steps, let go after.
 
-    def __init__(self, plan: Plan, store: Store, cache: Cache | None = None) -> None:
-        self.plan, self.store, self.cache = plan, store, cache
-        self._pool = ThreadPoolExecutor(READERS, "read")
-        self._held: dict[int, Future[bytes]] = {}
-        self._lock, self._last = threading.Lock(), 0
+    While a window's rows are used up, blocks of the next are asked for at the same pace: about one window's own images
+    are held. A row that the next window takes again stays.
+    """
 
-    def look(self, first: int, last: int) -> None:
-        """Asks for the blocks of the steps from `first` to the end of the window of `last`, and lets go of others."""
-        rows = []
-        with self._lock:  # a late step must not let go of what a later one has asked for
-            self._last = max(self._last, last)
-            while first <= self._last:
-                begin, end = self.plan.window_of(first)
-                rows.append(self.plan.window(begin, end)[1][first - begin :].ravel())
-                first = end
-            wanted = dict.fromkeys(self.plan.block_of[np.concatenate(rows)].tolist())
-            kept = {number: self._held[number] for number in wanted if number in self._held}
-            self._held = kept | {n: self._pool.submit(self._read, n) for n in wanted if n not in kept}
+    def __init__(self, plan: Plan, store: Store, own: Callable[[int], Ints], cache: Cache | None = None) -> None:
+        self.plan, self.store, self.own, self.cache = plan, store, own, cache
+        self._lock = threading.Lock()
+        self._span = 0, 0
+
+    @contextlib.contextmanager
+    def over(self, start: int, end: int) -> Iterator[None]:
+        """Within, the steps [start, end) are served, each once."""
+        self._span, self._steps = (start, end), dict[int, Ints]()
+        self._held, self._uses = dict[int, Future[dict[int, bytes]]](), Counter[int]()
+        self._windows: deque[tuple[int, int, deque[Ints]]] = (
+            deque()
+        )  # first step, blocks at first, blocks yet to ask for
+        self._known = start  # steps before it have their rows here
+        with ThreadPoolExecutor(READERS, "read") as self._pool:
+            try:
+                yield
+            finally:
+                self._pool.shutdown(cancel_futures=True)
+                self._span, self._held = (0, 0), {}
+
+    def serves(self, step: int) -> bool:
+        return self._span[0] <= step < self._span[1]
+
+    def look(self, step: int) -> None:
+        """Asks for all blocks of the step's window that weren't asked for yet."""
+        with self._lock:
+            while self._known <= self.plan.window_of(step)[1] and self._known < self._span[1]:
+                self._learn()  # the next window too: what it takes again isn't let go
+            for first, _, blocks in self._windows:
+                if first <= step:
+                    self._ask(blocks, len(blocks))
 
     def image(self, row: int) -> bytes:
         """The row's image, whose step was looked at."""
-        number = int(self.plan.block_of[row])
         with self._lock:
-            block = self._held[number]
-        start = int(self.plan.offsets[row]) - self.plan.blocks[number].start
-        return block.result()[start : start + int(self.plan.sizes[row])]
+            held = self._held[row]
+        return held.result()[row]
 
-    def _read(self, number: int) -> bytes:
-        block = self.plan.blocks[number]
-        data = self.cache.get(block) if self.cache else None
-        if data is None:
-            data = read(self.store, block)
-            if self.cache:
+    def done(self, step: int) -> None:
+        """Lets go of the step's rows, and asks for as large a share of the next window's blocks as was used of this."""
+        with self._lock:
+            for row in self._steps.pop(step).tolist():
+                self._uses[row] -= 1
+                if not self._uses[row]:
+                    del self._uses[row]
+                    self._held.pop(row).result().pop(row)
+            first, end = self.plan.window_of(step)
+            left = sum(other in self._steps for other in range(first, end)) / (end - first)
+            for begin, count, blocks in self._windows:
+                if begin == end:
+                    self._ask(blocks, len(blocks) - int(count * left))
+            while self._windows and self._windows[0][0] < first:
+                self._windows.popleft()
+
+    def _learn(self) -> None:
+        """Takes in the next window's rows, as far as the span goes."""
+        first, end = self.plan.window_of(self._known)
+        own = {step: self.own(step) for step in range(self._known, min(end, self._span[1]))}
+        self._steps |= own
+        self._uses.update(row for rows in own.values() for row in rows.tolist())
+        rows = np.unique(np.concatenate([*own.values()]))
+        blocks = deque(np.split(rows, np.flatnonzero(np.diff(self.plan.block_of[rows])) + 1))
+        self._windows.append((first, len(blocks), blocks))
+        self._known = min(end, self._span[1])
+
+    def _ask(self, blocks: deque[Ints], count: int) -> None:
+        """For the rows of the next `count` of the blocks: one request each, of what isn't here."""
+        for _ in range(count):
+            missing = [row for row in blocks.popleft().tolist() if row not in self._held]
+            if missing:
+                self._held |= dict.fromkeys(missing, self._pool.submit(self._read, missing))
+
+    def _read(self, rows: list[int]) -> dict[int, bytes]:
+        """The images of rows of one block. A cache takes in the whole of it; else only their range is read."""
+        block = self.plan.blocks[int(self.plan.block_of[rows[0]])]
+        starts, sizes = self.plan.offsets[rows], self.plan.sizes[rows]
+        if self.cache:
+            data = self.cache.get(block)
+            if data is None:
+                data = read(self.store, block)
                 self.cache.put(block, data)
-        return data
+        else:
+            start, end = int(starts.min()), int((starts + sizes).max())
+            block = dataclasses.replace(block, start=start, size=end - start)
+            data = read(self.store, block)
+        places = (starts - block.start).tolist()
+        return {row: data[at : at + size] for row, at, size in zip(rows, places, sizes.tolist(), strict=True)}
 
 
 def read(store: Store, block: Block) -> bytes:

@@ -32,6 +32,7 @@ from pairs.errors import PairmillError
 from pairs.fingerprint import content_hash, fingerprint
 
 log = logging.getLogger("pairmill.training")
+CARD = "model_card.json"  # in a model's folder: which training made it
 KEEP, FORMAT = 2, 2  # format 1: one file of weights, one of moments
 FILE_BYTES = 2**28  # of a rank's tensors in one file: so much is held once more while it is written
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")  # one process is fine
@@ -39,17 +40,25 @@ Facts = dict[str, Any]
 
 
 @contextlib.contextmanager
-def publishing(target: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `target` when the block ends without an error; its files are fsynced first."""
+def publishing(target: Path, facts: Facts | None = None) -> Iterator[Path]:
+    """A temporary folder that becomes `target` when the block ends without an error; its files are fsynced first.
+    A model's gets a card of these `facts`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=target.parent))
     try:
         yield temporary
+        if facts is not None:
+            (temporary / CARD).write_text(card(facts))
         _rename(temporary, target)
     except (OSError, SafetensorError) as error:
         raise _unwritten(target, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def card(facts: Facts) -> str:
+    """What `CARD` holds."""
+    return json.dumps(facts, indent=2, sort_keys=True)
 
 
 class Saver:

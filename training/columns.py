@@ -163,8 +163,8 @@ class ColumnLoader(Loader):
         if self.columns.image is not None:
             return self._features(step)
         batch = super().load(step)
-        own = self.plan.split(step, self.ranks * self.parts, self.cost)[self.rank * self.parts :][: self.parts]
-        rows = [self._rows("text", part) for part in own]
+        own = self._own(self.plan.split(step, self.ranks * self.parts, self.cost))
+        rows = [self._looked_up("text", part) for part in own]
         parts = tuple((images, one) for (images, _), (one, _) in zip(batch.parts, rows, strict=True))
         return self._masked(batch, parts, torch.cat([there for _, there in rows]))
 
@@ -177,12 +177,12 @@ class ColumnLoader(Loader):
         parts: list[tuple[Rows, Rows | PackedTexts]] = []
         valid = []
         for own in shares[self.rank]:
-            images, there = self._rows("image", own)
+            images, there = self._looked_up("image", own)
             if self.columns.text is None:
                 words = [torch.from_numpy(self.plan.tokens.ids[self.plan.text(e, r)]) for e, r in own]
                 parts.append((images, pack_texts(words, self.form, self.multiple)))
             else:
-                texts, told = self._rows("text", own)
+                texts, told = self._looked_up("text", own)
                 parts.append((images, texts))
                 there &= told
             valid.append(there)
@@ -190,7 +190,7 @@ class ColumnLoader(Loader):
         whole = Batch((), torch.ones(counts[self.rank], dtype=torch.bool), torch.tensor(same), counts, {})
         return self._masked(whole, tuple(parts), torch.cat(valid))
 
-    def _rows(self, tower: str, own: Pairs) -> tuple[Rows, Tensor]:
+    def _looked_up(self, tower: str, own: Pairs) -> tuple[Rows, Tensor]:
         """Features and whether there are any: zeros where not. What a pair's dropout is drawn from hangs on its uid."""
         values: Tensor = getattr(self.columns, tower)
         found = values[[row if tower == "image" else self.plan.text(epoch, row) for epoch, row in own]]

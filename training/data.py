@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from pairs.errors import PairmillError
 from pairs.store import Store
 from training.blocks import Blocks, Cache
 from training.decoding import PORTION, Decoders
-from training.packing import CLIP, Form, PackedImages, PackedTexts, frame_images, pack_texts
+from training.packing import CLIP, Form, Move, PackedImages, PackedTexts, frame_images, pack_texts
 from training.pixels import Item, Look, cells_of, fill
 from training.plan import Cost, Plan
 
@@ -44,11 +44,14 @@ class Batch:
     same: torch.Tensor  # int64 (all pairs, 2): pairs that share either are not negatives
     counts: tuple[int, ...]  # pairs by rank
     damaged: dict[str, int]  # own pairs that couldn't be decoded, by reason
-    flops: float = 0.0  # useful ones of forward and backward
+
+    def moved(self, move: Move) -> "Batch":
+        """With each tensor as `move` gives it: on a device, or in pinned memory."""
+        parts = tuple((images.moved(move), texts.moved(move)) for images, texts in self.parts)
+        return Batch(parts, move(self.valid), move(self.same), self.counts, self.damaged)
 
     def to(self, device: torch.device) -> "Batch":
-        parts = tuple((images.to(device), texts.to(device)) for images, texts in self.parts)
-        return Batch(parts, self.valid.to(device), self.same.to(device), self.counts, self.damaged, self.flops)
+        return self.moved(lambda x: x.to(device, non_blocking=True))
 
     @property
     def useful(self) -> int:
@@ -80,25 +83,26 @@ class Loader:
         workers: int = 0,
         cache: Cache | None = None,
     ) -> None:
-        if ranks > plan.batch_pairs:
-            raise PairmillError(
-                expected=f"a pair of each step for each of {ranks} ranks",
-                found=f"pretrain.batch_pairs: {plan.batch_pairs}",
-                remedy="start fewer ranks, or raise batch_pairs",
-            )
+        assert ranks <= plan.batch_pairs, "each rank has a pair"
         self.plan, self.rank, self.ranks, self.cost, self.form = plan, rank, ranks, cost, form
         self.look = Look(plan.seed, patch_px, jitter, plan.dropout)
         self.parts, self.multiple, self.workers = min(accumulate, plan.batch_pairs // ranks), multiple, workers
         self.least = self._least(steps) if multiple > 1 else (0, 0)
         self.wait_s, self.shapes = 0.0, Counter[tuple[int, int, int]]()
-        self._blocks = Blocks(plan, store, cache)
+        self._blocks = Blocks(plan, store, self._rows, cache)
         self._decoders: Decoders | None = None
         self._portions: ThreadPoolExecutor | None = None
 
-    def batches(self, start: int, end: int) -> Iterator[Batch]:
-        """The batches of steps [start, end), `AHEAD` of them in the making."""
-        with self._processes(), ThreadPoolExecutor(AHEAD if self.workers else 1, "decode") as pool:
-            pending: list[Future[Batch]] = [pool.submit(self.load, s) for s in range(start, min(end, start + AHEAD))]
+    def batches(self, start: int, end: int, pin: bool = False) -> Iterator[Batch]:
+        """The batches of steps [start, end), `AHEAD` of them in the making; `pin`: in memory that a GPU copies from."""
+
+        def make(step: int) -> Batch:
+            batch = self.load(step)
+            return batch.moved(torch.Tensor.pin_memory) if pin else batch
+
+        pool = ThreadPoolExecutor(AHEAD if self.workers else 1, "decode")
+        with self._blocks.over(start, end), self._processes(), pool:
+            pending: list[Future[Batch]] = [pool.submit(make, s) for s in range(start, min(end, start + AHEAD))]
             try:
                 for step in range(start, end):
                     began = time.perf_counter()
@@ -106,7 +110,7 @@ class Loader:
                     self.wait_s = time.perf_counter() - began
                     self.shapes.update((len(i.pool), len(i.place), len(t.tokens)) for i, t in batch.parts)
                     if step + AHEAD < end:
-                        pending.append(pool.submit(self.load, step + AHEAD))
+                        pending.append(pool.submit(make, step + AHEAD))
                     yield batch
             finally:
                 pool.shutdown(cancel_futures=True)
@@ -127,11 +131,13 @@ class Loader:
 
     def load(self, step: int) -> Batch:
         """This rank's batch of `step`, packed; heavy and light pairs are spread over ranks and parts."""
+        if not self._blocks.serves(step):
+            with self._blocks.over(step, step + 1):
+                return Loader.load(self, step)
         shares = self.plan.split(step, self.ranks * self.parts, self.cost)
-        own = shares[self.rank * self.parts : (self.rank + 1) * self.parts]
-        first, end = self.plan.window_of(step)
-        self._blocks.look(max(0, step - AHEAD), end if 2 * step >= first + end else step)
-        made = [self._part(pairs) for pairs in own]
+        self._blocks.look(step)
+        made = [self._part(pairs) for pairs in self._own(shares)]
+        self._blocks.done(step)
         valid = torch.cat([fine for _, fine in made])
         lost = int((~valid).sum())
         return Batch(
@@ -140,13 +146,15 @@ class Loader:
             same=torch.tensor([[row, self.plan.text(epoch, row)] for share in shares for epoch, row in share]),
             counts=tuple(sum(map(len, shares[i : i + self.parts])) for i in range(0, len(shares), self.parts)),
             damaged={"undecodable": lost} if lost else {},
-            flops=3 * float(sum(self._cost(pairs) for pairs in own)),
         )
 
-    def _cost(self, pairs: Pairs) -> float:
-        """FLOPs of the pairs' forward pass."""
-        patches, texts = self.plan.tokens_of(pairs).T
-        return float(self.cost(int(self.form.class_token) + patches, texts).sum())
+    def _own(self, shares: list[list[tuple[int, int]]]) -> list[list[tuple[int, int]]]:
+        return shares[self.rank * self.parts : (self.rank + 1) * self.parts]
+
+    def _rows(self, step: int) -> npt.NDArray[np.int64]:
+        """The rows whose images this rank takes."""
+        own = self._own(self.plan.split(step, self.ranks * self.parts, self.cost))
+        return np.array([row for pairs in own for _, row in pairs], np.int64)
 
     def _least(self, steps: int) -> tuple[int, int]:
         """The lengths of the two streams that hold a part of (nearly) every step."""

@@ -23,7 +23,7 @@ from training.models.locked import Head, part_of, plain, put_heads
 from training.models.siglip import HALF, PackedSiglip, from_open_clip, to_open_clip
 from training.tokens import Ids
 
-CONFIG, WEIGHTS, CARD = "open_clip_config.json", "open_clip_model.safetensors", "model_card.json"
+CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 HEADS = "heads.json"
 
 
@@ -194,9 +194,8 @@ def _theirs(spec: ModelSpec) -> dict[str, Tensor]:
 
 def save(folder: Path, spec: ModelSpec, weights: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Publishes `folder`; `weights` are the packed model's whole state dict, `facts` the model card's."""
-    with publishing(folder) as temporary:
+    with publishing(folder, facts) as temporary:
         (temporary / CONFIG).write_text(json.dumps(config(spec), indent=2))
-        (temporary / CARD).write_text(json.dumps(facts, indent=2, sort_keys=True))
         (temporary / WEIGHTS).write_bytes(to_bytes(public_weights(spec, weights), metadata={"format": "pt"}))
 
 
@@ -244,7 +243,7 @@ def spec_of(cfg: dict[str, Any]) -> ModelSpec:
 
 
 def save_trained(
-    folder: Path, spec: PretrainSpec, weights: dict[str, Tensor], used: Ids, facts: dict[str, Any]
+    spec: PretrainSpec, used: Ids, folder: Path, weights: dict[str, Tensor], facts: dict[str, Any]
 ) -> None:
     """Publishes what a training made, whose token table holds the rows `used`: for open_clip, or as heads."""
     if "token_embedding.weight" in weights:
@@ -260,7 +259,7 @@ def save_heads(folder: Path, spec: PretrainSpec, weights: dict[str, Tensor], fac
     `nn.Sequential`, as the filter `probe` reads them), what else it has (`rest.safetensors`), the columns and settings
     (`heads.json`) and the card. `weights` are its whole state dict."""
     rest = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    with publishing(folder) as temporary:
+    with publishing(folder, facts) as temporary:
         for tower, prefix in (("image", "visual."), ("text", "head.")):
             if getattr(spec.towers, tower).features:
                 own = {name.removeprefix(prefix): rest.pop(name) for name in [*rest] if name.startswith(prefix)}
@@ -268,7 +267,6 @@ def save_heads(folder: Path, spec: PretrainSpec, weights: dict[str, Tensor], fac
         (temporary / "rest.safetensors").write_bytes(to_bytes(rest, metadata={"format": "pt"}))
         told = {"towers": spec.towers.model_dump(), "model": spec.model.model_dump()}
         (temporary / HEADS).write_text(json.dumps(told, indent=2))
-        (temporary / CARD).write_text(json.dumps(facts, indent=2, sort_keys=True))
 
 
 def load_heads(folder: Path, attention: str = "auto") -> tuple[Towers, TowersSpec]:

@@ -76,7 +76,7 @@ def preflight(spec: PretrainSpec) -> None:
     import torch
 
     from training.attention import unsupported
-    from training.run import check_gpus, precision
+    from training.hardware import check_gpus, precision
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_gpus(spec.workers)

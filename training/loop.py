@@ -11,9 +11,9 @@ import functools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,18 +22,28 @@ from torch.distributed.tensor import DTensor
 
 from pairs.errors import PairmillError
 from pairs.pretrain import PretrainSpec
-from training.accumulate import Context, features
 from training.data import Batch, Loader
+from training.flops import step_flops
 from training.hardware import memory_bytes, peak_flops
 from training.models.blip import PackedBlip
 from training.models.clip import Towers
-from training.objectives import OBJECTIVES, Share
 from training.parallel import clip, follow, running
 from training.preflight import rehearse
+from training.teach import Teach
 
 PATIENCE = 10
 MAX_LOGIT_SCALE = math.log(100)
 Line = dict[str, Any]
+DAMAGE = {  # why a pair is masked: what was expected, and what to do where most are
+    "undecodable": (
+        "pairs whose images can be decoded",
+        "run `pairmill verify` on the workspace: the training shards are damaged",
+    ),
+    "no_features": (
+        "pairs with finite features in the columns that pretrain.towers names",
+        "see which pairs the filters of these columns leave null, and drop those in `keep`, or name other columns",
+    ),
+}
 
 
 @dataclass
@@ -61,36 +71,6 @@ class Totals:
         }
 
 
-class Teach(Protocol):
-    """What a step computes of a batch: `loss` gives its sum and count (of this rank), what takes the gradient of a
-    scaled sum into the weights, and what to tell; `done` follows on a step that was taken."""
-
-    def loss(
-        self, run: nn.Module, batch: Batch, step: int, mixed: Context
-    ) -> tuple[Tensor, Tensor, Callable[[Tensor], None], Line]: ...
-
-    def done(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """Two towers' features, under an objective."""
-
-    objective: str
-    rank: int
-
-    def loss(
-        self, run: nn.Module, batch: Batch, step: int, mixed: Context
-    ) -> tuple[Tensor, Tensor, Callable[[Tensor], None], Line]:
-        (image_BE, text_BE, scale, bias), back = features(run, batch.parts, mixed)
-        share = Share(batch.valid, batch.same, batch.counts, self.rank)
-        total, count = OBJECTIVES[self.objective](image_BE, text_BE, scale, bias, share)
-        return total, count, back, {}
-
-    def done(self) -> None:
-        pass
-
-
 def train_steps(
     model: Towers | PackedBlip,
     optimizer: torch.optim.Optimizer,
@@ -102,39 +82,40 @@ def train_steps(
     dtype: torch.dtype,
     emit: Callable[[Line], None],
     save: Callable[[int], None],
+    teach: Teach,
     average: nn.Module | None = None,
-    teach: "Teach | None" = None,
 ) -> None:
     """Steps [start, spec.steps), added to `totals`. `emit` gets a line for each, `save` how many are done, when due.
-    `average` is a copy of the model that follows it (spec.ema); `teach` what the steps compute, if not a contrast of
-    towers."""
-    ranks, rank, in_a_row = loader.ranks, loader.rank, 0
-    teach = teach or Contrast(spec.objective, rank)
-    lately: deque[tuple[int, int]] = deque(maxlen=PATIENCE)
+    `teach` is what the steps compute, `average` a copy of the model that follows it (spec.ema)."""
+    ranks, in_a_row = loader.ranks, 0
+    lately: deque[tuple[int, ...]] = deque(maxlen=PATIENCE)
     parameters = [p for p in model.parameters() if p.requires_grad]
     run = running(model, ranks)
     # No cache: a weight is cast once a pass, and kept casts would be the whole model where FSDP2 holds a block.
     mixed = functools.partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
-    if isinstance(teach, Contrast):  # what it rehearses
-        rehearse(run, optimizer, loader, spec, mixed, device)
+    rehearse(run, optimizer, loader, teach, spec, mixed, device)
     began, save_s, peak = time.perf_counter(), 0.0, peak_flops(device, dtype)
-    for step, batch in enumerate(_on_device(loader.batches(start, spec.steps), device), start):
+    batches = loader.batches(start, spec.steps, pin=device.type == "cuda")
+    for step, batch in enumerate(_on_device(batches, device), start):
         rate = learning_rate(step, spec)
         for group in optimizer.param_groups:
             group["lr"] = rate
 
+        teach.ready()
         total, count, back, seen = teach.loss(run, batch, step, mixed)
 
-        damaged = sum(batch.damaged.values())
-        own = [float(total.detach()), float(count), damaged, batch.useful, batch.computed, loader.wait_s, batch.flops]
-        loss_sum, pairs, damaged_sum, useful, all_tokens, wait_s, flops = _sum(own, ranks, device)
+        own = [batch.useful, batch.computed, loader.wait_s, step_flops(model, batch)]
+        sums = _sum([total, count], [*own, *(batch.damaged.get(name, 0) for name in DAMAGE)], ranks)
+        optimizer.zero_grad()
+        back(total * (ranks / sums[1].clamp(min=1)).to(total))
+        scale, norm_ = model.logit_scale.detach().exp(), clip(parameters, spec.clip_norm)
+        # The one wait for the device in a step.
+        norm, scale_, *told = torch.stack([x.double() for x in (norm_, scale, *sums, *seen.values())]).tolist()
+        loss_sum, pairs, useful, all_tokens, wait_s, flops, *lost = told[: len(sums)]
         loss = loss_sum / max(pairs, 1)
-        lately.append((int(damaged_sum), sum(batch.counts)))
+        lately.append((*map(int, lost), sum(batch.counts)))
         _check_damage(step, int(pairs), lately)
 
-        optimizer.zero_grad()
-        back(total * (ranks / max(pairs, 1)))
-        norm = clip(parameters, spec.clip_norm)
         if math.isfinite(loss) and math.isfinite(norm):
             optimizer.step()
             teach.done()
@@ -154,7 +135,7 @@ def train_steps(
             totals.recent.append(loss)
             if step >= spec.steps - max(1, spec.steps // 10):
                 totals.losses.append(loss)
-        totals.damaged += int(damaged_sum)
+        totals.damaged += int(sum(lost))
         totals.pairs, totals.useful = totals.pairs + int(pairs), totals.useful + int(useful)
         totals.computed, totals.seconds = totals.computed + int(all_tokens), totals.seconds + seconds
         emit(
@@ -163,9 +144,9 @@ def train_steps(
                 "loss": loss,
                 "lr": rate,
                 "grad_norm": norm,
-                "logit_scale": float(model.logit_scale.detach().exp()),
+                "logit_scale": scale_,
                 "pairs": int(pairs),
-                "damaged": int(damaged_sum),
+                "damaged": int(sum(lost)),
                 "pairs_per_s": pairs / seconds,
                 "tokens_per_s": useful / seconds,
                 "fill": useful / all_tokens,
@@ -176,7 +157,8 @@ def train_steps(
                 "memory_mb": memory_bytes(device) / 1e6,
                 "uids_sha256": loader.plan.digest(step),
             }
-            | seen
+            | dict(zip(seen, told[len(sums) :], strict=True))
+            | dict.fromkeys(teach.unmeasured)
         )
         save_s = 0.0
         if (step + 1) % spec.checkpoint_every == 0 or step + 1 == spec.steps:
@@ -205,29 +187,50 @@ def learning_rate(step: int, spec: PretrainSpec) -> float:
     return spec.learning_rate * (1 + math.cos(math.pi * done)) / 2
 
 
-def _on_device(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
-    return batches if device.type == "cpu" else (batch.to(device) for batch in batches)
-
-
-def _sum(values: list[float], ranks: int, device: torch.device) -> list[float]:
-    """The values added up over ranks."""
-    if ranks == 1:
-        return values
-    sums = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(sums)
-    added: list[float] = sums.tolist()
-    return added
-
-
-def _check_damage(step: int, pairs: int, lately: Collection[tuple[int, int]]) -> None:
-    """Stops where a step has no pair left, or the last `PATIENCE` steps fewer than half: damage, not bad luck."""
-    damaged, taken = (sum(column) for column in zip(*lately, strict=True))
-    if pairs and (len(lately) < PATIENCE or 2 * damaged <= taken):
+def _on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches there. A GPU copies each, from pinned memory, while it computes the one before."""
+    if device.type == "cpu":
+        yield from batches
         return
+    side, coming = torch.cuda.Stream(device), deque[tuple[Batch, torch.cuda.Event]]()
+    for batch in batches:
+        # A batch that was let go leaves its memory to a later one: not before what looked at it has ended.
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            coming.append((batch.to(device), side.record_event()))
+        if len(coming) > 1:
+            yield _arrived(coming, device)
+    if coming:
+        yield _arrived(coming, device)
+
+
+def _arrived(coming: deque[tuple[Batch, torch.cuda.Event]], device: torch.device) -> Batch:
+    batch, copied = coming.popleft()
+    torch.cuda.current_stream(device).wait_event(copied)
+    return batch
+
+
+def _sum(there: Sequence[Tensor], here: Sequence[float], ranks: int) -> Tensor:
+    """The values of the device and those of the host, float64, added up over ranks."""
+    own = torch.tensor(here, dtype=torch.float64).to(there[0].device, non_blocking=True)
+    sums = torch.cat([torch.stack([x.detach().double() for x in there]), own])
+    if ranks > 1:
+        dist.all_reduce(sums)
+    return sums
+
+
+def _check_damage(step: int, pairs: int, lately: Collection[tuple[int, ...]]) -> None:
+    """Stops where a step has no pair left, or the last `PATIENCE` steps fewer than half: damage, not bad luck."""
+    *lost, taken = (sum(column) for column in zip(*lately, strict=True))
+    if pairs and (len(lately) < PATIENCE or 2 * sum(lost) <= taken):
+        return
+    of = {reason: count for reason, count in zip(DAMAGE, lost, strict=True) if count}
+    expected, remedy = DAMAGE[max(of, key=lambda reason: of[reason])] if of else DAMAGE["undecodable"]
+    found = " and ".join(f"{count} of {taken} {reason}" for reason, count in of.items())
     raise PairmillError(
-        expected="pairs whose images can be decoded",
-        found=f"{damaged} of {taken} undecodable in the {len(lately)} steps up to {step}",
-        remedy="run `pairmill verify` on the workspace: the training shards are damaged",
+        expected=expected,
+        found=f"{found or 'no valid pair'} in the {len(lately)} steps up to {step}",
+        remedy=remedy,
     )
 
 

@@ -6,15 +6,19 @@ one, a stream is filled up by a tail: a segment of its own that nothing looks at
 tails included. Cost: index arithmetic on the host. NaViT: arXiv 2307.06304.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from training.attention import Layout
-from training.pixels import Cells, Grid
+
+Grid = tuple[int, int]  # rows and columns of patches
+Cells = npt.NDArray[np.int64]
+Move = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,12 @@ class PackedImages:
     layout: Layout
     useful: int  # tokens that belong to examples
 
+    def moved(self, move: Move) -> "PackedImages":
+        patches, place, pool = (move(x) for x in (self.patches, self.place, self.pool))
+        return PackedImages(patches, self.grids, place, pool, self.layout.moved(move), self.useful)
+
     def to(self, device: torch.device) -> "PackedImages":
-        patches, place, pool = (x.to(device, non_blocking=True) for x in (self.patches, self.place, self.pool))
-        return PackedImages(patches, self.grids, place, pool, self.layout.to(device), self.useful)
+        return self.moved(lambda x: x.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)
@@ -55,9 +62,12 @@ class PackedTexts:
     layout: Layout
     useful: int
 
+    def moved(self, move: Move) -> "PackedTexts":
+        tokens, positions, pool = (move(x) for x in (self.tokens, self.positions, self.pool))
+        return PackedTexts(tokens, positions, pool, self.layout.moved(move), self.useful)
+
     def to(self, device: torch.device) -> "PackedTexts":
-        tokens, positions, pool = (x.to(device, non_blocking=True) for x in (self.tokens, self.positions, self.pool))
-        return PackedTexts(tokens, positions, pool, self.layout.to(device), self.useful)
+        return self.moved(lambda x: x.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)

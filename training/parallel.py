@@ -21,7 +21,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from training.models.blip import PackedBlip
 from training.models.clip import Towers
-from training.models.transformer import Block
+from training.models.transformer import Repeated
 
 warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
 
@@ -31,7 +31,7 @@ def place(model: Towers | PackedBlip, how: str, ranks: int, device: torch.device
     if how == "fsdp" and ranks > 1:
         mesh = init_device_mesh(device.type, (ranks,))
         scalars = {p for p in model.parameters() if p.ndim == 0}
-        for part in [*(m for m in model.modules() if isinstance(m, Block)), model.visual, model]:
+        for part in [*(m for m in model.modules() if isinstance(m, Repeated)), model.visual, model]:
             fully_shard(part, mesh=mesh, ignored_params=scalars)
         for p in scalars:
             p.data = p.data.to(device)
@@ -66,7 +66,7 @@ def settle(model: nn.Module) -> None:
                 p.grad /= dist.get_world_size()
 
 
-def clip(parameters: Sequence[Tensor], most: float) -> float:
+def clip(parameters: Sequence[Tensor], most: float) -> Tensor:
     """Scales the gradients down to the norm `most`, taken over all ranks; the norm before."""
     alike, cut = ([p for p in parameters if isinstance(p, DTensor) == kind] for kind in (False, True))
     norm = get_total_norm([p.grad for p in alike if p.grad is not None])
@@ -76,7 +76,7 @@ def clip(parameters: Sequence[Tensor], most: float) -> float:
         norm = (norm.square() + square).sqrt()
     for kind in (alike, cut):
         clip_grads_with_norm_(kind, most, norm)
-    return float(norm)
+    return norm
 
 
 @torch.no_grad()

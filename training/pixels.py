@@ -5,8 +5,10 @@ turned with its patches; JPEGs far larger than their patches are decoded at a ha
 is a hash of (seed, epoch, uid): bytes are the same whoever computes them. Patch dropout: FLIP, arXiv 2212.00794.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
 import numpy as np
@@ -14,12 +16,13 @@ import numpy.typing as npt
 
 from pairs.identity import unit_hash
 
+if TYPE_CHECKING:
+    from training.packing import Cells, Grid
+
 REDUCED = {8: cv2.IMREAD_REDUCED_COLOR_8, 4: cv2.IMREAD_REDUCED_COLOR_4, 2: cv2.IMREAD_REDUCED_COLOR_2}
 JPEG = b"\xff\xd8"
 DRAWS = ("turn", "stretch", "zoom", "x", "y")
-Grid = tuple[int, int]  # rows and columns of patches
 Pixels = npt.NDArray[np.uint8]
-Cells = npt.NDArray[np.int64]
 
 
 class Look(NamedTuple):

@@ -6,11 +6,14 @@ patches and text tokens (decision 11). The state is {fingerprint, epoch, step}, 
 each different text once, then microseconds per pair.
 """
 
+from __future__ import annotations
+
 import functools
 import hashlib
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +21,11 @@ import numpy.typing as npt
 from pairs.shard import ShardRef
 from training.dealing import deal
 from training.order import Draws, Ints, Order, draws
-from training.pixels import Grid, kept
+from training.pixels import kept
 from training.tokens import Tokens
+
+if TYPE_CHECKING:
+    from training.packing import Grid
 
 BLOCK = 64  # neighbouring rows that are read by one range request
 DEALT, FEWEST = 8192, 4  # pairs that are dealt together, and the fewest steps
@@ -155,7 +161,7 @@ class Plan:
     def grid(self, row: int) -> Grid:
         return self._grid(int(self.widths[row]), int(self.heights[row]))
 
-    def split(self, step: int, shares: int, cost: "Cost") -> list[list[tuple[int, int]]]:
+    def split(self, step: int, shares: int, cost: Cost) -> list[list[tuple[int, int]]]:
         """The step's pairs in `shares` of nearly equal patches, text tokens and work, and of equal counts but for one.
         Work is told in tokens of a mean pair, so that all three weigh alike."""
         pairs = self.rows(step)

@@ -23,12 +23,12 @@ from torch.distributed.tensor import DTensor
 from pairs.errors import PairmillError
 from pairs.pretrain import PretrainSpec
 from pairs.process import free_bytes
-from training.accumulate import Context, features
+from training.accumulate import Context
 from training.data import Batch, Loader
 from training.hardware import memory_bytes
 from training.models.transformer import Transformer
-from training.objectives import OBJECTIVES, Share
 from training.plan import Plan
+from training.teach import Teach
 
 log = logging.getLogger("pairmill.training")
 MEET_S, HEAR_S = 300.0, 60.0  # within which all ranks come, and a collective of a few bytes ends
@@ -79,6 +79,7 @@ def rehearse(
     run: nn.Module,
     optimizer: torch.optim.Optimizer,
     loader: Loader,
+    teach: Teach,
     spec: PretrainSpec,
     context: Context,
     device: torch.device,
@@ -91,10 +92,8 @@ def rehearse(
     too_large = functools.partial(_too_large, step, batch.computed, free, spec)
 
     def once() -> None:
-        own = batch.to(device)
-        features_, back = features(run, own.parts, context)
-        share = Share(own.valid, own.same, own.counts, loader.rank)
-        back(OBJECTIVES[spec.objective](*features_, share)[0])
+        total, _, back, _ = teach.loss(run, batch.to(device), step, context)
+        back(total)
         for parameter in trained:
             parameter.grad = None
 
@@ -102,7 +101,8 @@ def rehearse(
         moments = [torch.empty_like(p) for p in trained for _ in range(0 if optimizer.state else 2)]
         if device.type == "cpu":
             with context():
-                needed = estimate(run, batch, torch.is_autocast_enabled("cpu")) + _bytes(moments)
+                half = torch.is_autocast_enabled("cpu")
+            needed = estimate(run, batch, half) + teach.kept(batch, half) + _bytes(moments)
             if needed > free:
                 raise too_large(f"it takes about {needed / 1e9:.1f} GB")
             grown = _growth(once)

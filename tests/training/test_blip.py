@@ -96,6 +96,7 @@ def test_captioner_and_matcher_are_two_models(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(240)
 def test_transformers_alone_loads_and_runs_both(tmp_path: Path) -> None:
     models = train_blip(PAIRS_, SPEC, tmp_path, ignore)
     code = """

@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from pairs.identity import unit_hash
 from tests.training.blip_small import TEXTS, ids, packed, pixels, tiny
 from training.blip_momentum import Memory
 from training.blip_objective import Aims, Entry, draw, keys_of, losses, pairs_of, ramped, total
 from training.models.blip import PackedBlip, spans_of, stream
+from training.parallel import place, running, settle, whole, whole_state
 
 torch.set_num_threads(1)
 COUNTS = {1: (9,), 2: (1, 8), 4: (2, 5, 1, 1)}
@@ -45,40 +45,42 @@ def one_step(run: torch.nn.Module, model: PackedBlip, memory: Memory, step: int,
     entries = [[entry(step, i) for i in part] for part in split]
     valid = torch.tensor([i != DAMAGED for i in split[rank]])
     pairs = pairs_of(entries, rank, spans_of(images), valid, 7, step)
+    run.zero_grad()  # not after the forward pass, when a cut model's root is whole
     memory.follow(model)
     keys = keys_of(memory, images, pairs)
     parts = run(lambda it: losses(it, images, pairs, keys, AIMS, ramped(ALPHA, step, 2)))
     loss, _, told = total(parts, pairs.valid_B, ranks)
-    run.zero_grad()
     (loss * ranks / (len(SHUFFLED) - 1)).backward()
+    settle(run)
     memory.push(keys)
     return torch.tensor([told[name] for name in ("itc", "itm", "lm")], dtype=torch.float64)
 
 
-def _train(rank: int, ranks: int, folder: str, start: int, steps: int) -> None:
+def _train(rank: int, ranks: int, folder: str, start: int, steps: int, how: str = "ddp") -> None:
     torch.set_num_threads(1)
     model = tiny().double()
     memory = Memory(model, PLACES, 0.9).double()
     held = torch.nn.ModuleDict({"model": model, "memory": memory})
     if start:
         held.load_state_dict(torch.load(f"{folder}/state{start}.pt"))
-    run: torch.nn.Module = model
     if ranks > 1:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         meet = f"file://{folder}/meet{ranks}-{start}"
         dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=ranks)
-        run = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    told = []
+        for module in (model, memory.encoders):
+            place(module, how, ranks, CPU)
+    run, told = running(model, ranks), []
     for step in range(start, steps):
         told.append(one_step(run, model, memory, step, rank, ranks))
         with torch.no_grad():
             for p in model.parameters():
                 assert p.grad is not None
                 p -= RATE * p.grad
+    gradients = {f"grad {name}": whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    state = whole_state(held, keep=True)
     if rank == 0:
-        gradients = {f"grad {name}": p.grad for name, p in model.named_parameters()}
-        torch.save({"told": torch.stack(told)} | gradients | held.state_dict(), f"{folder}/{ranks}-{start}.pt")
-        torch.save(held.state_dict(), f"{folder}/state{steps}.pt")
+        torch.save({"told": torch.stack(told)} | gradients | state, f"{folder}/{ranks}-{start}.pt")
+        torch.save(state, f"{folder}/state{steps}.pt")
     if ranks > 1:
         dist.barrier()
         os._exit(0)  # the interpreter's end may meet gloo's threads (SIGABRT), after all is done
@@ -89,11 +91,12 @@ def _same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], nam
         torch.testing.assert_close(found[name], expected[name], rtol=1e-10, atol=1e-13, msg=name)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_ranks_with_uneven_counts_train_what_one_process_trains(tmp_path: Path, ranks: int) -> None:
+def test_ranks_with_uneven_counts_train_what_one_process_trains(tmp_path: Path, ranks: int, how: str) -> None:
     _train(0, 1, str(tmp_path), 0, 4)
-    mp.start_processes(_train, (ranks, str(tmp_path), 0, 4), nprocs=ranks, start_method="spawn")
+    mp.start_processes(_train, (ranks, str(tmp_path), 0, 4, how), nprocs=ranks, start_method="spawn")
     one, several = (torch.load(tmp_path / f"{n}-0.pt") for n in (1, ranks))
     assert len([name for name in one if name.startswith("grad")]) == len(list(tiny().parameters()))
     assert all(one[name].abs().max() > 0 for name in one if name.startswith("grad"))

@@ -18,7 +18,7 @@ from pairs.pretrain import MedSpec, PretrainSpec
 from pairs.recipe import Recipe
 from tests.training.blip_small import SIZES, processor
 from tests.training.small import MODEL, config
-from training import blip_run, launch, run
+from training import frame, launch
 from training.blip_data import make_tokenizer
 from training.blip_run import train_blip_rank
 from training.config import TrainConfig, TrainResult
@@ -56,10 +56,10 @@ def test_a_run_that_is_killed_ends_in_the_same_folders(tmp_path: Path, monkeypat
         if line.get("step") == 4:
             raise Stop
 
-    monkeypatch.setattr(run, "_say", stop)
+    monkeypatch.setattr(frame, "say", stop)
     with pytest.raises(Stop):
         train(broken)
-    monkeypatch.setattr(run, "_say", lambda line: None)
+    monkeypatch.setattr(frame, "say", lambda line: None)
     found = train(broken)
     assert found.resumed_from == 3 and found.models.keys() == {"captioner", "matcher"}
     for role, folder in expected.models.items():
@@ -101,13 +101,13 @@ def _scale(rank: int, cfg: TrainConfig, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    whole = blip_run.whole_state
+    whole = frame.whole_state
 
     def state(module: torch.nn.Module, keep: bool) -> dict[str, torch.Tensor]:
         torch.save(dict(module.named_parameters())["logit_scale"].detach().clone(), f"{folder}/scale{rank}.pt")
         return whole(module, keep)
 
-    blip_run.whole_state = state  # type: ignore[attr-defined]
+    frame.whole_state = state  # type: ignore[attr-defined]
     train_blip_rank(cfg, rank, 2, torch.device("cpu"))
     dist.barrier()
     os._exit(0)  # the interpreter's end may meet gloo's threads (SIGABRT), after all is done

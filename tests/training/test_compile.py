@@ -14,17 +14,20 @@ from torch._dynamo.utils import counters
 
 from pairs.errors import PairmillError
 from pairs.pretrain import ModelSpec
+from tests.training.blip_small import TEXTS, ids, packed, pixels, tiny
 from tests.training.small import MODEL, SPEC
 from training import launch
 from training.accumulate import features
 from training.attention import Layout
 from training.export import build
+from training.models.blip import spans_of, stream
 from training.models.clip import Towers
 from training.models.transformer import Transformer, compile_blocks
 from training.packing import pack_images, pack_texts
 from training.parallel import place, running, whole
 
 torch.set_num_threads(1)
+CPU = torch.device("cpu")
 pytestmark = pytest.mark.timeout(400)
 NARROW = MODEL.model_copy(update={"text": MODEL.text.model_copy(update={"width": 16})})
 GRAPHS = 2 * 2  # of a width: before and after attention, with gradients and (a first look at parts) without
@@ -79,6 +82,29 @@ def test_steps_of_any_total_have_eager_gradients_and_compile_nothing_anew(
             graphs = counters["stats"]["unique_graphs"]
     widths = len({spec.vision.width, spec.text.width})
     assert counters["stats"]["unique_graphs"] == graphs == GRAPHS * widths and not counters["graph_break"]
+
+
+@pytest.mark.slow
+def test_so_have_a_blip_s_text_layers() -> None:
+    torch._dynamo.reset()
+    eager, compiled = tiny(), tiny()
+    compile_blocks(compiled)
+    for step in range(4):
+        images = packed(pixels(3 + step, seed=step))
+        spans, texts = spans_of(images), ids(TEXTS)[: 3 + step]
+        for model in (eager, compiled):
+            model.zero_grad()
+            states = model.visual(images)
+            looks = [stream(texts, CPU, spans[: len(texts)], causal=causal) for causal in (False, True)]
+            found = [*model.text(looks, states), *model.text([stream(texts, CPU)])]
+            torch.cat(found).square().mean().backward()
+        if step == 1:
+            graphs = counters["stats"]["unique_graphs"]
+        for one, other in zip(eager.parameters(), compiled.parameters(), strict=True):
+            if one.grad is not None:
+                assert other.grad is not None
+                assert (one.grad - other.grad).norm() < 1e-5 * one.grad.norm().clamp(min=1e-4)
+    assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
 
 
 def _bytes_kept(tower: Transformer) -> int:

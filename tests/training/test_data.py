@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 import uuid
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from tests.training.small import SPEC, config, encoded, picture, shards
 from training import blocks
 from training.blocks import Cache
 from training.config import Pin
-from training.data import Batch, Loader
+from training.data import AHEAD, Batch, Loader
 from training.decoding import Decoders
 from training.pixels import Item, Look, decode, fill, patchify, resize
 from training.plan import Block, Cost
@@ -85,6 +86,45 @@ def test_one_range_request_for_each_block(tmp_path: Path) -> None:
     for _ in loader.batches(0, 8):
         pass
     assert len(store.requests) == len(set(store.requests)) == len(loader.plan.blocks) == 3
+
+
+def test_ranks_read_each_block_once_and_hold_their_own_images_of_a_window(tmp_path: Path) -> None:
+    store, ranks = Counted(tmp_path), 3
+    plan, _ = make_plan(store, shards(store, 700, 100), SPEC.model_copy(update={"batch_pairs": 12}))
+    plan.__dict__["window_of"] = lambda step: (step // 8 * 8, step // 8 * 8 + 8)  # else all is one window
+    whole = [Loader(plan, Store(tmp_path), 0, 1, COST, 8, 0.0).load(step) for step in range(8, 40)]
+    images = 0
+    for rank in range(ranks):
+        loader, store.requests, most = Loader(plan, store, rank, ranks, COST, 8, 0.0), [], 0
+        for step, batch in enumerate(loader.batches(8, 40), 8):
+            most = max(most, len(loader._blocks._held))
+            images += int(batch.valid.sum())
+            assert torch.equal(batch.same.sort(0)[0], whole[step - 8].same.sort(0)[0])
+        windows = [{int(plan.block_of[row]) for step in range(first, first + 8) for row in loader._rows(step)}
+                   for first in range(8, 40, 8)]  # fmt: skip
+        assert len(store.requests) <= sum(map(len, windows)) and len(windows[0]) > 8
+        assert most <= 12 / ranks * (8 + AHEAD + 1) and not loader._blocks._held
+    assert images == 12 * 32
+
+
+def test_what_is_read_ahead_ends_with_the_run(tmp_path: Path) -> None:
+    store = Counted(tmp_path)
+    store.requests = []
+    loader = _loader(store)
+    before = set(threading.enumerate())
+    next(batches := loader.batches(0, 1))
+    own = {int(loader.plan.block_of[row]) for _, row in loader.plan.rows(0)}
+    assert len(store.requests) == len(own) and not loader._blocks._uses
+    batches.close()
+    assert set(threading.enumerate()) <= before and not loader._blocks._held
+
+
+def test_a_batch_is_moved_whole(memory_store: Store) -> None:
+    batch = _varied(memory_store, shards(memory_store), 0).load(0)
+    seen: list[torch.Tensor] = []
+    again = batch.moved(lambda x: seen.append(x) or x.clone())  # type: ignore[func-returns-value]
+    assert same([batch], [again]) and len(seen) == 2 + len(batch.parts) * 8
+    assert again.parts[0][0].layout.runs == batch.parts[0][0].layout.runs
 
 
 def test_jitter_hangs_on_the_epoch_and_keeps_the_shape(memory_store: Store) -> None:
@@ -245,11 +285,6 @@ def test_one_shape_serves_a_run(memory_store: Store, ranks: int, accumulate: int
         for packed in (images, texts):
             assert packed.layout.tokens - packed.useful == int(packed.layout.cu_seqlens.diff()[-1]) > 0
             assert len(packed.layout.cu_seqlens) == len(packed.pool) + 2
-
-
-def test_more_ranks_than_pairs_of_a_step(memory_store: Store) -> None:
-    with pytest.raises(PairmillError, match="for each of 17 ranks"):
-        _loader(memory_store, 0, 17)
 
 
 def test_blocks_are_read_from_the_cache_where_they_are_whole(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from pairs.shard import ShardRef
 from pairs.store import Store
 from tests.training import small
 from tests.training.small import MODEL, SPEC, pair, shards
-from training import export, run
+from training import export, frame
 from training.accumulate import features
 from training.columns import MISSING, ColumnLoader, read_columns
 from training.config import TrainConfig
@@ -246,7 +246,7 @@ def test_a_killed_run_drops_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyP
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run, "_say", stop)
+        patch.setattr(frame, "say", stop)
         train_rank(broken, 0, 1, CPU)
     again = train_rank(broken, 0, 1, CPU)
     assert again.resumed_from == 20

@@ -1,5 +1,6 @@
 """Before step 0: ranks that don't come or don't hear each other are named, and a step too large for memory is told."""
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,16 @@ from pairs.errors import PairmillError
 from pairs.pretrain import TowerSpec
 from pairs.store import Store
 from tests.training.small import MODEL, SPEC, config, shards
-from training import attention, launch, preflight
+from tests.training.test_blip_run import blip
+from training import attention, blip_run, launch, preflight
 from training.data import Loader
 from training.export import build
+from training.frame import Work
 from training.models.clip import Towers
 from training.plan import Cost
 from training.run import train_rank
 from training.tables import make_plan
+from training.teach import Contrast
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -67,7 +71,8 @@ def _ready(root: Path, remember: str = "all") -> tuple[Towers, torch.optim.Optim
 
 
 def _rehearse(model: Towers, optimizer: torch.optim.Optimizer, loader: Loader) -> int:
-    return preflight.rehearse(model, optimizer, loader, SPEC, lambda: torch.autocast("cpu", enabled=False), CPU)
+    teach = Contrast("clip", 0)
+    return preflight.rehearse(model, optimizer, loader, teach, SPEC, lambda: torch.autocast("cpu", enabled=False), CPU)
 
 
 def test_the_largest_step_is_rehearsed_and_leaves_no_trace(tmp_path: Path) -> None:
@@ -75,7 +80,7 @@ def test_the_largest_step_is_rehearsed_and_leaves_no_trace(tmp_path: Path) -> No
     before = {name: value.clone() for name, value in model.state_dict().items()}
     tokens = [loader.load(step).computed for step in range(SPEC.steps)]
     assert loader.load(preflight.largest(loader.plan, SPEC.steps)).computed == max(tokens)
-    assert _rehearse(model, optimizer, loader) > 1e6
+    assert _allocated(lambda: _rehearse(model, optimizer, loader)) > 1e6
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not optimizer.state and all(p.grad is None for p in model.parameters())
 
@@ -88,6 +93,34 @@ def test_the_estimate_is_near_what_a_step_takes(tmp_path: Path, remember: str) -
     foreseen = moments + preflight.estimate(model, batch, half=False)
     grown = _allocated(lambda: _rehearse(model, optimizer, loader))
     assert 0.7 < foreseen / grown < 1.4
+
+
+@pytest.mark.parametrize("asked", [["lm"], ["itc", "itm", "lm"]])
+def test_so_is_a_blip_s(tmp_path: Path, asked: list[str]) -> None:
+    towers = {name: TowerSpec(layers=3, width=128, heads=4) for name in ("vision", "text")}
+    cfg = blip(tmp_path, "large", {"losses": asked})
+    spec = cfg.spec.model_copy(update={"model": cfg.spec.model.model_copy(update=towers)})
+    store = Store(tmp_path)
+    work = blip_run._begin(spec, store, make_plan(store, cfg.shards, spec)[0], 0, 1, CPU)
+    loader = Loader(work.plan, store, 0, 1, work.cost, MODEL.patch_px, 0.0)
+    batch = loader.load(preflight.largest(work.plan, spec.steps))
+    optimizer = torch.optim.AdamW(p for p in work.model.parameters() if p.requires_grad)
+    before = {name: value.clone() for name, value in (work.model.state_dict() | _memory(work)).items()}
+
+    def rehearse() -> None:
+        context = functools.partial(torch.autocast, "cpu", enabled=False)
+        preflight.rehearse(work.model, optimizer, loader, work.teach, spec, context, CPU)
+
+    grown = _allocated(rehearse)
+    moments = 2 * sum(p.numel() * 4 for p in work.model.parameters() if p.requires_grad)
+    foreseen = moments + preflight.estimate(work.model, batch, half=False) + work.teach.kept(batch, False)
+    assert 0.7 < foreseen / grown < 1.5, (foreseen, grown)
+    after = work.model.state_dict() | _memory(work)
+    assert all(torch.equal(value, before[name]) for name, value in after.items()), "a rehearsal leaves no trace"
+
+
+def _memory(work: Work) -> dict[str, torch.Tensor]:
+    return {f"memory.{k}": v for part in work.beside.values() for k, v in part.state_dict().items()}
 
 
 def _allocated(work: Any) -> int:
@@ -113,7 +146,7 @@ def test_a_step_too_large_is_told_with_what_to_lower(tmp_path: Path, monkeypatch
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
 
     monkeypatch.undo()
-    monkeypatch.setattr(preflight, "features", out)
+    monkeypatch.setattr("training.teach.features", out)
     with pytest.raises(PairmillError, match="Tried to allocate"):
         train_rank(config(tmp_path, "out"), 0, 1, CPU)
 

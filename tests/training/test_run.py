@@ -1,5 +1,6 @@
 """One rank in this process: what it resumes from, what it tells, and when it stops."""
 
+import contextlib
 import json
 import logging
 import shutil
@@ -19,7 +20,7 @@ from pairs.store import Store
 from pairs.strict import strict
 from pairs.workspace import Workspace
 from tests.training.small import SPEC, config, pair
-from training import checkpoint, launch, run
+from training import checkpoint, frame, hardware, launch, loop
 from training import config as training_config
 from training.config import BlipJob, TrainConfig, TrainResult
 from training.run import train_rank
@@ -75,10 +76,10 @@ def test_a_run_that_is_killed_ends_in_the_same_model_and_tells_the_same_sums(
         if line.get("step") == 4:
             raise Stop
 
-    monkeypatch.setattr(run, "_say", stop)
+    monkeypatch.setattr(frame, "say", stop)
     with pytest.raises(Stop):
         _train(broken)
-    monkeypatch.setattr(run, "_say", lambda line: None)
+    monkeypatch.setattr(frame, "say", lambda line: None)
     results += [_train(broken), _train(broken)]
     assert [result.resumed_from for result in results] == [0, 0, 3, 8]
     assert len({content_hash(Path(result.model)) for result in results}) == 1
@@ -100,8 +101,54 @@ def test_damage_in_most_pairs_stops_the_run(tmp_path: Path) -> None:
         _train(cfg.model_copy(update={"out_dir": str(tmp_path / "none")}))
 
 
+def test_pairs_without_features_are_not_told_as_damaged_images() -> None:
+    steps = [(1, 12, 16)] * loop.PATIENCE
+    with pytest.raises(PairmillError, match=r"10 of 160 undecodable and 120 of 160 no_features") as told:
+        loop._check_damage(9, 30, steps)
+    assert "columns" in told.value.expected and "verify" not in told.value.remedy
+    loop._check_damage(9, 30, [(1, 7, 16)] * loop.PATIENCE)
+    loop._check_damage(3, 3, [(1, 12, 16)])
+
+
+class Streams:
+    """Stands for `torch.cuda`: notes the order in which work is given to the device."""
+
+    def __init__(self, seen: list[str]) -> None:
+        self.seen, self.Event, self.copies = seen, object, 0
+
+    def Stream(self, device: torch.device) -> "Streams":
+        return self
+
+    def current_stream(self, device: torch.device) -> "Streams":
+        return self
+
+    def stream(self, side: Any) -> contextlib.nullcontext[None]:
+        return contextlib.nullcontext()
+
+    def wait_stream(self, other: Any) -> None:
+        self.seen.append("wait for steps")
+
+    def record_event(self) -> int:
+        self.copies += 1
+        return self.copies
+
+    def wait_event(self, event: int) -> None:
+        self.seen.append(f"wait for copy {event}")
+
+
+def test_a_gpu_copies_a_batch_while_it_computes_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(loop.torch, "cuda", Streams(seen))
+    batches = (SimpleNamespace(to=lambda device, n=n: seen.append(f"copy {n}") or n) for n in (1, 2, 3))
+    for number in loop._on_device(batches, torch.device("cuda")):  # type: ignore[arg-type]
+        seen.append(f"step {number}")
+    first, later = ["wait for steps", "copy 1"], ["wait for steps", "copy 2", "wait for copy 1", "step 1"]
+    assert seen[:6] == first + later and [x for x in seen if "step " in x] == ["step 1", "step 2", "step 3"]
+    assert seen.index("copy 3") < seen.index("step 2") and seen[-2:] == ["wait for copy 3", "step 3"]
+
+
 def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
-    run.Metrics(tmp_path / "metrics.jsonl", 0).add({"step": 0, "loss": float("nan"), "lr": 0.5})
+    frame.Metrics(tmp_path / "metrics.jsonl", 0).add({"step": 0, "loss": float("nan"), "lr": 0.5})
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 0, "loss": None, "lr": 0.5}
 
 
@@ -131,7 +178,7 @@ def test_preflight_tells_what_cannot_run_here(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(PairmillError, match="3 or more"):
-        run.check_gpus(3)
+        hardware.check_gpus(3)
 
 
 def test_lines_of_libraries_are_no_lines_of_ours(tmp_path: Path) -> None:

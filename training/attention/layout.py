@@ -92,9 +92,12 @@ class Layout:
         return low, high
 
     def to(self, device: torch.device) -> "Layout":
-        same = self.cu_seqlens_k is self.cu_seqlens
-        q = self.cu_seqlens.to(device, non_blocking=True)
-        k = q if same else self.cu_seqlens_k.to(device, non_blocking=True)
+        return self.moved(lambda x: x.to(device, non_blocking=True))
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "Layout":
+        """With its tensors as `move` gives them."""
+        q = move(self.cu_seqlens)
+        k = q if self.cu_seqlens_k is self.cu_seqlens else move(self.cu_seqlens_k)
         return Layout(q, k, self.max_length, self.max_length_k, self.causal, self.kind, self.runs)
 
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from training.attention import Layout, attend
 from training.models.clip import MEAN, STD, pixels, resized
-from training.models.transformer import Attention, Mlp, Transformer
-from training.packing import PackedImages
+from training.models.transformer import Attention, Mlp, Repeated, Transformer
+from training.packing import CLIP, PackedImages
 
 Span = tuple[int, int]  # first row and number of rows of an image in its stream
 Result = TypeVar("Result")
@@ -112,7 +112,7 @@ class Vision(nn.Module):
 
 
 class Cross(nn.Module):
-    """Attention of text tokens to the patches of their images."""
+    """Attention of text tokens to the patches of their images, as far as `out_proj`."""
 
     def __init__(self, width: int, of: int, heads: int, backend: str) -> None:
         super().__init__()
@@ -128,12 +128,12 @@ class Cross(nn.Module):
         assert look.rows is not None and look.sight is not None
         k, v = kv_I2NH[look.rows].unbind(1)
         q_TNH = self.q(x_TD).unflatten(1, (self.heads, -1))
-        out: Tensor = self.out_proj(attend(q_TNH, k, v, look.sight, self.backend).flatten(1))
-        return out
+        return attend(q_TNH, k, v, look.sight, self.backend).flatten(1)
 
 
-class Layer(nn.Module):
-    """Post-norm, as BERT's. `read` and `write` are the two self-attentions; all else is shared."""
+class Layer(Repeated):
+    """Post-norm, as BERT's. `read` and `write` are the two self-attentions; all else is shared. What follows each
+    attention is a region."""
 
     def __init__(self, s: Sizes, backend: str) -> None:
         super().__init__()
@@ -147,13 +147,31 @@ class Layer(nn.Module):
         return [self._one(x, s, kv) for x, s in zip(xs, streams, strict=True)]
 
     def _one(self, x_TD: Tensor, s: Stream, kv: Tensor | None) -> Tensor:
-        own, norm = (self.write, self.ln_write) if s.layout.causal else (self.read, self.ln_read)
+        own = self.write if s.layout.causal else self.read
         attended_TD = own(F.linear(x_TD, own.in_proj_weight, own.in_proj_bias), s.layout)
-        x_TD = norm(x_TD + own.out_proj(attended_TD))
-        if kv is not None:
-            x_TD = self.ln_cross(x_TD + self.cross(x_TD, kv, s))
-        out: Tensor = self.ln_mlp(x_TD + self.mlp(x_TD))
-        return out
+        x_TD = self.region(_wrote if s.layout.causal else _read)(self, x_TD, attended_TD)
+        if kv is None:
+            return self.region(_thought)(self, x_TD)
+        return self.region(_saw)(self, x_TD, self.cross(x_TD, kv, s))
+
+
+def _read(layer: Layer, x_TD: Tensor, attended_TD: Tensor) -> Tensor:
+    out: Tensor = layer.ln_read(x_TD + layer.read.out_proj(attended_TD))
+    return out
+
+
+def _wrote(layer: Layer, x_TD: Tensor, attended_TD: Tensor) -> Tensor:
+    out: Tensor = layer.ln_write(x_TD + layer.write.out_proj(attended_TD))
+    return out
+
+
+def _saw(layer: Layer, x_TD: Tensor, seen_TD: Tensor) -> Tensor:
+    return _thought(layer, layer.ln_cross(x_TD + layer.cross.out_proj(seen_TD)))
+
+
+def _thought(layer: Layer, x_TD: Tensor) -> Tensor:
+    out: Tensor = layer.ln_mlp(x_TD + layer.mlp(x_TD))
+    return out
 
 
 class Text(nn.Module):
@@ -177,6 +195,8 @@ class Text(nn.Module):
 
 class PackedBlip(nn.Module):
     """All of it. exp(`logit_scale`) is one over the authors' temperature; the exported models have neither."""
+
+    form = CLIP
 
     def __init__(self, sizes: Sizes, backend: str = "auto", temperature: float = 0.07) -> None:
         super().__init__()

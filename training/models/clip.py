@@ -79,10 +79,15 @@ class Positions(nn.Module):
 
 def resized(own: Tensor, side: int, grids: tuple[Grid, ...]) -> Tensor:
     """Learned positions (side², D) resized to each of the `grids`, one below the other."""
-    return torch.cat([_resizing(side, grid) for grid in grids]).to(own) @ own
+    return torch.cat([_there(side, grid, own.device, own.dtype) for grid in grids]) @ own
 
 
 @functools.lru_cache(maxsize=4096)
+def _there(side: int, grid: Grid, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`_resizing` where it is used, since a copy in each step would be waited for."""
+    return _resizing(side, grid).to(device, dtype)
+
+
 def _resizing(side: int, grid: Grid) -> Tensor:
     """(h·w, side²): the linear map that resizes a square of positions to `grid`; the identity for its own."""
     cells = side * side
@@ -97,9 +102,15 @@ def pixels(images: PackedImages, mean: Sequence[float], std: Sequence[float]) ->
     """Float patches; uint8 pixels are shifted and scaled (`mean`, `std` of RGB), and rows of class tokens stay zero."""
     if images.patches.is_floating_point():
         return images.patches
-    each = images.patches.shape[1] // 3
-    shift, scale = (torch.tensor(x, device=images.patches.device).repeat_interleave(each) for x in (mean, std))
-    return ((images.patches - shift * 255) / (scale * 255)).masked_fill_((images.place == 0)[:, None], 0)
+    shift, scale = _levels((*mean,), (*std,), images.patches.shape[1] // 3, images.patches.device)
+    return ((images.patches - shift) / scale).masked_fill_((images.place == 0)[:, None], 0)
+
+
+@functools.lru_cache(maxsize=16)
+def _levels(mean: tuple[float, ...], std: tuple[float, ...], each: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(3 · `each`,) what pixels in [0, 255] are shifted and scaled by."""
+    shift, scale = (255 * torch.tensor(x, device=device).repeat_interleave(each) for x in (mean, std))
+    return shift, scale
 
 
 class Towers(nn.Module):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from training.models.clip import Towers
+from training.packing import Move
 
 LAST = {"ln_post": 0, "ln_final": 0, "proj": 1, "pool": 1, "text_projection": 1}  # groups above the last block's
 BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.")
@@ -42,9 +43,8 @@ class Rows:
 
     tokens = pool = place
 
-    def to(self, device: torch.device) -> "Rows":
-        seeds = self.seeds if self.seeds is None else self.seeds.to(device, non_blocking=True)
-        return Rows(self.values.to(device, non_blocking=True), seeds)
+    def moved(self, move: Move) -> "Rows":
+        return Rows(move(self.values), None if self.seeds is None else move(self.seeds))
 
 
 def draws(seeds_B: Tensor, first: int, count: int) -> Tensor:

@@ -47,9 +47,18 @@ class Mlp(nn.Module):
         return out
 
 
-class Block(nn.Module):
+class Repeated(nn.Module):
+    """What a stack repeats: FSDP2 gathers its weights while it computes, and its regions may be compiled."""
+
     compiled = False
 
+    def region(self, plain: Callable[..., Tensor], thrifty: bool = False) -> Callable[..., Tensor]:
+        """`plain`, whose first input is this module; where compiled, the graph that all of its kind share. `thrifty`:
+        whether the graph keeps products alone for the backward."""
+        return _graph(plain, thrifty) if self.compiled else plain
+
+
+class Block(Repeated):
     def __init__(self, width: int, heads: int, backend: str, eps: float) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(width, eps)
@@ -58,8 +67,7 @@ class Block(nn.Module):
         self.mlp = Mlp(width)
 
     def forward(self, x_TD: Tensor, layout: Layout, thrifty: bool = False) -> Tensor:
-        """`thrifty`: whether the graphs of a compiled block keep products alone."""
-        before, after = _graphs(thrifty) if self.compiled else (_before, _after)
+        before, after = (self.region(plain, thrifty) for plain in (_before, _after))
         out: Tensor = after(self, x_TD, self.attn(before(self, x_TD), layout))
         return out
 
@@ -75,11 +83,10 @@ def _after(block: Block, x_TD: Tensor, attended_TD: Tensor) -> Tensor:
 
 
 @functools.cache
-def _graphs(thrifty: bool) -> list[Callable[..., Tensor]]:
-    """`_before` and `_after`, compiled at their first calls. More kinds of calls than the limit raise an error."""
+def _graph(region: Callable[..., Tensor], thrifty: bool) -> Callable[..., Tensor]:
+    """`region`, compiled at its first calls. More kinds of calls than the limit raise an error."""
     torch._dynamo.config.optimize_ddp = False  # it would cut these graphs at DDP's buckets; they end within them
-    regions = [_thrifty(region) if thrifty else region for region in (_before, _after)]
-    return [torch.compile(region, dynamic=True, fullgraph=True) for region in regions]
+    return torch.compile(_thrifty(region) if thrifty else region, dynamic=True, fullgraph=True)
 
 
 def _thrifty(region: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -90,9 +97,9 @@ def _thrifty(region: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compiles the blocks of all transformers in `model`, at their first calls."""
+    """Compiles what the stacks in `model` repeat, at their first calls."""
     for module in model.modules():
-        if isinstance(module, Block):
+        if isinstance(module, Repeated):
             module.compiled = True
 
 
