@@ -103,6 +103,8 @@ def test_rounds_promote_what_is_not_worse_and_say_so(finished: Run) -> None:
     assert told["rounds"][0]["finetuning"].keys() == {"captioner", "matcher"} and not told["warnings"]
     tuned = [t["model"] for t in told["rounds"][0]["finetuning"].values()]
     assert not {*tuned} & {*told["rounds"][0]["training"]["model"].split(", ")}
+    for number in (1, 2):  # each round's BLIP is new, and begins where the first filter's did
+        assert capfilt.settled(finished, number).blip.start == [f"models/{models['beginning']}"]
     assert told["rounds"][0]["adds_up"] and told["rounds"][1]["adds_up"]
     page = finished.workspace.store.read(f"{finished.folder}/report.html").decode()
     assert "Fine-tuning: matcher" in page and "Noise ratio: web" in page and "match probability of captions" in page
