@@ -173,8 +173,8 @@ def main() -> None:
         draw(order, folder / f"captions-{number}.png")
     print("\n| model | figure | value | interval |\n| --- | --- | --- | --- |")
     for found in run.read("round-1/evaluation.json"):
-        told = found | {"value": found["value"] or 0.0}
-        print("| {model} | {figure} | {value:.3f} | {low:.3f} to {high:.3f} |".format_map(told))
+        told = [f"{found[name]:.3f}" if found[name] is not None else "–" for name in ("value", "low", "high")]
+        print(f"| {found['model']} | {found['figure']} | {told[0]} | {told[1]} to {told[2]} |")
 
 
 def row(run: Run, facts: dict[str, Any], pairs: Sequence[Looked], seed: int) -> str:
