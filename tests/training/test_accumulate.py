@@ -26,13 +26,23 @@ RATIO = 1e-10
 EACH = 9  # parts: a pair for each, but all in one on the first rank
 
 
+class Joined(Loader):
+    """A rank's parts, joined in one. The pairs stay those of a loader of several: how they are dealt to ranks hangs on
+    the number of parts, so one that differed would deal some pairs twice, others to no rank."""
+
+    def _own(self, shares: list[list[tuple[int, int]]]) -> list[list[tuple[int, int]]]:
+        return [[pair for share in super()._own(shares) for pair in share]]
+
+
 def batch_of(root: Path, rank: int, ranks: int, accumulate: int, among: int) -> Batch:
-    """A rank's batch, damaged so that of `among` ranks the first has one valid pair, and the second of four none."""
+    """A rank's batch, damaged so that, dealt to `among` in one part each, the first has one valid pair, and the second
+    of four none."""
     store = Store(root)
     plan, _ = make_plan(store, shards(store), SPEC)
     cost = Cost((2, 32), (2, 32))
-    batch = Loader(plan, store, rank, ranks, cost, 8, 0.1, accumulate=accumulate).load(1)
-    assert len(batch.parts) == min(accumulate, batch.counts[rank])
+    joined = ranks > 1 and accumulate == EACH and rank == 0
+    batch = (Joined if joined else Loader)(plan, store, rank, ranks, cost, 8, 0.1, accumulate=accumulate).load(1)
+    assert len(batch.parts) == (1 if joined else min(accumulate, batch.counts[rank]))
     shares = plan.split(1, among, cost)
     damaged = torch.tensor([row for _, row in [*shares[0][1:], *(shares[1] if among == 4 else [])]])
     own = Share(batch.valid, batch.same, batch.counts, rank).own
@@ -59,8 +69,7 @@ def gradients(
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         dist.init_process_group("gloo", init_method=f"file://{root}/meet", rank=rank, world_size=ranks)
     place(model, parallel, ranks, torch.device("cpu"))
-    own = 1 if accumulate == EACH and rank == 0 else accumulate
-    run, batch = running(model, ranks), batch_of(Path(root), rank, ranks, own, among)
+    run, batch = running(model, ranks), batch_of(Path(root), rank, ranks, accumulate, among)
     (image_BE, text_BE, scale, bias), back = features(run, batch.parts, contextlib.nullcontext)
     total, count = OBJECTIVES[objective](
         image_BE, text_BE, scale, bias, Share(batch.valid, batch.same, batch.counts, rank)
