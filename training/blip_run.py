@@ -25,7 +25,6 @@ from training.checkpoint import CARD, Facts, card
 from training.config import TrainConfig, TrainResult, folder_of
 from training.data import Batch
 from training.models.blip import PackedBlip, Sizes, spans_of
-from training.packing import Grid
 from training.parallel import place, settle
 from training.plan import Cost, Plan
 from training.teach import Found
@@ -34,19 +33,6 @@ from training.tokens import bert_tokenizer
 ROLES = {"captioner": (blip_export.CAPTIONER, "lm"), "matcher": (blip_export.MATCHER, "itm")}  # and what trains each
 
 UNMEASURED = ("tokens_per_s", "fill", "flops_per_s", "mfu")  # the loader knows of a CLIP's streams, not of these
-
-
-class SquarePlan(Plan):
-    """A plan that squashes every image to the model's own grid."""
-
-    @staticmethod
-    def of(plan: Plan, side: int) -> "SquarePlan":
-        fields = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
-        return SquarePlan(**fields | {"max_patches": side * side})
-
-    def _grid(self, width: int, height: int) -> Grid:  # type: ignore[override]
-        side = round(self.max_patches**0.5)
-        return side, side
 
 
 @dataclasses.dataclass
@@ -113,9 +99,8 @@ def train_blip_rank(config: TrainConfig, rank: int, ranks: int, device: torch.de
     return frame.train(config, spec, rank, ranks, device, functools.partial(_begin, spec))
 
 
-def _begin(spec: PretrainSpec, store: Store, flat: Plan, rank: int, ranks: int, device: torch.device) -> frame.Work:
+def _begin(spec: PretrainSpec, store: Store, plan: Plan, rank: int, ranks: int, device: torch.device) -> frame.Work:
     m, asked = spec.model, spec.blip.losses
-    plan = SquarePlan.of(flat, m.image_px // m.patch_px)
     model, processor = build(spec, store)
     model.only(asked)
     memory = Memory(model, spec.blip.queue, spec.blip.momentum).to(device) if "itc" in asked else None
@@ -131,7 +116,6 @@ def _begin(spec: PretrainSpec, store: Store, flat: Plan, rank: int, ranks: int, 
     return frame.Work(
         model=model,
         beside={"memory": memory} if memory else {},
-        plan=plan,
         cost=Cost((m.vision.layers, m.vision.width), (m.text.layers, 3 * m.text.width)),
         teach=Bootstrapping(model, memory, plan, aims(spec, processor.tokenizer, model.sizes.context), spec, rank),
         publish=publish,

@@ -1,5 +1,6 @@
 """A BLIP through the plan, the loader and the loop: it resumes to the byte, learns, and is fine-tuned in two parts."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from pairs.errors import PairmillError
 from pairs.fingerprint import content_hash
 from pairs.pretrain import MedSpec, PretrainSpec
 from pairs.recipe import Recipe
+from pairs.store import Store
 from tests.training.blip_small import SIZES, processor
 from tests.training.small import MODEL, config
 from training import frame, launch
@@ -23,6 +25,7 @@ from training.blip_data import make_tokenizer
 from training.blip_run import train_blip_rank
 from training.config import TrainConfig, TrainResult
 from training.models.blip import PackedBlip
+from training.tables import make_plan
 
 torch.set_num_threads(1)
 WORDS = "a red green blue yellow box at the left right top bottom number of the drawings"
@@ -46,6 +49,15 @@ def train(cfg: TrainConfig) -> TrainResult:
 
 def lines(cfg: TrainConfig) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(cfg.out_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_whoever_makes_the_plan_again_finds_its_steps(tmp_path: Path) -> None:
+    cfg = blip(tmp_path, "one", steps=4)
+    train(cfg)
+    plan, _ = make_plan(Store(cfg.store), cfg.shards, cfg.spec)
+    assert [line["uids_sha256"] for line in lines(cfg)] == [plan.digest(step) for step in range(4)]
+    aspects = dataclasses.replace(plan, square=False)
+    assert aspects.digest(0) != plan.digest(0), "the images aren't square"
 
 
 def test_a_run_that_is_killed_ends_in_the_same_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
