@@ -2,7 +2,8 @@
 
 A model is named by its content, by role. A `clip` answers zero-shot and retrieval; a `matcher` these by its contrast
 and, re-ranked, by its match head; a `captioner` writes a caption for each held-out image, by three beams as BLIP's
-authors evaluate theirs, with the prompt and lengths of the recipe's `blip_caption`. A row is {model, figure, value,
+authors evaluate theirs, behind the prompt that it learned (one of no training here: that of the recipe's
+`blip_caption`) and with the lengths of `blip_caption`. A row is {model, figure, value,
 low, high, n, chance}, intervals at 95 %; what isn't a share has a `unit`, and no chance.
 """
 
@@ -17,7 +18,7 @@ from pairs.fingerprint import content_hash, fingerprint
 from pairs.identity import held_out
 from pairs.pretrain import BEGINNING
 from pairs.shard import ShardRef
-from pipelines.models import model_folder
+from pipelines.models import learned_prompt, model_folder
 from pipelines.run import Run
 
 Facts = dict[str, Any]
@@ -47,9 +48,10 @@ def evaluate(run: Run, told: str, models: Mapping[str, str], known: Known) -> Fa
 
 
 def _pass(run: Run, role: str, sha: str) -> Filter:
-    """The recipe's filter of that role with this model, which captions by beams."""
+    """The recipe's filter of that role with this model, which captions by beams behind the prompt that it learned."""
     settings = run.recipe.filters.get(FILTERS[role], {}) | {"weights": str(model_folder(run.workspace, sha))}
-    return load_filter(FILTERS[role], settings | (BEAMS if role == "captioner" else {}))
+    own = BEAMS | learned_prompt(run.workspace, sha) if role == "captioner" else {}
+    return load_filter(FILTERS[role], settings | own)
 
 
 def _clip(run: Run, sha: str, _: Any, rows: list[Row]) -> list[Facts]:

@@ -1,5 +1,6 @@
 """Evaluation of a BLIP: figures are those of a plain loop over the same models, and nothing is computed twice."""
 
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -95,6 +96,17 @@ def test_an_evaluation_is_kept_and_hangs_on_models_and_passes(run: Run, monkeypa
     monkeypatch.setattr(run, "recipe", run.recipe.model_copy(update={"filters": settings}))
     with pytest.raises(KeyError):
         evaluation.evaluate(run, "it", {"captioner": models(run)["captioner"]}, known(run))
+
+
+def test_captions_are_written_behind_the_prompt_that_was_learned(run: Run, tmp_path: Path) -> None:
+    assert evaluation._pass(run, "captioner", models(run)["captioner"]).prompt == "a box ", "of no training's"  # type: ignore[attr-defined]
+    told = {"train_config": {"spec": {"blip": {"prompt": ""}}}, "blip_job": {"spec": {"prompt": "a photo of "}}}
+    for kind, given in told.items():
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "config.json").write_text(kind)
+        record = publish_models(run.workspace, kind, {"captioner": tmp_path / kind}, {kind: given})
+        learned = given["spec"].get("blip", given["spec"])["prompt"]
+        assert evaluation._pass(run, "captioner", record["models"]["captioner"]).prompt == learned  # type: ignore[attr-defined]
 
 
 def test_what_is_not_among_the_best_by_contrast_stays_behind(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
