@@ -27,7 +27,7 @@ Known = Mapping[str, Sequence[ShardRef]]
 FILTERS = {"matcher": "blip_match", "captioner": "blip_caption"}
 BEAMS = {"sample": "beam", "beams": 3, "captions": 1}
 NOTED = ("zero-shot accuracy", "image to text at 1", "text to image at 1", "caption CIDEr")  # by which a stage is known
-VERSION = 4
+VERSION = 5
 
 
 def evaluate(run: Run, told: str, models: Mapping[str, str], known: Known) -> Facts:
@@ -88,11 +88,15 @@ def _captioner(run: Run, _: str, one: Any, rows: list[Row]) -> list[Facts]:
         return []
     texts = blip_figures.captions(one, [row["uid"] for _, row in rows], held_out_images(run, rows))
     lengths = [len(cider.words(text)) for text in texts if text]
-    missing = {"chance": None, **Share.of(len(texts) - len(lengths), len(texts)).model_dump()}
+    agreed = cider.cider(texts, [_texts(row) for _, row in rows])
+    missing = {"caption": len(texts) - len(lengths), "reference": len(texts) - agreed["n"]}
     return [
-        {"figure": "caption CIDEr", "unit": "of 10", "chance": None} | cider.cider(texts, [_texts(r) for _, r in rows]),
+        {"figure": "caption CIDEr", "unit": "of 10", "chance": None} | agreed,
         {"figure": "caption length", "unit": "words", "chance": None} | cider.mean(lengths),
-        {"figure": "images without caption"} | missing,
+        *(
+            {"figure": f"images without {what}", "chance": None} | Share.of(count, len(texts)).model_dump()
+            for what, count in missing.items()
+        ),
     ]
 
 
@@ -125,4 +129,6 @@ def held_out_rows(run: Run, known: Known) -> Iterator[Row]:
     for ref in sorted(ref for refs in known.values() for ref in refs):
         table = run.workspace.store.read_table(ref.table, columns)
         rows = zip(run.workspace.alive(table), table.to_pylist(), strict=True)
-        yield from ((ref, row) for living, row in rows if living and row["text"] and held_out(row["uid"]))
+        yield from (
+            (ref, row) for living, row in rows if living and (row["text"] or "").strip() and held_out(row["uid"])
+        )

@@ -158,6 +158,12 @@ def test_too_few_images_have_no_cider() -> None:
     assert mean([])["value"] is None and mean([3.0]) == {"value": 3.0, "low": None, "high": None, "n": 1}
 
 
+def test_references_without_a_word_are_left_out_of_cider_and_counted() -> None:
+    captions, right = ["a red box", "a box", "a tree"], [["a red box"], ["a blue box"], ["a green tree"]]
+    more = cider([*captions, "a star", None], [*([*texts, "!"] for texts in right), [], ["…", " "]])
+    assert more == cider(captions, right) and more["n"] == 3
+
+
 def test_the_report_tells_units_and_what_has_no_figure(run: Run) -> None:
     rows = evaluation.evaluate(run, "it", models(run), known(run))["rows"]
     told = {row["figure"]: page._interval(row) for row in rows}
