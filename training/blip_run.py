@@ -20,7 +20,7 @@ from pairs.store import Store
 from training import blip_export, frame
 from training.accumulate import Context
 from training.blip_momentum import Keys, Memory
-from training.blip_objective import Aims, Entry, keys_of, losses, pairs_of, ramped, total
+from training.blip_objective import Aims, Entry, Pairs, keys_of, losses, pairs_of, ramped, total
 from training.checkpoint import CARD, Facts, card
 from training.config import TrainConfig, TrainResult, folder_of
 from training.data import Batch
@@ -54,11 +54,7 @@ class Bootstrapping:
 
     def loss(self, run: nn.Module, batch: Batch, step: int, mixed: Context) -> Found:
         ((images, _),) = batch.parts
-        flat = [self._entry(row, text) for row, text in batch.same.tolist()]
-        ends = [sum(batch.counts[:i]) for i in range(len(batch.counts) + 1)]
-        split = [flat[a:b] for a, b in itertools.pairwise(ends)]
-        pairs = pairs_of(split, self.rank, spans_of(images), batch.valid.cpu(), self.spec.seed, step)
-        pairs = pairs.to(images.patches.device)
+        pairs = self.pairs(batch, step).to(images.patches.device)
         blip = self.spec.blip
         alpha = ramped(blip.alpha, step, round(blip.ramp_epochs * len(self.plan) / self.spec.batch_pairs))
         with mixed():
@@ -72,6 +68,13 @@ class Bootstrapping:
             settle(run)
 
         return value, count, back, told
+
+    def pairs(self, batch: Batch, step: int) -> Pairs:
+        """The step's pairs, on the host; the device isn't waited for."""
+        flat = [self._entry(row, text) for row, text in batch.same.tolist()]
+        ends = [sum(batch.counts[:i]) for i in range(len(batch.counts) + 1)]
+        split = [flat[a:b] for a, b in itertools.pairwise(ends)]
+        return pairs_of(split, self.rank, spans_of(batch.parts[0][0]), batch.valid, self.spec.seed, step)
 
     def _entry(self, row: int, text: int) -> Entry:
         ids = torch.from_numpy(self.plan.tokens.used[self.plan.tokens.ids[text]])
