@@ -25,14 +25,15 @@ def words(text: str) -> list[str]:
 
 
 def cider(captions: Sequence[str | None], references: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Mean CIDEr-D of each image's caption against its references, as {value, low, high, n}; no caption counts 0.
+    """Mean CIDEr-D of each image's caption against its references, as {value, low, high, n}; no caption counts 0. An
+    image whose references hold no word is left out.
 
-    The interval is that of the mean over images, with the frequencies as they are. Nulls below `FEWEST` images.
+    The interval is that of the mean over the n images, with the frequencies as they are. Nulls below `FEWEST` images.
     """
-    if len(captions) < FEWEST:
-        return {"value": None, "low": None, "high": None, "n": len(captions)}
-    said = {i: [" ".join(words(text or ""))] for i, text in enumerate(captions)}
-    right = {i: [" ".join(words(text)) for text in texts] for i, texts in enumerate(references)}
+    right = {i: own for i, texts in enumerate(references) if (own := [" ".join(w) for w in map(words, texts) if w])}
+    if len(right) < FEWEST:
+        return {"value": None, "low": None, "high": None, "n": len(right)}
+    said = {i: [" ".join(words(captions[i] or ""))] for i in right}
     return mean(Cider().compute_score(right, said)[1], 10.0)
 
 

@@ -2,7 +2,8 @@
 
 A model is named by its content, by role. A `clip` answers zero-shot and retrieval; a `matcher` these by its contrast
 and, re-ranked, by its match head; a `captioner` writes a caption for each held-out image, by three beams as BLIP's
-authors evaluate theirs, with the prompt and lengths of the recipe's `blip_caption`. A row is {model, figure, value,
+authors evaluate theirs, behind the prompt that it learned (one of no training here: that of the recipe's
+`blip_caption`) and with the lengths of `blip_caption`. A row is {model, figure, value,
 low, high, n, chance}, intervals at 95 %; what isn't a share has a `unit`, and no chance.
 """
 
@@ -17,7 +18,7 @@ from pairs.fingerprint import content_hash, fingerprint
 from pairs.identity import held_out
 from pairs.pretrain import BEGINNING
 from pairs.shard import ShardRef
-from pipelines.models import model_folder
+from pipelines.models import learned_prompt, model_folder
 from pipelines.run import Run
 
 Facts = dict[str, Any]
@@ -26,7 +27,7 @@ Known = Mapping[str, Sequence[ShardRef]]
 FILTERS = {"matcher": "blip_match", "captioner": "blip_caption"}
 BEAMS = {"sample": "beam", "beams": 3, "captions": 1}
 NOTED = ("zero-shot accuracy", "image to text at 1", "text to image at 1", "caption CIDEr")  # by which a stage is known
-VERSION = 4
+VERSION = 5
 
 
 def evaluate(run: Run, told: str, models: Mapping[str, str], known: Known) -> Facts:
@@ -47,9 +48,10 @@ def evaluate(run: Run, told: str, models: Mapping[str, str], known: Known) -> Fa
 
 
 def _pass(run: Run, role: str, sha: str) -> Filter:
-    """The recipe's filter of that role with this model, which captions by beams."""
+    """The recipe's filter of that role with this model, which captions by beams behind the prompt that it learned."""
     settings = run.recipe.filters.get(FILTERS[role], {}) | {"weights": str(model_folder(run.workspace, sha))}
-    return load_filter(FILTERS[role], settings | (BEAMS if role == "captioner" else {}))
+    own = BEAMS | learned_prompt(run.workspace, sha) if role == "captioner" else {}
+    return load_filter(FILTERS[role], settings | own)
 
 
 def _clip(run: Run, sha: str, _: Any, rows: list[Row]) -> list[Facts]:
@@ -86,11 +88,15 @@ def _captioner(run: Run, _: str, one: Any, rows: list[Row]) -> list[Facts]:
         return []
     texts = blip_figures.captions(one, [row["uid"] for _, row in rows], held_out_images(run, rows))
     lengths = [len(cider.words(text)) for text in texts if text]
-    missing = {"chance": None, **Share.of(len(texts) - len(lengths), len(texts)).model_dump()}
+    agreed = cider.cider(texts, [_texts(row) for _, row in rows])
+    missing = {"caption": len(texts) - len(lengths), "reference": len(texts) - agreed["n"]}
     return [
-        {"figure": "caption CIDEr", "unit": "of 10", "chance": None} | cider.cider(texts, [_texts(r) for _, r in rows]),
+        {"figure": "caption CIDEr", "unit": "of 10", "chance": None} | agreed,
         {"figure": "caption length", "unit": "words", "chance": None} | cider.mean(lengths),
-        {"figure": "images without caption"} | missing,
+        *(
+            {"figure": f"images without {what}", "chance": None} | Share.of(count, len(texts)).model_dump()
+            for what, count in missing.items()
+        ),
     ]
 
 
@@ -123,4 +129,6 @@ def held_out_rows(run: Run, known: Known) -> Iterator[Row]:
     for ref in sorted(ref for refs in known.values() for ref in refs):
         table = run.workspace.store.read_table(ref.table, columns)
         rows = zip(run.workspace.alive(table), table.to_pylist(), strict=True)
-        yield from ((ref, row) for living, row in rows if living and row["text"] and held_out(row["uid"]))
+        yield from (
+            (ref, row) for living, row in rows if living and (row["text"] or "").strip() and held_out(row["uid"])
+        )

@@ -69,6 +69,16 @@ def model_folder(workspace: Workspace, sha256: str) -> Path:
     return path
 
 
+def learned_prompt(workspace: Workspace, sha256: str) -> dict[str, str]:
+    """{prompt: what a captioner learned to write behind}, where a training of this workspace made it."""
+    for path in workspace.store.files("models/index", ".json"):
+        record = json.loads(workspace.store.read(path))
+        if record.get("models", {}).get("captioner") == sha256:
+            given = (record.get("train_config") or record.get("blip_job") or {}).get("spec", {})
+            return {key: value for key, value in given.get("blip", given).items() if key == "prompt"}
+    return {}
+
+
 def _local(workspace: Workspace) -> Path:
     if workspace.store.local is None:
         raise PairmillError(

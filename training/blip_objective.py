@@ -199,8 +199,9 @@ def _to_match(
     excluded = _alike(keys.same_K2[pairs.place_B], pairs.same_G2) | ~(keys.valid_K[:count] & pairs.valid_B[:, None])
     text_B, image_B = (draw(s, excluded, pairs.draws_B2[:, i]) for i, s in enumerate(similar))
     image_G = pairs.gather(image_B[:, None].double())[:, 0].long()
-    # The one wait for the device in a step: what attention is told of lengths lies on the host.
-    texts, images, valid = (x.tolist() for x in (text_B, image_G, pairs.valid_B))
+    # The one wait for the device before the backward: what attention is told of lengths lies on the host.
+    found = torch.cat([text_B, image_G, pairs.valid_B.long()]).cpu()
+    texts, images, valid = (x.tolist() for x in found.split([len(text_B), count, len(text_B)]))
     own = {place: i for i, place in enumerate(pairs.places)}
     chosen = [(i, place, 1, float(fine)) for (place, i), fine in zip(own.items(), valid, strict=True)]
     chosen += [(i, text, 0, 1.0) for i, text in enumerate(texts) if text >= 0]
@@ -222,8 +223,8 @@ def _to_write(pairs: Pairs, aims: Aims, device: torch.device) -> tuple[Stream, T
     offsets = torch.cat([torch.arange(skip, len(ids) - 1) for ids in whole]).to(device, non_blocking=True)
     targets = torch.cat([ids[1 + skip :] for ids in whole]).to(device, non_blocking=True)
     each = counts.to(device, non_blocking=True)
-    rows = written.first.repeat_interleave(each) + offsets
-    counted = pairs.valid_B.repeat_interleave(each)
+    rows = written.first.repeat_interleave(each, output_size=len(targets)) + offsets
+    counted = pairs.valid_B.repeat_interleave(each, output_size=len(targets))
     if aims.unknown is not None:
         counted = counted & (targets != aims.unknown)
     return written, rows, targets, counted

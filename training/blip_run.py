@@ -20,12 +20,11 @@ from pairs.store import Store
 from training import blip_export, frame
 from training.accumulate import Context
 from training.blip_momentum import Keys, Memory
-from training.blip_objective import Aims, Entry, keys_of, losses, pairs_of, ramped, total
+from training.blip_objective import Aims, Entry, Pairs, keys_of, losses, pairs_of, ramped, total
 from training.checkpoint import CARD, Facts, card
 from training.config import TrainConfig, TrainResult, folder_of
 from training.data import Batch
 from training.models.blip import PackedBlip, Sizes, spans_of
-from training.packing import Grid
 from training.parallel import place, settle
 from training.plan import Cost, Plan
 from training.teach import Found
@@ -34,19 +33,6 @@ from training.tokens import bert_tokenizer
 ROLES = {"captioner": (blip_export.CAPTIONER, "lm"), "matcher": (blip_export.MATCHER, "itm")}  # and what trains each
 
 UNMEASURED = ("tokens_per_s", "fill", "flops_per_s", "mfu")  # the loader knows of a CLIP's streams, not of these
-
-
-class SquarePlan(Plan):
-    """A plan that squashes every image to the model's own grid."""
-
-    @staticmethod
-    def of(plan: Plan, side: int) -> "SquarePlan":
-        fields = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
-        return SquarePlan(**fields | {"max_patches": side * side})
-
-    def _grid(self, width: int, height: int) -> Grid:  # type: ignore[override]
-        side = round(self.max_patches**0.5)
-        return side, side
 
 
 @dataclasses.dataclass
@@ -68,11 +54,7 @@ class Bootstrapping:
 
     def loss(self, run: nn.Module, batch: Batch, step: int, mixed: Context) -> Found:
         ((images, _),) = batch.parts
-        flat = [self._entry(row, text) for row, text in batch.same.tolist()]
-        ends = [sum(batch.counts[:i]) for i in range(len(batch.counts) + 1)]
-        split = [flat[a:b] for a, b in itertools.pairwise(ends)]
-        pairs = pairs_of(split, self.rank, spans_of(images), batch.valid.cpu(), self.spec.seed, step)
-        pairs = pairs.to(images.patches.device)
+        pairs = self.pairs(batch, step).to(images.patches.device)
         blip = self.spec.blip
         alpha = ramped(blip.alpha, step, round(blip.ramp_epochs * len(self.plan) / self.spec.batch_pairs))
         with mixed():
@@ -86,6 +68,13 @@ class Bootstrapping:
             settle(run)
 
         return value, count, back, told
+
+    def pairs(self, batch: Batch, step: int) -> Pairs:
+        """The step's pairs, on the host; the device isn't waited for."""
+        flat = [self._entry(row, text) for row, text in batch.same.tolist()]
+        ends = [sum(batch.counts[:i]) for i in range(len(batch.counts) + 1)]
+        split = [flat[a:b] for a, b in itertools.pairwise(ends)]
+        return pairs_of(split, self.rank, spans_of(batch.parts[0][0]), batch.valid, self.spec.seed, step)
 
     def _entry(self, row: int, text: int) -> Entry:
         ids = torch.from_numpy(self.plan.tokens.used[self.plan.tokens.ids[text]])
@@ -113,9 +102,8 @@ def train_blip_rank(config: TrainConfig, rank: int, ranks: int, device: torch.de
     return frame.train(config, spec, rank, ranks, device, functools.partial(_begin, spec))
 
 
-def _begin(spec: PretrainSpec, store: Store, flat: Plan, rank: int, ranks: int, device: torch.device) -> frame.Work:
+def _begin(spec: PretrainSpec, store: Store, plan: Plan, rank: int, ranks: int, device: torch.device) -> frame.Work:
     m, asked = spec.model, spec.blip.losses
-    plan = SquarePlan.of(flat, m.image_px // m.patch_px)
     model, processor = build(spec, store)
     model.only(asked)
     memory = Memory(model, spec.blip.queue, spec.blip.momentum).to(device) if "itc" in asked else None
@@ -131,7 +119,6 @@ def _begin(spec: PretrainSpec, store: Store, flat: Plan, rank: int, ranks: int, 
     return frame.Work(
         model=model,
         beside={"memory": memory} if memory else {},
-        plan=plan,
         cost=Cost((m.vision.layers, m.vision.width), (m.text.layers, 3 * m.text.width)),
         teach=Bootstrapping(model, memory, plan, aims(spec, processor.tokenizer, model.sizes.context), spec, rank),
         publish=publish,

@@ -37,7 +37,7 @@ Pairs = Sequence[tuple[int, int]]  # epoch and row
 @dataclass(frozen=True)
 class Batch:
     """One rank's share of a step, in one or more `parts` that follow one another. `same` holds row and text of all
-    ranks' pairs, in order of rank."""
+    ranks' pairs, in order of rank. On a device lie the parts alone: what else there is, BLIP reads on the host."""
 
     parts: tuple[tuple[PackedImages, PackedTexts], ...]
     valid: torch.Tensor  # bool (own pairs,)
@@ -46,12 +46,13 @@ class Batch:
     damaged: dict[str, int]  # own pairs that couldn't be decoded, by reason
 
     def moved(self, move: Move) -> "Batch":
-        """With each tensor as `move` gives it: on a device, or in pinned memory."""
+        """With each tensor as `move` gives it, such as in pinned memory."""
         parts = tuple((images.moved(move), texts.moved(move)) for images, texts in self.parts)
         return Batch(parts, move(self.valid), move(self.same), self.counts, self.damaged)
 
     def to(self, device: torch.device) -> "Batch":
-        return self.moved(lambda x: x.to(device, non_blocking=True))
+        parts = tuple((images.to(device), texts.to(device)) for images, texts in self.parts)
+        return Batch(parts, self.valid, self.same, self.counts, self.damaged)
 
     @property
     def useful(self) -> int:

@@ -49,7 +49,6 @@ class Work:
 
     model: Towers | PackedBlip
     beside: dict[str, nn.Module]
-    plan: Plan
     cost: Cost
     teach: Teach
     publish: Callable[[Path, dict[str, Tensor], dict[str, Any]], None]
@@ -91,7 +90,7 @@ def train(
         checkpoint.check_room(out, held, spec.keep_best)
     saver = checkpoint.Saver(out / "checkpoints", spec.keep_best)
     loader = work.loader(
-        work.plan, store, rank, ranks, work.cost, spec.model.patch_px, spec.jitter, model.form, spec.accumulate,
+        plan, store, rank, ranks, work.cost, spec.model.patch_px, spec.jitter, model.form, spec.accumulate,
         spec.token_multiple, spec.steps, spec.loader_workers, cache_at(spec.cache, spec.cache_gb),
     )  # fmt: skip
 

@@ -43,10 +43,11 @@ class PackedImages:
     pool: Tensor  # int64 (examples,)
     layout: Layout
     useful: int  # tokens that belong to examples
+    host_pool: Tensor  # `pool`, wherever the rest lies
 
     def moved(self, move: Move) -> "PackedImages":
         patches, place, pool = (move(x) for x in (self.patches, self.place, self.pool))
-        return PackedImages(patches, self.grids, place, pool, self.layout.moved(move), self.useful)
+        return PackedImages(patches, self.grids, place, pool, self.layout.moved(move), self.useful, self.host_pool)
 
     def to(self, device: torch.device) -> "PackedImages":
         return self.moved(lambda x: x.to(device, non_blocking=True))
@@ -85,7 +86,7 @@ class Frame:
     def holding(self, patches: Tensor) -> PackedImages:
         """With `patches` (T, 3·P·P)."""
         assert len(patches) == len(self.place)
-        return PackedImages(patches, self.grids, self.place, self.pool, self.layout, self.useful)
+        return PackedImages(patches, self.grids, self.place, self.pool, self.layout, self.useful, self.pool)
 
 
 def frame_images(

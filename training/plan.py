@@ -68,6 +68,7 @@ class Plan:
     fingerprint: str
     dropout: float = 0.0
     weights: dict[str, float] = field(default_factory=dict)
+    square: bool = False  # images are squashed to the square of `max_patches`, as BLIP's are
 
     def __len__(self) -> int:
         return len(self.uids)
@@ -156,7 +157,7 @@ class Plan:
 
     @functools.lru_cache(maxsize=65536)  # noqa: B019
     def _grid(self, width: int, height: int) -> Grid:
-        return grid_of(width, height, self.max_patches)
+        return grid_of(*((1, 1) if self.square else (width, height)), self.max_patches)
 
     def grid(self, row: int) -> Grid:
         return self._grid(int(self.widths[row]), int(self.heights[row]))

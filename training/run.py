@@ -87,7 +87,6 @@ def _towers(config: TrainConfig, store: Store, plan: Plan, rank: int, ranks: int
     return frame.Work(
         model=model,
         beside=beside,
-        plan=plan,
         cost=Cost((m.vision.layers, m.vision.width), (m.text.layers, m.text.width)),
         teach=Contrast(spec.objective, rank),
         publish=functools.partial(export.save_trained, spec, plan.tokens.used),

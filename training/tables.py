@@ -58,7 +58,7 @@ def make_plan(
             remedy="leave the setting out",
         )
     offsets, sizes, widths, heights = (np.array(values, dtype=np.int64) for values in columns.values())
-    m = spec.model
+    m, square = spec.model, spec.objective == "blip"
     identity = {
         "version": [VERSION, BLOCK, WINDOW, DEALT, FEWEST],
         "shards": [pin.model_dump() for pin in pins],
@@ -76,11 +76,12 @@ def make_plan(
         blocks=blocks,
         tokens=tokens,
         batch_pairs=spec.batch_pairs,
-        max_patches=spec.max_patches,
+        max_patches=(m.image_px // m.patch_px) ** 2 if square else spec.max_patches,
         seed=spec.seed,
         fingerprint=fingerprint(identity),
         dropout=spec.patch_dropout,
         weights=spec.weights,
+        square=square,
     )
     return plan, dict(left_out)
 

@@ -46,7 +46,8 @@ class Contrast:
 
     def loss(self, run: nn.Module, batch: Batch, step: int, mixed: Context) -> Found:
         (image_BE, text_BE, scale, bias), back = features(run, batch.parts, mixed)
-        share = Share(batch.valid, batch.same, batch.counts, self.rank)
+        valid, same = (x.to(image_BE.device, non_blocking=True) for x in (batch.valid, batch.same))
+        share = Share(valid, same, batch.counts, self.rank)
         total, count = OBJECTIVES[self.objective](image_BE, text_BE, scale, bias, share)
         return total, count, back, {}
 

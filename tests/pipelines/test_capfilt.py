@@ -25,7 +25,7 @@ from pipelines.inspection import trace
 from pipelines.run import Run, open_run
 from pipelines.takedown import consumers
 from tests.pipelines import flow
-from training import blip_run, launch, run
+from training import blip_run, frame, launch
 from training.config import TrainConfig, TrainResult
 
 TRAIN = flow.TRAIN | {"objective": "blip", "batch_pairs": 8, "steps": 4, "blip": {"queue": 32, "start": ["beginning"]}}
@@ -69,7 +69,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(drawn: Path) -> Iterator[Run]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "train", here)
-        patch.setattr(run, "_say", lambda line: None)
+        patch.setattr(frame, "say", lambda line: None)
         yield flow.run_stages(drawn / "recipe.yaml", drawn / "workspace")[0]
 
 

@@ -1,5 +1,6 @@
 """Evaluation of a BLIP: figures are those of a plain loop over the same models, and nothing is computed twice."""
 
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -97,6 +98,17 @@ def test_an_evaluation_is_kept_and_hangs_on_models_and_passes(run: Run, monkeypa
         evaluation.evaluate(run, "it", {"captioner": models(run)["captioner"]}, known(run))
 
 
+def test_captions_are_written_behind_the_prompt_that_was_learned(run: Run, tmp_path: Path) -> None:
+    assert evaluation._pass(run, "captioner", models(run)["captioner"]).prompt == "a box ", "of no training's"  # type: ignore[attr-defined]
+    told = {"train_config": {"spec": {"blip": {"prompt": ""}}}, "blip_job": {"spec": {"prompt": "a photo of "}}}
+    for kind, given in told.items():
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "config.json").write_text(kind)
+        record = publish_models(run.workspace, kind, {"captioner": tmp_path / kind}, {kind: given})
+        learned = given["spec"].get("blip", given["spec"])["prompt"]
+        assert evaluation._pass(run, "captioner", record["models"]["captioner"]).prompt == learned  # type: ignore[attr-defined]
+
+
 def test_what_is_not_among_the_best_by_contrast_stays_behind(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blip_figures, "RERANKED", 2)
     seen: list[int] = []
@@ -144,6 +156,12 @@ def test_cider_by_hand() -> None:
 def test_too_few_images_have_no_cider() -> None:
     assert cider(["a red box"] * 2, [["a red box"], ["a tree"]]) == {"value": None, "low": None, "high": None, "n": 2}
     assert mean([])["value"] is None and mean([3.0]) == {"value": 3.0, "low": None, "high": None, "n": 1}
+
+
+def test_references_without_a_word_are_left_out_of_cider_and_counted() -> None:
+    captions, right = ["a red box", "a box", "a tree"], [["a red box"], ["a blue box"], ["a green tree"]]
+    more = cider([*captions, "a star", None], [*([*texts, "!"] for texts in right), [], ["…", " "]])
+    assert more == cider(captions, right) and more["n"] == 3
 
 
 def test_the_report_tells_units_and_what_has_no_figure(run: Run) -> None:

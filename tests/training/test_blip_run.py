@@ -1,5 +1,6 @@
 """A BLIP through the plan, the loader and the loop: it resumes to the byte, learns, and is fine-tuned in two parts."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,13 +17,16 @@ from pairs.errors import PairmillError
 from pairs.fingerprint import content_hash
 from pairs.pretrain import MedSpec, PretrainSpec
 from pairs.recipe import Recipe
+from pairs.store import Store
 from tests.training.blip_small import SIZES, processor
 from tests.training.small import MODEL, config
-from training import frame, launch
+from training import blip_run, frame, launch
 from training.blip_data import make_tokenizer
 from training.blip_run import train_blip_rank
 from training.config import TrainConfig, TrainResult
+from training.data import Loader
 from training.models.blip import PackedBlip
+from training.tables import make_plan
 
 torch.set_num_threads(1)
 WORDS = "a red green blue yellow box at the left right top bottom number of the drawings"
@@ -46,6 +50,26 @@ def train(cfg: TrainConfig) -> TrainResult:
 
 def lines(cfg: TrainConfig) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (Path(cfg.out_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_whoever_makes_the_plan_again_finds_its_steps(tmp_path: Path) -> None:
+    cfg = blip(tmp_path, "one", steps=4)
+    train(cfg)
+    plan, _ = make_plan(Store(cfg.store), cfg.shards, cfg.spec)
+    assert [line["uids_sha256"] for line in lines(cfg)] == [plan.digest(step) for step in range(4)]
+    aspects = dataclasses.replace(plan, square=False)
+    assert aspects.digest(0) != plan.digest(0), "the images aren't square"
+
+
+def test_the_pairs_of_a_step_are_known_without_a_wait_for_the_device(tmp_path: Path) -> None:
+    cfg, store = blip(tmp_path, "one"), Store(tmp_path)
+    plan, _ = make_plan(store, cfg.shards, cfg.spec)
+    work = blip_run._begin(cfg.spec, store, plan, 0, 1, torch.device("cpu"))
+    batch = Loader(plan, store, 0, 1, work.cost, MODEL.patch_px, 0.0).load(0)
+    assert isinstance(work.teach, blip_run.Bootstrapping)
+    here, there = (work.teach.pairs(b, 0) for b in (batch, batch.to(torch.device("meta"))))  # where nothing can be read
+    assert batch.to(torch.device("meta")).parts[0][0].pool.is_meta
+    assert here.spans == there.spans and torch.equal(here.same_G2, there.same_G2) and there.valid_B.all()
 
 
 def test_a_run_that_is_killed_ends_in_the_same_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,9 +101,10 @@ def test_so_is_a_blip_s(tmp_path: Path, asked: list[str]) -> None:
     cfg = blip(tmp_path, "large", {"losses": asked})
     spec = cfg.spec.model_copy(update={"model": cfg.spec.model.model_copy(update=towers)})
     store = Store(tmp_path)
-    work = blip_run._begin(spec, store, make_plan(store, cfg.shards, spec)[0], 0, 1, CPU)
-    loader = Loader(work.plan, store, 0, 1, work.cost, MODEL.patch_px, 0.0)
-    batch = loader.load(preflight.largest(work.plan, spec.steps))
+    plan, _ = make_plan(store, cfg.shards, spec)
+    work = blip_run._begin(spec, store, plan, 0, 1, CPU)
+    loader = Loader(plan, store, 0, 1, work.cost, MODEL.patch_px, 0.0)
+    batch = loader.load(preflight.largest(plan, spec.steps))
     optimizer = torch.optim.AdamW(p for p in work.model.parameters() if p.requires_grad)
     before = {name: value.clone() for name, value in (work.model.state_dict() | _memory(work)).items()}
 

@@ -80,12 +80,12 @@ def stream(
 
 
 def spans_of(images: PackedImages) -> list[Span]:
-    """Where each example's rows lie in the image stream; cheap while the batch is on the host."""
+    """Where each example's rows lie in the image stream, by what is known of it on the host."""
     counts, start = {}, 0
     for run in images.layout.segments():
         counts[start] = run.length
         start += run.length
-    return [(row, counts[row]) for row in images.pool.tolist()]
+    return [(row, counts[row]) for row in images.host_pool.tolist()]
 
 
 class Vision(nn.Module):
