@@ -18,6 +18,7 @@ from pairs.recipe import Recipe
 from pipelines import curation, training_jobs
 from pipelines.models import model_folder, publish_folder
 from pipelines.run import Run
+from training.tokens import bert_tokenizer, mark
 
 Facts = dict[str, Any]
 LOSSES = {"captioner": ["lm"], "matcher": ["itc", "itm"]}
@@ -35,25 +36,23 @@ def check(recipe: Recipe) -> None:
         )
     if spec.objective != "blip":
         return
-    for name in spec.blip.start:
-        if name != BEGINNING:
-            blip_folder(name, CAPTIONS, MATCHES)
-        elif not recipe.first_filter.blip:
-            raise PairmillError(
-                expected="first_filter.blip, whose beginning pretrain.blip.start names",
-                found="a recipe without it",
-                remedy="add first_filter: {blip: {}}, name folders of a BLIP, or leave `start` out",
-            )
-    if spec.blip.start:
-        return
-    if spec.model.tokenizer != PREVIOUS:
-        _tokenizer_folder(Path(spec.model.tokenizer))
-    elif not recipe.first_filter.blip and _captioner(recipe) == PREVIOUS:
+    folders = [blip_folder(name, CAPTIONS, MATCHES) for name in spec.blip.start if name != BEGINNING]
+    if BEGINNING in spec.blip.start and not recipe.first_filter.blip:
+        raise PairmillError(
+            expected="first_filter.blip, whose beginning pretrain.blip.start names",
+            found="a recipe without it",
+            remedy="add first_filter: {blip: {}}, name folders of a BLIP, or leave `start` out",
+        )
+    if not spec.blip.start and spec.model.tokenizer != PREVIOUS:
+        folders = [_tokenizer_folder(Path(spec.model.tokenizer))]
+    elif not spec.blip.start and not recipe.first_filter.blip and _captioner(recipe) == PREVIOUS:
         raise PairmillError(
             expected="a captioner whose tokenizer pretraining takes (pretrain.model.tokenizer: previous)",
             found="no first_filter.blip, and no filters.blip_caption with weights",
-            remedy="add one of them, or name a BERT tokenizer's folder with [DEC]",
+            remedy="add one of them, or name a BERT tokenizer's folder",
         )
+    for folder in folders:
+        mark(bert_tokenizer(str(folder)), spec.blip.match_mark)
 
 
 def warnings(recipe: Recipe) -> list[str]:

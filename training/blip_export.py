@@ -16,6 +16,7 @@ from torch import Tensor
 from pairs.errors import PairmillError
 from training.checkpoint import Facts, publishing
 from training.models.blip import PackedBlip, Sizes
+from training.tokens import marked
 
 CAPTIONER, MATCHER = "BlipForConditionalGeneration", "BlipForImageTextRetrieval"
 TEXT = {CAPTIONER: "text_decoder.bert.", MATCHER: "text_encoder."}
@@ -142,6 +143,10 @@ def load(*folders: Path, backend: str = "auto") -> tuple[PackedBlip, Any]:
                 raise ValueError(f"architecture {architecture}")
             sizes = sizes_of(settings)
             processor = processor or transformers.BlipProcessor.from_pretrained(folder, local_files_only=True)
+            begins, words = settings.text_config.bos_token_id, marked(processor.tokenizer)
+            if words.bos_token_id != begins or len(words) > sizes.vocabulary:
+                own = f"{words.bos_token} is {words.bos_token_id} of {len(words)}"
+                raise ValueError(f"{begins} begins a text of {sizes.vocabulary} pieces, and the tokenizer's {own}")
             theirs = getattr(transformers, architecture).from_pretrained(
                 folder, use_safetensors=True, local_files_only=True
             )

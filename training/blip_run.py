@@ -29,7 +29,7 @@ from training.packing import Grid
 from training.parallel import place, settle
 from training.plan import Cost, Plan
 from training.teach import Found
-from training.tokens import bert_tokenizer
+from training.tokens import bert_tokenizer, mark
 
 ROLES = {"captioner": (blip_export.CAPTIONER, "lm"), "matcher": (blip_export.MATCHER, "itm")}  # and what trains each
 
@@ -140,10 +140,10 @@ def _begin(spec: PretrainSpec, store: Store, flat: Plan, rank: int, ranks: int, 
 
 
 def aims(spec: PretrainSpec, tokenizer: Any, context: int) -> Aims:
-    mark, blip = tokenizer.convert_tokens_to_ids, spec.blip
+    blip = spec.blip
     return Aims(
         losses=frozenset(blip.losses),
-        match=mark(blip.match_mark),
+        match=mark(tokenizer, blip.match_mark),
         write=tokenizer.bos_token_id,
         prompt=tuple(tokenizer(blip.prompt, add_special_tokens=False)["input_ids"]) if blip.prompt else (),
         unknown=tokenizer.unk_token_id,
@@ -172,10 +172,6 @@ def build(spec: PretrainSpec, store: Store) -> tuple[PackedBlip, Any]:
             )
         return model.train(), processor
     tokenizer = bert_tokenizer(folder_of(store, m.tokenizer))
-    if tokenizer.bos_token is None:
-        raise PairmillError(
-            expected="a tokenizer whose bos_token is [DEC]", found=f"none in {m.tokenizer}", remedy="take a BLIP's"
-        )
     sizes = Sizes(m.image_px, m.patch_px, vision, text, m.embed_dim, len(tokenizer), positions(spec))
     from transformers import BlipImageProcessor, BlipProcessor
 
