@@ -18,9 +18,12 @@ from pairs.strict import nearest
 
 SEED = 0  # of random weights
 CLIP_CONFIG = "open_clip_config.json"
-BLIP_FILES = ["config.json", "model.safetensors", "preprocessor_config.json", "processor_config.json"]
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"]
-BLIP_FILES += TOKENIZER_FILES
+TOKENIZER_FILES += ["added_tokens.json"]  # beside vocab.txt
+BLIP_FILES = [  # what is read of a BLIP's folder, and the card of one that we trained: all that stands for it
+    "config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json", "processor_config.json",
+    "model_card.json", *TOKENIZER_FILES,
+]  # fmt: skip
 
 Stamp = tuple[tuple[str, int, int], ...]
 
@@ -89,7 +92,7 @@ def _clip_config(name: str) -> str:
 
 def blip_hashes(weights: str, architecture: str) -> dict[str, str]:
     """What stands for the setting `weights` of a BLIP in a fingerprint."""
-    return {"weights": content_hash(blip_folder(weights, architecture))}
+    return {"weights": content_hash(blip_folder(weights, architecture), BLIP_FILES)}
 
 
 def blip_folder(weights: str, *architectures: str) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 
 from filters.blip import CAPTIONS, MATCHES
 from filters.lookup import load_filter
-from filters.weights import TOKENIZER_FILES, blip_folder
+from filters.weights import BLIP_FILES, TOKENIZER_FILES, blip_folder
 from pairs.errors import PairmillError
 from pairs.pretrain import BEGINNING, PREVIOUS, MedSpec, PretrainSpec
 from pairs.recipe import Recipe
@@ -111,7 +111,7 @@ def finetune(
 def _start(run: Run, number: int, name: str) -> str:
     """The name in the workspace of what `blip.start` names."""
     if name != BEGINNING:
-        return publish_folder(run.workspace, blip_folder(name, CAPTIONS, MATCHES))
+        return publish_folder(run.workspace, blip_folder(name, CAPTIONS, MATCHES), BLIP_FILES)
     return f"models/{_scorer(run, number)[BEGINNING]}"
 
 

@@ -244,6 +244,7 @@ def test_tokenizers_are_known_by_content(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "tokenizer.json").write_text("{}" if name != "other" else "{ }")
         (tmp_path / name / "model.safetensors").write_text(name)
+        (tmp_path / name / ".cache").mkdir()
     space = Workspace.open(tmp_path / "space", create=True)
     one, two, other = (capfilt.publish_folder(space, tmp_path / n, TOKENIZER_FILES) for n in ("one", "two", "other"))
     assert one == two != other and [p.name for p in (tmp_path / "space" / one).iterdir()] == ["tokenizer.json"]
