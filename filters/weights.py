@@ -111,10 +111,11 @@ def blip_folder(weights: str, *architectures: str) -> Path:
     missing += (
         [] if {"processor_config.json", "preprocessor_config.json"} & set(names) else ["preprocessor_config.json"]
     )
+    made = [] if missing else _architectures(folder / "config.json")
+    missing += ["settings in config.json"] if made is None else []
     pickled = "model.safetensors" in missing and any(name.endswith((".bin", ".pt", ".pth")) for name in names)
     advice = "no pickle is read: load it where you trust it and save_pretrained it as safetensors, or "
-    made = [] if missing else json.loads((folder / "config.json").read_text()).get("architectures") or []
-    if missing or not {*architectures} & {*made}:
+    if made is None or missing or not {*architectures} & {*made}:
         raise PairmillError(
             expected=f"a {' or '.join(architectures)} with its tokenizer, as save_pretrained leaves it, in {weights}",
             found=f"no {', '.join(missing)}" if missing else f"a model of {made}",
@@ -122,6 +123,13 @@ def blip_folder(weights: str, *architectures: str) -> Path:
             + "name the folder of a trained captioner for blip_caption, of a matcher for blip_match",
         )
     return folder.resolve()
+
+
+def _architectures(config: Path) -> list[str] | None:
+    try:
+        return [str(name) for name in json.loads(config.read_bytes()).get("architectures") or []]
+    except (ValueError, AttributeError, TypeError):  # no JSON, or none of this form
+        return None
 
 
 @functools.cache

@@ -150,7 +150,7 @@ def load(*folders: Path, backend: str = "auto") -> tuple[PackedBlip, Any]:
             theirs = getattr(transformers, architecture).from_pretrained(
                 folder, use_safetensors=True, local_files_only=True
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
             raise PairmillError(
                 expected=f"{CAPTIONER} or {MATCHER} in transformers' format (safetensors, tokenizer, processor)",
                 found=f"{folder}: {type(error).__name__}: {' '.join(str(error).split())[:300]}",

@@ -107,6 +107,14 @@ def test_weights_that_are_none_stop_with_advice(folder: str, tmp_path: Path) -> 
         load_filter("blip_caption", {"weights": captioner}).content_hashes()
 
 
+@pytest.mark.parametrize("broken", ["{", "[]", '{"architectures": 5}', "\udcff"])
+def test_a_config_that_is_broken_is_told(folder: str, tmp_path: Path, broken: str) -> None:
+    copied = shutil.copytree(folder, tmp_path / "copied")
+    (copied / "config.json").write_bytes(broken.encode(errors="surrogateescape"))
+    with pytest.raises(PairmillError, match=r"no settings in config\.json"):
+        blip_hashes(str(copied), MATCHES)
+
+
 def test_what_no_one_reads_is_no_part_of_a_folder(folder: str, tmp_path: Path) -> None:
     before, copied = content_hash(Path(folder)), shutil.copytree(folder, tmp_path / "copied")
     assert blip_hashes(folder, MATCHES) == {"weights": before}, "what save_pretrained leaves is read"
