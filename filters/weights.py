@@ -18,9 +18,12 @@ from pairs.strict import nearest
 
 SEED = 0  # of random weights
 CLIP_CONFIG = "open_clip_config.json"
-BLIP_FILES = ["config.json", "model.safetensors", "preprocessor_config.json", "processor_config.json"]
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"]
-BLIP_FILES += TOKENIZER_FILES
+TOKENIZER_FILES += ["added_tokens.json"]  # beside vocab.txt
+BLIP_FILES = [  # what is read of a BLIP's folder, and the card of one that we trained: all that stands for it
+    "config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json", "processor_config.json",
+    "model_card.json", *TOKENIZER_FILES,
+]  # fmt: skip
 
 Stamp = tuple[tuple[str, int, int], ...]
 
@@ -89,7 +92,7 @@ def _clip_config(name: str) -> str:
 
 def blip_hashes(weights: str, architecture: str) -> dict[str, str]:
     """What stands for the setting `weights` of a BLIP in a fingerprint."""
-    return {"weights": content_hash(blip_folder(weights, architecture))}
+    return {"weights": content_hash(blip_folder(weights, architecture), BLIP_FILES)}
 
 
 def blip_folder(weights: str, *architectures: str) -> Path:
@@ -108,10 +111,11 @@ def blip_folder(weights: str, *architectures: str) -> Path:
     missing += (
         [] if {"processor_config.json", "preprocessor_config.json"} & set(names) else ["preprocessor_config.json"]
     )
+    made = [] if missing else _architectures(folder / "config.json")
+    missing += ["settings in config.json"] if made is None else []
     pickled = "model.safetensors" in missing and any(name.endswith((".bin", ".pt", ".pth")) for name in names)
     advice = "no pickle is read: load it where you trust it and save_pretrained it as safetensors, or "
-    made = [] if missing else json.loads((folder / "config.json").read_text()).get("architectures") or []
-    if missing or not {*architectures} & {*made}:
+    if made is None or missing or not {*architectures} & {*made}:
         raise PairmillError(
             expected=f"a {' or '.join(architectures)} with its tokenizer, as save_pretrained leaves it, in {weights}",
             found=f"no {', '.join(missing)}" if missing else f"a model of {made}",
@@ -119,6 +123,13 @@ def blip_folder(weights: str, *architectures: str) -> Path:
             + "name the folder of a trained captioner for blip_caption, of a matcher for blip_match",
         )
     return folder.resolve()
+
+
+def _architectures(config: Path) -> list[str] | None:
+    try:
+        return [str(name) for name in json.loads(config.read_bytes()).get("architectures") or []]
+    except (ValueError, AttributeError, TypeError):  # no JSON, or none of this form
+        return None
 
 
 @functools.cache

@@ -6,7 +6,7 @@ other inputs enter by the hash of their content, so that a name can't hide a cha
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from pairs.errors import PairmillError
@@ -28,8 +28,8 @@ def _plain(value: object) -> object:
     raise TypeError(f"{type(value).__name__} cannot enter a fingerprint: {value!r}")
 
 
-def content_hash(path: Path) -> str:
-    """sha256 over a file's bytes, or over the sorted relative names and hashes of a folder's files.
+def content_hash(path: Path, only: Collection[str] = ()) -> str:
+    """sha256 over a file's bytes, or over the sorted relative names and hashes of a folder's files (`only` these).
 
     A link counts as the file it leads to (a model hub's cache is made of links). What can't be hashed is an
     error, never an empty hash: a link to a folder or to nothing, and a path where nothing is.
@@ -39,9 +39,8 @@ def content_hash(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     if not path.is_dir():
         raise PairmillError(expected=f"a file or a folder at {path}", found="neither", remedy="check this path")
-    lines = [
-        f"{item.relative_to(path).as_posix()}\0{content_hash(item)}" for item in sorted(path.rglob("*")) if _leaf(item)
-    ]
+    items = ((item.relative_to(path).as_posix(), item) for item in sorted(path.rglob("*")))
+    lines = [f"{name}\0{content_hash(item)}" for name, item in items if (not only or name in only) and _leaf(item)]
     return hashlib.sha256("\0".join(lines).encode()).hexdigest()
 
 

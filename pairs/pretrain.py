@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from pairs.errors import PairmillError
 from pairs.strict import Spec
 
 PREVIOUS = "previous"  # in a setting: the model of the round before
@@ -88,6 +89,25 @@ class StartSpec(Spec):
 class TowersSpec(Spec):
     image: StartSpec = StartSpec()
     text: StartSpec = StartSpec()
+
+
+Shape = tuple[int, int, tuple[int, int, int], tuple[int, int, int], int]
+
+
+def fits(m: ModelSpec, shape: Shape, positions: int, names: list[str]) -> None:
+    """Raises PairmillError where a BLIP of this shape isn't what `m` asks for."""
+    if shape != (asked := shape_of(m)) or positions < m.context:
+        raise PairmillError(
+            expected=f"a BLIP of {asked} (image_px, patch_px, layers, width and heads of both towers, embed_dim), and "
+            f"{m.context} text positions (context)",
+            found=f"{shape} and {positions} positions in {names}",
+            remedy="say the same sizes under pretrain.model",
+        )
+
+
+def shape_of(m: "ModelSpec | BlipSpec") -> Shape:
+    vision, text = ((tower.layers, tower.width, tower.heads) for tower in (m.vision, m.text))
+    return m.image_px, m.patch_px, vision, text, m.embed_dim
 
 
 class MedSpec(Spec):
@@ -210,6 +230,11 @@ class BlipSpec(Spec):
     precision: Literal["fp32", "bf16"] = "bf16"
     checkpoint_every: int = Field(200, ge=1)
     seed: int = 0
+
+    @property
+    def positions(self) -> int:
+        """Of a text: one that is written has its prompt too."""
+        return max(64, 2 * self.max_tokens)
 
     @model_validator(mode="after")
     def _fits(self) -> "BlipSpec":

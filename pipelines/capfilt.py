@@ -11,13 +11,15 @@ from typing import Any
 
 from filters.blip import CAPTIONS, MATCHES
 from filters.lookup import load_filter
-from filters.weights import TOKENIZER_FILES, blip_folder
+from filters.weights import BLIP_FILES, TOKENIZER_FILES, blip_folder
 from pairs.errors import PairmillError
-from pairs.pretrain import BEGINNING, PREVIOUS, MedSpec, PretrainSpec
+from pairs.pretrain import BEGINNING, PREVIOUS, MedSpec, PretrainSpec, fits, shape_of
 from pairs.recipe import Recipe
+from pairs.strict import strict
 from pipelines import curation, training_jobs
 from pipelines.models import model_folder, publish_folder
 from pipelines.run import Run
+from training.tokens import bert_tokenizer, mark
 
 Facts = dict[str, Any]
 LOSSES = {"captioner": ["lm"], "matcher": ["itc", "itm"]}
@@ -35,25 +37,32 @@ def check(recipe: Recipe) -> None:
         )
     if spec.objective != "blip":
         return
-    for name in spec.blip.start:
-        if name != BEGINNING:
-            blip_folder(name, CAPTIONS, MATCHES)
-        elif not recipe.first_filter.blip:
-            raise PairmillError(
-                expected="first_filter.blip, whose beginning pretrain.blip.start names",
-                found="a recipe without it",
-                remedy="add first_filter: {blip: {}}, name folders of a BLIP, or leave `start` out",
-            )
-    if spec.blip.start:
-        return
-    if spec.model.tokenizer != PREVIOUS:
-        _tokenizer_folder(Path(spec.model.tokenizer))
-    elif not recipe.first_filter.blip and _captioner(recipe) == PREVIOUS:
+    for role in LOSSES if recipe.finetune else ():
+        _tuned(recipe, spec, role)
+    folders = [blip_folder(name, CAPTIONS, MATCHES) for name in spec.blip.start if name != BEGINNING]
+    first = recipe.first_filter.blip
+    if BEGINNING in spec.blip.start and not first:
+        raise PairmillError(
+            expected="first_filter.blip, whose beginning pretrain.blip.start names",
+            found="a recipe without it",
+            remedy="add first_filter: {blip: {}}, name folders of a BLIP, or leave `start` out",
+        )
+    if BEGINNING in spec.blip.start and first:
+        fits(spec.model, shape_of(first), first.positions, [BEGINNING])
+    if not spec.blip.start and spec.model.tokenizer != PREVIOUS:
+        mark(bert_tokenizer(str(_tokenizer_folder(Path(spec.model.tokenizer)))), spec.blip.match_mark)
+    elif not spec.blip.start and not first and _captioner(recipe) == PREVIOUS:
         raise PairmillError(
             expected="a captioner whose tokenizer pretraining takes (pretrain.model.tokenizer: previous)",
             found="no first_filter.blip, and no filters.blip_caption with weights",
-            remedy="add one of them, or name a BERT tokenizer's folder with [DEC]",
+            remedy="add one of them, or name a BERT tokenizer's folder",
         )
+    for folder in folders:
+        from training import blip_export  # seconds
+
+        _, sizes, processor = blip_export.opened(folder)
+        fits(spec.model, sizes.shape, sizes.context, [str(folder)])
+        mark(processor.tokenizer, spec.blip.match_mark)
 
 
 def warnings(recipe: Recipe) -> list[str]:
@@ -100,19 +109,24 @@ def finetune(
     start = [f"models/{sha}" for _, sha in sorted(record["models"].items())]
     records = {}
     for role, losses in LOSSES.items():
-        tune = getattr(run.recipe.finetune, role).model_dump(exclude_none=True)
         blip = _with(spec.blip, losses=losses, start=start, prompt=_prompt(run.recipe, spec.blip))
         weights = {name: times for name, times in spec.weights.items() if name in known}
         model = spec.model.model_copy(update={"tokenizer": start[0]})
-        own = PretrainSpec(**dict(spec) | tune | {"blip": blip, "weights": weights, "model": model})
+        own = _tuned(run.recipe, spec, role, blip=blip, weights=weights, model=model)
         records[role] = training_jobs.pretrain(run, f"round-{number}/{role}", selection, known, own, apart)
     return records
+
+
+def _tuned(recipe: Recipe, spec: PretrainSpec, role: str, **changes: Any) -> PretrainSpec:
+    """The settings of a role's fine-tuning."""
+    tune = getattr(recipe.finetune, role).model_dump(exclude_none=True)
+    return strict(PretrainSpec, dict(spec) | tune | changes, f"finetune.{role}")
 
 
 def _start(run: Run, number: int, name: str) -> str:
     """The name in the workspace of what `blip.start` names."""
     if name != BEGINNING:
-        return publish_folder(run.workspace, blip_folder(name, CAPTIONS, MATCHES))
+        return publish_folder(run.workspace, blip_folder(name, CAPTIONS, MATCHES), BLIP_FILES)
     return f"models/{_scorer(run, number)[BEGINNING]}"
 
 

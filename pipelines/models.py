@@ -6,7 +6,6 @@ settings and the hashes of every tar that was read, so the same training is neve
 
 import json
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,26 +34,20 @@ def publish_models(
     return record
 
 
-def publish_folder(workspace: Workspace, folder: Path, only: Sequence[str] | None = None) -> str:
+def publish_folder(workspace: Workspace, folder: Path, only: Sequence[str] = ()) -> str:
     """The name in the workspace, `models/<sha256>`, of a copy of a folder that a training starts from, or of the files
     `only` in it: whatever becomes of the folder, the training's name and what it read stay."""
-    if only is None:
-        return f"models/{_publish(workspace, folder)}"
-    with tempfile.TemporaryDirectory() as made:
-        for name in only:
-            if (folder / name).is_file():
-                shutil.copy(folder / name, made)
-        return f"models/{_publish(workspace, Path(made))}"
+    return f"models/{_publish(workspace, folder, only)}"
 
 
-def _publish(workspace: Workspace, folder: Path) -> str:
-    name = content_hash(folder)
+def _publish(workspace: Workspace, folder: Path, only: Sequence[str] = ()) -> str:
+    name = content_hash(folder, only)
     local = _local(workspace)
     target = local / "models" / name
     if not target.is_dir():
         temporary = local / "models" / f"{TEMPORARY}{name}"
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(folder, temporary)
+        shutil.copytree(folder, temporary, ignore=lambda _, names: {*names} - {*only} if only else ())
         temporary.rename(target)
     return name
 

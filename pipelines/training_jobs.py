@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from filters.weights import clip_hashes
 from pairs import __version__
 from pairs.errors import PairmillError
+from pairs.fingerprint import content_hash
 from pairs.pretrain import BlipSpec, PretrainSpec
 from pairs.shard import ShardRef
 from pairs.store import table_metadata
@@ -69,7 +70,9 @@ def pretrain(
 ) -> Facts:
     """Trains a CLIP or a BLIP on the selection's training shards of `shards`; returns its record (models, result,
     config). `scores` are the folders of score tables by filter, for towers that are columns."""
-    starts = (spec.towers.image, spec.towers.text)
+    starts, words = (spec.towers.image, spec.towers.text), spec.model.tokenizer
+    by_path = spec.objective != "blip" and words != "clip" and Path(words).is_dir()
+    own = {words: content_hash(Path(words))} if by_path else {}
     config = TrainConfig(
         store=run.workspace.store.root,
         shards=pins(run, selection, shards),
@@ -77,7 +80,7 @@ def pretrain(
         out_dir="",
         apart=list(apart),
         scores={f.partition(".")[0]: (scores or {})[f.partition(".")[0]] for start in starts for f in start.features},
-        weights={s.weights: weights_hash(s.weights) for s in starts if s.weights},
+        weights=own | {s.weights: weights_hash(s.weights) for s in starts if s.weights},
     )
     told = {"train_config": config.model_dump(mode="json", exclude={"store", "out_dir"})}
     return _record(run, name, config, launch.train, lambda line: (line["step"] + 1, spec.steps, _loss(line)), told)

@@ -49,7 +49,7 @@ def blip_config(spec: BlipSpec, tokenizer: BertTokenizerFast) -> BlipConfig:
     text = {
         "vocab_size": len(tokenizer), "hidden_size": spec.text.width, "intermediate_size": 4 * spec.text.width,
         "num_hidden_layers": spec.text.layers, "num_attention_heads": spec.text.heads,
-        "max_position_embeddings": max(64, 2 * spec.max_tokens), "label_smoothing": 0.1,
+        "max_position_embeddings": spec.positions, "label_smoothing": 0.1,
         "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.sep_token_id, "sep_token_id": tokenizer.sep_token_id,
     }  # fmt: skip

@@ -6,6 +6,8 @@ captioner has no encoder's self-attention and no heads for contrast and matching
 of one training give the whole again. Weights are read from safetensors alone, and no code of a folder is run.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor
 from pairs.errors import PairmillError
 from training.checkpoint import Facts, publishing
 from training.models.blip import PackedBlip, Sizes
+from training.tokens import marked
 
 CAPTIONER, MATCHER = "BlipForConditionalGeneration", "BlipForImageTextRetrieval"
 TEXT = {CAPTIONER: "text_decoder.bert.", MATCHER: "text_encoder."}
@@ -129,28 +132,45 @@ def save(folder: Path, sizes: Sizes, weights: Weights, architecture: str, proces
         processor.save_pretrained(temporary)
 
 
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
+        raise PairmillError(
+            expected=f"{CAPTIONER} or {MATCHER} in transformers' format (safetensors, tokenizer, processor)",
+            found=f"{folder}: {type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            remedy="name such a folder; `save_pretrained` of model and processor writes one",
+        ) from error
+
+
+def opened(folder: Path, processor: Any = None) -> tuple[str, Sizes, Any]:
+    """Architecture, sizes and BlipProcessor (if none is given) of a folder whose weights stay unread."""
+    with _readable(folder):
+        settings = transformers.BlipConfig.from_pretrained(folder, local_files_only=True)
+        architecture = (settings.architectures or ["no architecture"])[0]
+        if architecture not in TEXT:
+            raise ValueError(f"architecture {architecture}")
+        sizes = sizes_of(settings)
+        processor = processor or transformers.BlipProcessor.from_pretrained(folder, local_files_only=True)
+        begins, words = settings.text_config.bos_token_id, marked(processor.tokenizer)
+        if words.bos_token_id != begins or len(words) > sizes.vocabulary:
+            own = f"{words.bos_token} is {words.bos_token_id} of {len(words)}"
+            raise ValueError(f"{begins} begins a text of {sizes.vocabulary} pieces, and the tokenizer's {own}")
+    return architecture, sizes, processor
+
+
 def load(*folders: Path, backend: str = "auto") -> tuple[PackedBlip, Any]:
     """The model and its BlipProcessor, from a captioner's folder, a matcher's, or both; what both hold comes from the
     first. What none holds begins anew, but for self-attention: the one starts as a copy of the other."""
     found: Weights = {}
     model, processor = None, None
     for folder in folders:
-        try:
-            settings = transformers.BlipConfig.from_pretrained(folder, local_files_only=True)
-            architecture = (settings.architectures or ["no architecture"])[0]
-            if architecture not in TEXT:
-                raise ValueError(f"architecture {architecture}")
-            sizes = sizes_of(settings)
-            processor = processor or transformers.BlipProcessor.from_pretrained(folder, local_files_only=True)
+        architecture, sizes, processor = opened(folder, processor)
+        with _readable(folder):
             theirs = getattr(transformers, architecture).from_pretrained(
                 folder, use_safetensors=True, local_files_only=True
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise PairmillError(
-                expected=f"{CAPTIONER} or {MATCHER} in transformers' format (safetensors, tokenizer, processor)",
-                found=f"{folder}: {type(error).__name__}: {' '.join(str(error).split())[:300]}",
-                remedy="name such a folder; `save_pretrained` of model and processor writes one",
-            ) from error
         model = model or PackedBlip(sizes, backend)
         if model.sizes != sizes:
             raise PairmillError(expected=f"{model.sizes} in {folder}", found=str(sizes), remedy="load one training's")

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pairs.errors import PairmillError
-from pairs.pretrain import PretrainSpec
+from pairs.pretrain import PretrainSpec, fits, shape_of
 from pairs.store import Store
 from training import blip_export, frame
 from training.accumulate import Context
@@ -28,7 +27,7 @@ from training.models.blip import PackedBlip, Sizes, spans_of
 from training.parallel import place, settle
 from training.plan import Cost, Plan
 from training.teach import Found
-from training.tokens import bert_tokenizer
+from training.tokens import bert_tokenizer, mark
 
 ROLES = {"captioner": (blip_export.CAPTIONER, "lm"), "matcher": (blip_export.MATCHER, "itm")}  # and what trains each
 
@@ -127,10 +126,10 @@ def _begin(spec: PretrainSpec, store: Store, plan: Plan, rank: int, ranks: int, 
 
 
 def aims(spec: PretrainSpec, tokenizer: Any, context: int) -> Aims:
-    mark, blip = tokenizer.convert_tokens_to_ids, spec.blip
+    blip = spec.blip
     return Aims(
         losses=frozenset(blip.losses),
-        match=mark(blip.match_mark),
+        match=mark(tokenizer, blip.match_mark),
         write=tokenizer.bos_token_id,
         prompt=tuple(tokenizer(blip.prompt, add_special_tokens=False)["input_ids"]) if blip.prompt else (),
         unknown=tokenizer.unk_token_id,
@@ -143,27 +142,14 @@ def build(spec: PretrainSpec, store: Store) -> tuple[PackedBlip, Any]:
     """The model and its processor, of the folders in `blip.start` or new."""
     torch.manual_seed(spec.seed)
     m = spec.model
-    vision, text = ((t.layers, t.width, t.heads) for t in (m.vision, m.text))
     if spec.blip.start:
         model, processor = blip_export.load(
             *(Path(folder_of(store, name)) for name in spec.blip.start), backend=spec.attention
         )
-        s = model.sizes
-        found = s.image_px, s.patch_px, s.vision, s.text, s.embed_dim
-        asked = m.image_px, m.patch_px, vision, text, m.embed_dim
-        if found != asked or s.context < m.context:
-            raise PairmillError(
-                expected=f"a BLIP of {asked} (image_px, patch_px, layers, width and heads of both towers, embed_dim)",
-                found=f"{found} and {s.context} positions in {spec.blip.start}",
-                remedy="say under pretrain.model what the folder's config.json says",
-            )
+        fits(m, model.sizes.shape, model.sizes.context, spec.blip.start)
         return model.train(), processor
     tokenizer = bert_tokenizer(folder_of(store, m.tokenizer))
-    if tokenizer.bos_token is None:
-        raise PairmillError(
-            expected="a tokenizer whose bos_token is [DEC]", found=f"none in {m.tokenizer}", remedy="take a BLIP's"
-        )
-    sizes = Sizes(m.image_px, m.patch_px, vision, text, m.embed_dim, len(tokenizer), positions(spec))
+    sizes = Sizes(*shape_of(m), len(tokenizer), positions(spec))
     from transformers import BlipImageProcessor, BlipProcessor
 
     images = BlipImageProcessor(size={"height": m.image_px, "width": m.image_px})

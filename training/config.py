@@ -63,7 +63,7 @@ class Job(BaseModel):
 
 class TrainConfig(Job):
     """A CLIP, trained on training shards. Towers that are columns are read from `scores`, folders of score tables by
-    filter; `weights` are the hashes of what towers start from, by the recipe's name for it."""
+    filter; `weights` are the hashes of what towers start from, and of a tokenizer's folder, by the recipe's names."""
 
     spec: PretrainSpec
     scores: dict[str, str] = {}

@@ -83,13 +83,32 @@ def bert_tokenizer(folder: str) -> Any:
     from transformers import BertTokenizerFast  # seconds
 
     try:
-        return BertTokenizerFast.from_pretrained(folder, local_files_only=True)
+        return marked(BertTokenizerFast.from_pretrained(folder, local_files_only=True))
     except (OSError, ValueError, TypeError) as error:
         raise PairmillError(
-            expected="a BERT tokenizer with [DEC] in a folder (pretrain.model.tokenizer)",
+            expected="a BERT tokenizer in a folder (pretrain.model.tokenizer)",
             found=f"{folder}: {type(error).__name__}: {' '.join(str(error).split())[:300]}",
             remedy="name one, such as that of a BLIP's folder",
         ) from error
+
+
+def marked(tokenizer: Any) -> Any:
+    """The same BERT tokenizer with BLIP's marks, which a published BLIP's lacks: its model has rows for them."""
+    if tokenizer.bos_token is None:
+        tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
+    return tokenizer
+
+
+def mark(tokenizer: Any, piece: str) -> int:
+    """The number of a mark, which the tokenizer must know."""
+    found = int(tokenizer.convert_tokens_to_ids(piece))
+    if found == tokenizer.unk_token_id:
+        raise PairmillError(
+            expected=f"{piece} in the tokenizer, for pretrain.blip.match_mark",
+            found=f"other marks: {', '.join(tokenizer.all_special_tokens)}",
+            remedy="leave match_mark out, or take a tokenizer that has it (a plain BERT's is given it)",
+        )
+    return found
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """blip_match: transformers' own figures, in the order of the texts, whatever else is in the batch."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ import torch
 from transformers import BlipForImageTextRetrieval, BlipProcessor
 
 from filters.base import Batch
+from filters.blip import MATCHES
 from filters.blip_match import BlipMatch
 from filters.lookup import load_filter
+from filters.weights import blip_hashes
 from pairs.errors import PairmillError
+from pairs.fingerprint import content_hash
 from tests.filters.weights import WEIGHTS
 
 
@@ -101,3 +105,23 @@ def test_weights_that_are_none_stop_with_advice(folder: str, tmp_path: Path) -> 
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(PairmillError, match=r"tokenizer\.json"):
         load_filter("blip_caption", {"weights": captioner}).content_hashes()
+
+
+@pytest.mark.parametrize("broken", ["{", "[]", '{"architectures": 5}', "\udcff"])
+def test_a_config_that_is_broken_is_told(folder: str, tmp_path: Path, broken: str) -> None:
+    copied = shutil.copytree(folder, tmp_path / "copied")
+    (copied / "config.json").write_bytes(broken.encode(errors="surrogateescape"))
+    with pytest.raises(PairmillError, match=r"no settings in config\.json"):
+        blip_hashes(str(copied), MATCHES)
+
+
+def test_what_no_one_reads_is_no_part_of_a_folder(folder: str, tmp_path: Path) -> None:
+    before, copied = content_hash(Path(folder)), shutil.copytree(folder, tmp_path / "copied")
+    assert blip_hashes(folder, MATCHES) == {"weights": before}, "what save_pretrained leaves is read"
+    for name in ("README.md", "pytorch_model.bin", ".cache/huggingface/model.safetensors"):
+        (copied / name).parent.mkdir(parents=True, exist_ok=True)
+        (copied / name).write_text("more")
+    (copied / "refs").symlink_to(tmp_path)
+    assert blip_hashes(str(copied), MATCHES) == {"weights": before}
+    (copied / "config.json").write_text((copied / "config.json").read_text() + "\n")
+    assert blip_hashes(str(copied), MATCHES) != {"weights": before}

@@ -10,8 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from transformers import BertTokenizerFast
 
 from filters import canaries
+from filters.blip import CAPTIONS
 from filters.weights import TOKENIZER_FILES
 from pairs.errors import PairmillError
 from pairs.recipe import Recipe
@@ -25,6 +27,7 @@ from pipelines.inspection import trace
 from pipelines.run import Run, open_run
 from pipelines.takedown import consumers
 from tests.pipelines import flow
+from tests.training import blip_small
 from training import blip_run, frame, launch
 from training.config import TrainConfig, TrainResult
 
@@ -213,6 +216,11 @@ WEB: dict[str, Any] = {"sources": {"web": {"kind": "folder", "path": "web"}}}
             "goes with objective: blip",
         ),
         ({"first_filter": {"clip": TRAIN | {"blip": {"start": ["./web"]}}}}, "first_filter.clip trains a CLIP"),
+        (
+            {"pretrain": TRAIN | {"workers": 4}, "finetune": {"matcher": {"batch_pairs": 2}}},
+            "finetune.matcher: Value error, batch_pairs 2",
+        ),
+        ({"pretrain": TRAIN | {"model": flow.MODEL | {"embed_dim": 24}}}, "16) and 70 positions in ['beginning']"),
     ],
 )
 def test_what_a_blip_lacks_is_told_at_once(
@@ -225,6 +233,25 @@ def test_what_a_blip_lacks_is_told_at_once(
     with pytest.raises(PairmillError) as error:
         stages.check(open_run(path, workspace=str(tmp_path / "workspace"), console=Console(quiet=True)).recipe)
     assert told in str(error.value)
+
+
+def test_a_start_that_does_not_fit_is_told_at_once(tmp_path: Path) -> None:
+    def check(**changes: Any) -> None:
+        pretrain = TRAIN | {"blip": {"start": [str(tmp_path)], "match_mark": "[ENC]"}, "model": model | changes}
+        capfilt.check(strict(Recipe, recipe(tmp_path) | {"pretrain": pretrain}, "recipe"))
+
+    blip_small.folder(tmp_path, CAPTIONS, plain=True)
+    model = flow.MODEL | {"vision": flow.TOWER | {"layers": 2}, "text": {"layers": 3, "width": 48, "heads": 4}}
+    check()
+    with pytest.raises(PairmillError, match="24 positions"):
+        check(context=25)
+    (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace(": 38", ": 5"))
+    with pytest.raises(PairmillError, match="5 begins a text"):
+        check()
+    with pytest.raises(PairmillError, match=r"\[ENC\] in the tokenizer"):
+        BertTokenizerFast(vocab={"[UNK]": 0, "[DEC]": 1}, bos_token="[DEC]").save_pretrained(tmp_path / "lacking")
+        words = {"model": {"tokenizer": str(tmp_path / "lacking")}, "blip": {"match_mark": "[ENC]"}}
+        capfilt.check(strict(Recipe, recipe(tmp_path) | {"pretrain": TRAIN | words}, "recipe"))
 
 
 def test_shared_weights_are_warned_of(tmp_path: Path) -> None:
@@ -244,6 +271,7 @@ def test_tokenizers_are_known_by_content(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "tokenizer.json").write_text("{}" if name != "other" else "{ }")
         (tmp_path / name / "model.safetensors").write_text(name)
+        (tmp_path / name / ".cache").mkdir()
     space = Workspace.open(tmp_path / "space", create=True)
     one, two, other = (capfilt.publish_folder(space, tmp_path / n, TOKENIZER_FILES) for n in ("one", "two", "other"))
     assert one == two != other and [p.name for p in (tmp_path / "space" / one).iterdir()] == ["tokenizer.json"]

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from pairs.errors import PairmillError
-from pipelines import stages
+from pairs.pretrain import ModelSpec, PretrainSpec
+from pipelines import stages, training_jobs
 from pipelines.console import Console
 from pipelines.run import open_run
 from tests.pipelines import flow
@@ -27,6 +28,30 @@ def test_a_model_of_columns_is_trained_and_never_scores(finished: Finished, tmp_
     training = run.read("report.json")["rounds"][0]["training"]
     assert (space / "models" / training["model"] / "image_head.safetensors").exists()
     assert run.read("stages.json")["report"]["state"] == "done" and len(told["rounds"]) == 1
+
+
+def test_a_tokenizer_made_anew_in_its_folder_makes_another_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_jobs, "pins", lambda *_: [])
+    monkeypatch.setattr(training_jobs, "_record", lambda run, name, config, *_: {"known": config.fingerprint})
+    run = open_run(
+        flow.write_recipe(tmp_path / "recipe.yaml", flow.recipe(tmp_path)), workspace=str(tmp_path / "space")
+    )
+
+    def known(tokenizer: str) -> str:
+        spec = PretrainSpec(model=ModelSpec(tokenizer=tokenizer))
+        return str(training_jobs.pretrain(run, "round-1", "", {}, spec, [])["known"])
+
+    clip = known("clip")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "words").mkdir()
+    (tmp_path / "clip").mkdir()  # `clip` is open_clip's all the same
+    (tmp_path / "words" / "tokenizer.json").write_text("{}")
+    before = known(str(tmp_path / "words"))
+    assert before == known(str(tmp_path / "words")) and clip == known("clip") != before
+    (tmp_path / "words" / "tokenizer.json").write_text("{ }")
+    assert known(str(tmp_path / "words")) != before
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,14 @@ TEXTS = ["a red box", "a small blue boat left of the star", "star", "two large b
          "a green star", "the yellow box on the right"]  # fmt: skip
 
 
-def processor() -> Any:
+def processor(plain: bool = False) -> Any:
+    """Plain: without BLIP's marks, as the published ones have it: these are the last numbers of the vocabulary."""
     pieces = [*SPECIAL, *WORDS, *(f"extra{i}" for i in range(SIZES.vocabulary - len(SPECIAL) - len(WORDS)))]
+    pieces = [piece for piece in pieces if piece not in SPECIAL[5:]] if plain else pieces
+    marks = {} if plain else {"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]}
     tokenizer = transformers.BertTokenizerFast(
-        vocab={piece: i for i, piece in enumerate(pieces)}, model_max_length=24, bos_token="[DEC]",
-        additional_special_tokens=["[ENC]"],
-    )  # fmt: skip
+        vocab={piece: i for i, piece in enumerate(pieces)}, model_max_length=24, **marks
+    )
     images = transformers.BlipImageProcessor(size={"height": SIZES.image_px, "width": SIZES.image_px})
     return transformers.BlipProcessor(images, tokenizer)
 
@@ -40,9 +42,12 @@ def theirs(architecture: str, seed: int = 0, **settings: Any) -> Any:
     return model
 
 
-def folder(path: Path, architecture: str, **settings: Any) -> Path:
-    theirs(architecture, **settings).save_pretrained(path)
-    processor().save_pretrained(path)
+def folder(path: Path, architecture: str, plain: bool = False, **settings: Any) -> Path:
+    model = theirs(architecture, **settings)
+    if plain:
+        model.config.text_config.bos_token_id = SIZES.vocabulary - 2
+    model.save_pretrained(path)
+    processor(plain).save_pretrained(path)
     return path
 
 

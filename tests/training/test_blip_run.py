@@ -12,17 +12,19 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
+from transformers import BertTokenizerFast
 
 from pairs.errors import PairmillError
 from pairs.fingerprint import content_hash
-from pairs.pretrain import MedSpec, PretrainSpec
+from pairs.pretrain import MedSpec, PretrainSpec, TowerSpec
 from pairs.recipe import Recipe
 from pairs.store import Store
-from tests.training.blip_small import SIZES, processor
+from tests.training.blip_small import SIZES, folder, processor, theirs
 from tests.training.small import MODEL, config
 from training import blip_run, frame, launch
 from training.blip_data import make_tokenizer
-from training.blip_run import train_blip_rank
+from training.blip_export import CAPTIONER, MATCHER
+from training.blip_run import build, train_blip_rank
 from training.config import TrainConfig, TrainResult
 from training.data import Loader
 from training.models.blip import PackedBlip
@@ -86,8 +88,8 @@ def test_a_run_that_is_killed_ends_in_the_same_folders(tmp_path: Path, monkeypat
     monkeypatch.setattr(frame, "say", lambda line: None)
     found = train(broken)
     assert found.resumed_from == 3 and found.models.keys() == {"captioner", "matcher"}
-    for role, folder in expected.models.items():
-        assert content_hash(folder) == content_hash(found.models[role])
+    for role, made in expected.models.items():
+        assert content_hash(made) == content_hash(found.models[role])
     assert launch.train(broken) == found, "what is done is not done again"
     assert [line["step"] for line in lines(broken)] == list(range(6))
     assert found.fill is None and all(line["fill"] is line["flops_per_s"] is None for line in lines(broken))
@@ -106,6 +108,31 @@ def test_a_start_that_was_made_anew_is_trained_on_anew(tmp_path: Path) -> None:
     shutil.rmtree(done.model)  # as if it had been killed before the end
     assert list((Path(cfg.out_dir) / "checkpoints").iterdir())
     assert train(cfg).resumed_from == 0, "checkpoints that began elsewhere are not gone on from"
+
+
+def test_a_published_blip_whose_tokenizer_lacks_its_marks_gets_them(tmp_path: Path) -> None:
+    start = [str(folder(tmp_path / kind, kind, plain=True)) for kind in (CAPTIONER, MATCHER)]
+    text = TowerSpec(layers=3, width=48, heads=4)
+    model = MODEL.model_copy(update={"tokenizer": start[0], "embed_dim": 16, "text": text})
+    cfg = blip(tmp_path, "on", {"start": start, "match_mark": "[ENC]"}, model=model, steps=1)
+    for made in train(cfg).models.values():
+        tokenizer = BertTokenizerFast.from_pretrained(made)
+        assert tokenizer.convert_tokens_to_ids(["[DEC]", "[ENC]"]) == [38, 39] and tokenizer.bos_token_id == 38
+        assert json.loads((made / "config.json").read_text())["text_config"]["bos_token_id"] == 38
+    new, words = build(blip(tmp_path, "new", model=model).spec, Store(tmp_path))
+    assert new.sizes.vocabulary == 40 and words.tokenizer.bos_token_id == 38
+    theirs(CAPTIONER).save_pretrained(start[0])  # whose texts begin with piece 5
+    with pytest.raises(PairmillError, match=r"5 begins a text .* the tokenizer's \[DEC\] is 38 of 40"):
+        build(cfg.spec, Store(tmp_path))
+
+
+def test_an_unknown_mark_is_refused(tmp_path: Path) -> None:
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]"]
+    tokenizer = BertTokenizerFast(vocab={piece: i for i, piece in enumerate(pieces)}, bos_token="[DEC]")
+    tokenizer.save_pretrained(tmp_path / "lacking")
+    model = MODEL.model_copy(update={"tokenizer": str(tmp_path / "lacking"), "embed_dim": 16})
+    with pytest.raises(PairmillError, match=r"\[ENC\] in the tokenizer"):
+        train(blip(tmp_path, "lacks", {"match_mark": "[ENC]"}, model=model, steps=1))
 
 
 @pytest.mark.slow

@@ -42,6 +42,10 @@ class Sizes:
     vision_eps: float = 1e-5
     text_eps: float = 1e-12
 
+    @property
+    def shape(self) -> tuple[int, int, tuple[int, int, int], tuple[int, int, int], int]:
+        return self.image_px, self.patch_px, self.vision, self.text, self.embed_dim
+
 
 @dataclass(frozen=True)
 class Stream:
