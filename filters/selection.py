@@ -198,14 +198,27 @@ def _verdicts(
 
 def _held_out_twins(keep: Sequence[Rule], frame: Frame) -> np.ndarray:
     """Trusted pairs that share their bytes, or a group of a `one_per`, with a held-out pair."""
-    evaluates, twins = frame.held_out & frame.alive, np.zeros(len(frame.alive), bool)
-    if not evaluates.any():
-        return twins
-    for name in dict.fromkeys([SHA256, *(r.one_per for r in keep if r.one_per is not None)]):
+    return _alike(keep, frame, frame.held_out & frame.alive) & frame.trusted & frame.alive & ~frame.held_out
+
+
+def _alike(keep: Sequence[Rule], frame: Frame, of: np.ndarray) -> np.ndarray:
+    """Rows that share their bytes, or a group of a `one_per`, with a row in `of`."""
+    found = np.zeros(len(of), bool)
+    for name in dict.fromkeys([SHA256, *(r.one_per for r in keep if r.one_per is not None)]) if of.any() else ():
         column = frame.table[name]
-        held = pc.drop_null(column.filter(pa.array(evaluates))).cast(pa.string())
-        twins |= as_bool(pc.is_in(column.cast(pa.string()), held.combine_chunks()))
-    return twins & frame.trusted & frame.alive & ~frame.held_out
+        theirs = pc.drop_null(column.filter(pa.array(of))).cast(pa.string())
+        found |= as_bool(pc.is_in(column.cast(pa.string()), theirs.combine_chunks()))
+    return found
+
+
+def look_alikes(
+    store: Store, keep: Sequence[Rule], shards: Shards, scores: Mapping[str, str], uids: Collection[str]
+) -> list[str]:
+    """`uids`, and those of all living pairs that share their bytes, or a group of a `one_per`, with one of them."""
+    names = [SHA256, *(rule.one_per for rule in keep if rule.one_per is not None)]
+    frame = load_frame(store, shards, names, scores, [])
+    of = as_bool(pc.is_in(frame.table["uid"], pa.array(list(uids), pa.string())))
+    return sorted({*uids, *frame.table["uid"].filter(pa.array(_alike(keep, frame, of) & frame.alive)).to_pylist()})
 
 
 def _others(rule: Rule, frame: Frame, survives: np.ndarray, incumbent: np.ndarray) -> np.ndarray:

@@ -25,12 +25,12 @@ from filters.engine import PlannedFilter, missing, plan, score_shards
 from filters.lookup import load_filter, load_reducer
 from filters.reduce import run_reducers
 from filters.score_tables import MADE_WITH
-from filters.selection import select
+from filters.selection import look_alikes, select
 from filters.texts import column_names
 from pairs.errors import PairmillError
 from pairs.pretrain import PREVIOUS
 from pairs.recipe import Recipe
-from pairs.rules import TextsSpec
+from pairs.rules import Rule, TextsSpec
 from pairs.schemas import PAIRS
 from pairs.shard import ShardRef
 from pairs.strict import nearest
@@ -182,9 +182,11 @@ def planned_filters(run: Run, scorer: Facts, changes: Mapping[str, Facts] | None
     return plan({name: settled(name, settings) for name, settings in chosen.items()})
 
 
-def select_trusted(run: Run, shards: Shards) -> str:
-    """A selection of the trusted pairs alone, with their own texts; returns its folder."""
-    chosen = select(run.workspace.store, "trusted", [], TextsSpec(keep="first"), shards, {}, run.recipe.trusted)
+def select_trusted(run: Run, shards: Shards, scores: Mapping[str, str]) -> str:
+    """A selection of the trusted pairs alone, with their own texts; returns its folder. What shares its bytes with a
+    held-out pair isn't in it, nor what shares a group of a `one_per` where there are `scores` (none before round 1)."""
+    spec, groups = TextsSpec(keep="first"), _groups(run, scores)
+    chosen = select(run.workspace.store, "trusted", groups, spec, shards, scores, run.recipe.trusted)
     publish_training_shards(run.workspace, chosen.folder, shards, run.recipe.trusted)
     return chosen.folder
 
@@ -196,9 +198,16 @@ def plant(run: Run, shards: Shards) -> list[ShardRef]:
     return canaries.make_canaries(run.workspace.store, shards, run.recipe.trusted, spec, run.recipe.seed, only)
 
 
-def set_apart(run: Run, shards: Shards) -> list[str]:
-    """uids that no model of the run trains on, because canaries are made from them."""
-    return canaries.set_apart(run.workspace.store, plant(run, shards))
+def set_apart(run: Run, shards: Shards, planted: Sequence[ShardRef], scores: Mapping[str, str]) -> list[str]:
+    """uids that no model of the run trains on, because canaries are made from them or from a pair with their bytes, or
+    in their group of a `one_per` where there are `scores`."""
+    store, trusted = run.workspace.store, run.recipe.trusted
+    of = {name: refs for name, refs in shards.items() if name in trusted or not trusted}
+    return look_alikes(store, _groups(run, scores), of, scores, canaries.set_apart(store, planted))
+
+
+def _groups(run: Run, scores: Mapping[str, str]) -> list[Rule]:
+    return [rule for rule in run.recipe.keep if rule.one_per is not None and scores]
 
 
 def curate(run: Run, number: int, scorer: Facts, shards: Shards) -> Facts:
@@ -215,7 +224,7 @@ def curate(run: Run, number: int, scorer: Facts, shards: Shards) -> Facts:
     given = (recipe.keep, recipe.texts, shards, scores, recipe.trusted)
     chosen = select(store, recipe.name, *given, recalibrate=run.recalibrate, canaries=planted)
     published = publish_training_shards(run.workspace, chosen.folder, shards, recipe.trusted)
-    origins = canaries.set_apart(store, planted)
+    origins = set_apart(run, shards, planted, scores)
     apart = published.count(store, origins)
     pins = chosen.manifest["thresholds"]
     real = Judged(store, shards, recipe.trusted, scores, reducers, recipe.keep, recipe.texts, chosen.folder, pins, *how)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -14,12 +15,13 @@ import torch
 from filters import canaries
 from filters.weights import TOKENIZER_FILES
 from pairs.errors import PairmillError
+from pairs.identity import held_out, sha256_hex
 from pairs.recipe import Recipe
 from pairs.schemas import SELECTION
 from pairs.shard import ShardRef
 from pairs.strict import strict
 from pairs.workspace import Workspace
-from pipelines import capfilt, curation, promotion, stages
+from pipelines import capfilt, curation, promotion, stages, training_jobs
 from pipelines.console import Console
 from pipelines.inspection import trace
 from pipelines.run import Run, open_run
@@ -192,6 +194,43 @@ def uids(run: Run, source: str) -> list[str]:
     return [
         u for ref in stages.shards(run)[source] for u in run.workspace.store.read_table(ref.table)["uid"].to_pylist()
     ]
+
+
+def test_no_twin_of_a_held_out_pair_or_a_canary_is_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each picture three times: as it is, byte for byte again, and with one other pixel."""
+    flow.draw_folder(tmp_path / "web", 4, 1000)
+    flow.draw_folder(tmp_path / "trusted", 30)
+    picture: dict[str, Any] = {}
+    for i in range(30):
+        pixels = cv2.imdecode(np.frombuffer(flow.drawing(i), np.uint8), cv2.IMREAD_COLOR)
+        pixels[0, 0] ^= 1
+        for name, data in {"bytes": flow.drawing(i), "near": cv2.imencode(".png", pixels)[1].tobytes()}.items():
+            picture[sha256_hex(data)] = i
+            (tmp_path / f"trusted/{i:04d}{name}.png").write_bytes(data)
+            (tmp_path / f"trusted/{i:04d}{name}.txt").write_text(flow.caption(i))
+    values = recipe(tmp_path) | {"filters": {"image_hash": {}}, "reducers": {"near_duplicates": {}}, "texts": {}}
+    values |= {"keep": [{"one_per": "near_duplicates.group"}]}
+    path = flow.write_recipe(tmp_path / "recipe.yaml", values)
+    run = open_run(path, workspace=str(tmp_path / "workspace"), console=Console(quiet=True))
+    jobs: dict[str, Any] = {}
+    models = dict.fromkeys(("beginning", "captioner", "matcher"), "0" * 64)
+    done = {"models": models, "reused": False, "result": {"steps": 0}, "fingerprint": ""}
+    monkeypatch.setattr(training_jobs, "_record", lambda run, name, job, *_: jobs.update({name: job}) or done)
+    stages.crawl(run)
+    stages.fetch(run)
+    picked = stages.curate(run, 1, stages.first_filter(run))
+    stages.finetune(run, 1, picked, {"models": models})
+    store, trusted = run.workspace.store, stages.shards(run)["trusted"]
+    rows = {row["uid"]: row for ref in trusted for row in store.read_table(ref.table).to_pylist()}
+    planted = [ShardRef(folder, 0) for folder in picked["canary_shards"]]
+    unseen = [row for uid, row in rows.items() if held_out(uid) or uid in canaries.set_apart(store, planted)]
+    assert 8 < len(unseen) < 30 and len(rows) == 90
+    group = {row["sha256"]: row["sha256"] for row in rows.values()}  # before round 1 equal bytes alone are known
+    for name in ("first-filter/blip", "round-1/captioner", "round-1/matcher"):
+        read = {u for pin in jobs[name].shards for u in store.read_table(pin.ref.table, ["uid"])["uid"].to_pylist()}
+        seen = {group[rows[uid]["sha256"]] for uid in read - {*jobs[name].apart}}
+        assert seen and not seen & {group[row["sha256"]] for row in unseen}, name
+        group = picture
 
 
 WEB: dict[str, Any] = {"sources": {"web": {"kind": "folder", "path": "web"}}}
