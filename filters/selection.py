@@ -80,22 +80,24 @@ def select(
     `shards` are the complete pair shards of each source; `scores` maps each filter and reducer to the folder of its
     tables (`scores/<name>-<fingerprint>`); `trusted` names the trusted sources. The fingerprint covers the rules, with
     the content of lists, the text choice, the scores that they read and the sources' fetch fingerprints, not the
-    increments. `canaries` are read by `target_recall` alone.
+    increments. `canaries` are read by `target_recall` and `false_drops` alone.
     """
     identity = _identity(name, keep, texts, shards, scores, trusted)
     base = f"selections/{name}-{fingerprint(identity)}"
     folder = current(store, base)
-    canaries = [] if not any(case and case.target_recall for r in keep for case in r.cases().values()) else canaries
+    asked = [case and case.target_recall for r in keep for case in r.cases().values()]
+    canaries = canaries if any(asked) or texts.false_drops is not None else []
     inputs = _inputs(store, shards, canaries)
     if not recalibrate and (done := _finished(store, folder, inputs)):
         return done
     twins = [SHA256] if set(trusted) & set(shards) else []  # only a held-out pair has twins to look for
     frame = load_frame(store, shards, dict.fromkeys([*rule_columns(keep), *twins]), scores, trusted)
-    now = found(store, keep, frame, scores, canaries, () if recalibrate else pinned(store, folder))
+    now = found(store, keep, texts, frame, scores, canaries, () if recalibrate else pinned(store, folder))
     folder, pins = pin(store, base, folder, now, recalibrate)
     there = set(store.files(folder, ".parquet"))
     old = {r: store.read_table(r.beside(folder)).cast(SELECTION) for _, r in frame.shards if r.beside(folder) in there}
     dropped = drops(keep, frame.table, pins, frame.source)
+    texts = texts.at({name: vars(threshold) for name, threshold in pins.items()})
     tables = _verdicts(keep, frame, dropped, _texts(store, texts, frame, old, scores), old)
     for ref, table in tables.items():
         if ref not in old:
@@ -120,7 +122,7 @@ def _identity(
         "version": VERSION,
         "name": name,
         "keep": [rule.identity for rule in keep],
-        "texts": texts.model_dump(by_alias=True),
+        "texts": texts.model_dump(by_alias=True, exclude={"false_drops"} if texts.false_drops is None else set()),
         "scores": {maker: folder for maker, folder in sorted(scores.items()) if maker in read},
         "sources": {source: sorted({ref.group for ref in refs}) for source, refs in sorted(shards.items())},
         "trusted": sorted(set(trusted) & set(shards)),

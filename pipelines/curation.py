@@ -153,6 +153,8 @@ def _check_rules(recipe: Recipe) -> None:
     asked += [("canaries.defects", name, list(DEFECTS)) for name in recipe.canaries.defects or []]
     floors = recipe.gates.min_canary_recall
     asked += [("gates.min_canary_recall", name, planted) for name in (floors if isinstance(floors, dict) else {})]
+    if recipe.texts.false_drops is not None:
+        asked.append(("canaries.defects, for texts.false_drops", "swapped_text", planted))
     for case in (case for rule in recipe.keep for case in rule.cases().values() if case):
         asked += [("defect in keep", case.defect, planted)] if case.defect else []
         if case.target_recall is not None:  # canaries have no tables of reducers

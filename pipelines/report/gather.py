@@ -155,7 +155,7 @@ def _measured(run: Run, curated: Facts, manifest: Facts) -> Facts:
     return {
         "histograms": [h for name in _shown(recipe) if (h := _histogram(recipe, frame, manifest, name))],
         "samples": [_samples(sampler, recipe, frame, manifest, name) for name in judged],
-        **sampler.captions(recipe.texts),
+        **sampler.captions(recipe.texts.at(manifest["thresholds"])),
     }
 
 
@@ -184,7 +184,7 @@ def _histogram(recipe: Recipe, frame: Frame, manifest: Facts, name: str) -> Fact
     counts = [np.histogram(np.clip(values[rows & np.isfinite(values)], edges[0], edges[-1]), edges)[0] for rows in
               (~frame.trusted, frame.trusted)]  # fmt: skip
     limits = [limit for rule in recipe.keep if rule.column == name for limit in _limits(rule, manifest)]
-    limits += [recipe.texts.min] if name == recipe.texts.match else []
+    limits += [recipe.texts.at(manifest["thresholds"]).min] if name == recipe.texts.match else []
     facts = {"column": name, "edges": [float(e) for e in edges], "thresholds": [t for t in limits if low <= t <= high]}
     return facts | {"counts": counts[0].tolist(), "trusted_counts": counts[1].tolist()}
 
@@ -204,7 +204,7 @@ def _samples(sampler: Sampler, recipe: Recipe, frame: Frame, manifest: Facts, na
     values = _values(frame, column) if column else None
     limit = next(iter(_limits(rule, manifest)), None) if rule else None
     if rule is None and name == "texts" and recipe.texts.match:
-        limit = recipe.texts.min
+        limit = recipe.texts.at(manifest["thresholds"]).min
     return {"rule": name} | sampler.of_rule(name, values, limit)
 
 
