@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from filters import canaries
+from filters.engine import plan
+from filters.image_stats import ImageStats
 from filters.weights import TOKENIZER_FILES
 from pairs.errors import PairmillError
 from pairs.identity import held_out, sha256_hex
@@ -24,6 +26,7 @@ from pairs.workspace import Workspace
 from pipelines import capfilt, curation, promotion, stages, training_jobs
 from pipelines.console import Console
 from pipelines.inspection import trace
+from pipelines.report import page
 from pipelines.run import Run, open_run
 from pipelines.takedown import consumers
 from tests.pipelines import flow
@@ -71,6 +74,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(drawn: Path) -> Iterator[Run]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "train", here)
+        patch.setattr(promotion, "FEWEST", 1)
         patch.setattr(run, "_say", lambda line: None)
         yield flow.run_stages(drawn / "recipe.yaml", drawn / "workspace")[0]
 
@@ -310,7 +314,18 @@ def test_a_captioner_that_writes_nothing_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("new", "old", "moves"), [(0.5, 0.5, True), (0.4, 0.5, False), (0.0, 0.0, True), (None, 0.1, False)]
+    ("new", "old", "n", "moves"),
+    [(0.5, 0.5, 20, True), (0.4, 0.5, 20, False), (0.0, 0.0, 20, True), (None, None, 0, False), (1.0, 0.0, 19, False)],
 )
-def test_what_is_not_worse_is_promoted(new: float | None, old: float, moves: bool) -> None:
-    assert promotion._verdict("matcher", new, old)["promoted"] == moves
+def test_what_is_not_worse_is_promoted(new: float | None, old: float | None, n: int, moves: bool) -> None:
+    verdict = promotion._verdict("matcher", {"value": new, "n": n}, {"value": old, "n": n})
+    assert verdict["promoted"] == moves and ("too few" in verdict["told"]) == (n < 20)
+
+
+def test_one_captioned_twin_gives_no_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = open_run(flow.write_recipe(tmp_path / "recipe.yaml", recipe(tmp_path)), workspace=str(tmp_path / "workspace"))
+    ref, planned = ShardRef("canaries/swapped_text-0/0000", 0), plan({"image_stats": ImageStats()})[0]
+    run.workspace.store.write_table(ref.beside(planned.folder), pa.table({"probability": [[0.4, 0.6], [0.5]]}))
+    monkeypatch.setattr(canaries, "facts", lambda *_: pa.table({"half": ["report"] * 2, "twin": [True, False]}))
+    told = promotion._figure(run, "captioner", planned, ref)
+    assert told == {"value": 0.5, "low": None, "high": None, "n": 1} and page._interval(told) == "50.0 %"
