@@ -19,7 +19,7 @@ from cluster.session import ray_session
 from filters import canaries
 from filters.base import Filter, Reducer
 from filters.canary_report import Judged, report
-from filters.columns import OWN
+from filters.columns import OWN, as_bool, load_frame
 from filters.defects import DEFECTS
 from filters.engine import PlannedFilter, missing, plan, score_shards
 from filters.lookup import load_filter, load_reducer
@@ -155,6 +155,9 @@ def _check_rules(recipe: Recipe) -> None:
     asked += [("gates.min_canary_recall", name, planted) for name in (floors if isinstance(floors, dict) else {})]
     if recipe.texts.false_drops is not None:
         asked.append(("canaries.defects, for texts.false_drops", "swapped_text", planted))
+    asked += (
+        [("filters, for gates.min_captions", "blip_caption", [*recipe.filters])] if recipe.gates.min_captions else []
+    )
     for case in (case for rule in recipe.keep for case in rule.cases().values() if case):
         asked += [("defect in keep", case.defect, planted)] if case.defect else []
         if case.target_recall is not None:  # canaries have no tables of reducers
@@ -237,6 +240,7 @@ def curate(run: Run, number: int, scorer: Facts, shards: Shards) -> Facts:
         "kept": chosen.kept,
         "kept_untrusted": sum(f["kept"] for s, f in chosen.funnel["sources"].items() if s not in recipe.trusted),
         "scores": scores,
+        "captions": captions(run, shards, scores),
         "canaries": told,
         "canary_shards": [ref.folder for ref in planted],
         "canary_recall": recalls,
@@ -247,18 +251,22 @@ def curate(run: Run, number: int, scorer: Facts, shards: Shards) -> Facts:
     }
 
 
-def no_captions(run: Run, picked: Facts) -> str | None:
-    """What to say where the captioner wrote nothing at all for this selection's pairs; None where it wrote."""
-    if "blip_caption" not in picked.get("scores", {}):
+def captions(run: Run, shards: Shards, scores: Mapping[str, str]) -> Facts | None:
+    """The share of the untrusted living `pairs` that have a caption, how many have none by reason (`without`), and this
+    in words; None without such pairs or a captioner."""
+    if "blip_caption" not in scores:
         return None
-    store, reasons = run.workspace.store, Counter[str]()
-    for path in store.files(picked["scores"]["blip_caption"], ".parquet"):
-        table = store.read_table(path, ["texts", "reason"])
-        if pc.any(pc.greater(pc.list_value_length(table["texts"]), 0)).as_py():
-            return None
-        reasons.update(pc.drop_null(table["reason"]).to_pylist())
-    why = ", ".join(f"{name} {count}" for name, count in reasons.most_common())
-    return f"blip_caption wrote no caption at all ({why or 'no pairs'}): its captioner needs other training."
+    of = {name: refs for name, refs in shards.items() if name not in run.recipe.trusted}
+    frame = load_frame(run.workspace.store, of, ["blip_caption.texts", "blip_caption.reason"], scores, [])
+    if not (pairs := int(frame.alive.sum())):
+        return None
+    none = frame.alive & ~as_bool(pc.greater(pc.list_value_length(frame.table["blip_caption.texts"]), 0))
+    reasons = pc.fill_null(frame.table["blip_caption.reason"].filter(pa.array(none)), "unmeasured")
+    without = dict(Counter(reasons.to_pylist()).most_common())
+    share = 1 - int(none.sum()) / pairs
+    told = f"captions for {share:.1%} of {pairs} untrusted pairs"
+    told += f" (none: {', '.join(f'{name} {count}' for name, count in without.items())})" if without else ""
+    return {"pairs": pairs, "share": share, "without": without, "told": told}
 
 
 def score(run: Run, planned: Sequence[PlannedFilter], refs: Sequence[ShardRef], told: str) -> int:

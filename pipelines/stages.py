@@ -185,7 +185,14 @@ def gates(run: Run, number: int, picked: Facts) -> None:
                 remedy="loosen `keep` or the gate; the funnel (funnel.json there) names the rule that drops most",
             )
         told = [_canary_gate(limits.min_canary_recall, picked["canary_recall"])] if limits.min_canary_recall else []
-        facts["note"] = "; ".join(filter(None, [*told, curation.no_captions(run, picked)]))
+        written: Facts = picked.get("captions") or {"share": 0.0, "told": ""}
+        if written["share"] < limits.min_captions:
+            raise PairmillError(
+                expected=f"captions for at least {limits.min_captions:.0%} of the untrusted pairs (gates.min_captions)",
+                found=written["told"] or "no such pairs",
+                remedy="train the captioner longer, raise blip_caption.max_tokens where they are endless, or lower it",
+            )
+        facts["note"] = "; ".join(filter(None, [*told, written["told"]]))
 
 
 def _canary_gate(wanted: float | dict[str, float], figures: dict[str, Facts]) -> str:

@@ -17,7 +17,7 @@ from pairs.errors import PairmillError
 from pairs.recipe import Recipe
 from pairs.rules import Rule
 from pairs.schemas import SELECTION
-from pipelines import capfilt, curation, stages, training_jobs
+from pipelines import capfilt, stages, training_jobs
 from pipelines.models import trained
 from pipelines.promotion import FIGURES
 from pipelines.report import filters
@@ -81,7 +81,7 @@ def _rounds(run: Run) -> Iterator[Facts]:
                 {"role": role, "figure": FIGURES[role], "new": None, "in force": None, **facts}
                 for role, facts in promotion.get("roles", {}).items()
             ],
-            "no_captions": curation.no_captions(run, curated),
+            "captioned": curated.get("captions"),
             **_canaries(curated["canaries"]),
             "filters": filters.rows(run, curated["scores"], [r for refs in stages.shards(run).values() for r in refs]),
             **_measured(run, curated, manifest),

@@ -29,6 +29,7 @@ from pipelines.inspection import trace
 from pipelines.report import page
 from pipelines.run import Run, open_run
 from pipelines.takedown import consumers
+from tests.filters import corpus
 from tests.pipelines import flow
 from training import blip_run, launch, run
 from training.config import TrainConfig, TrainResult
@@ -294,23 +295,31 @@ def test_tokenizers_are_known_by_content(tmp_path: Path) -> None:
     assert (Path(space.store.root) / one / "tokenizer.json").exists()
 
 
-def test_a_captioner_that_writes_nothing_is_told(tmp_path: Path) -> None:
-    path = flow.write_recipe(tmp_path / "recipe.yaml", recipe(tmp_path))
-    run = open_run(path, workspace=str(tmp_path / "workspace"), console=Console(quiet=True))
-    kinds = pa.schema([("texts", pa.list_(pa.string())), ("reason", pa.string())])
-    picked = {"scores": {"blip_caption": "scores/blip_caption-0"}, "kept_untrusted": 0}
+def test_a_silent_captioner_is_told_and_stopped_by_a_gate(tmp_path: Path) -> None:
+    """Of this run's untrusted pairs: captions of trusted pairs, of canaries and of other runs' shards tell nothing."""
+    run = open_run(flow.write_recipe(tmp_path / "recipe.yaml", recipe(tmp_path)), workspace=str(tmp_path / "workspace"))
+    written, store = {"blip_caption": corpus.folder("blip_caption")}, run.workspace.store
 
-    def write(n: int, rows: list[Any]) -> None:
-        made = [{"texts": texts, "reason": reason} for texts, reason in rows]
-        run.workspace.store.write_table(
-            f"scores/blip_caption-0/web/{n}.parquet", pa.Table.from_pylist(made, schema=kinds)
-        )
+    def add_captions(source: str, increment: str, rows: list[Any]) -> ShardRef:
+        made = {"texts": pa.array([t for t, _ in rows], pa.list_(pa.string())), "reason": [why for _, why in rows]}
+        return corpus.add(run.workspace, source, increment, range(len(rows)), {"blip_caption": made})
 
-    write(0, [(None, "endless"), (None, "endless"), (None, "empty")])
+    web = add_captions("web", "0000", [(None, "endless"), (None, "endless"), (["a box"], "empty"), (None, "empty")])
+    add_captions("web", "0001", [(["a box"], None)])
+    shards = {"web": [web], "trusted": [add_captions("clean", "0000", [(["a box"], None)])]}
+    told = curation.captions(run, shards, written)
+    assert told and told["without"] == {"endless": 2, "empty": 1} and (told["pairs"], told["share"]) == (4, 0.25)
+    picked = {"kept_untrusted": 0, "captions": told}
     stages.gates(run, 1, picked)
-    assert "no caption at all (endless 2, empty 1)" in run.read("stages.json")["round-1/gates"]["note"]
-    write(1, [(["a box"], None)])
-    assert curation.no_captions(run, picked) is None and curation.no_captions(run, {"scores": {}}) is None
+    words = "captions for 25.0% of 4 untrusted pairs (none: endless 2, empty 1)"
+    assert run.read("stages.json")["round-1/gates"]["note"] == words
+    run.recipe = strict(Recipe, recipe(tmp_path) | {"gates": {"min_pairs": 0, "min_captions": 0.3}}, "recipe")
+    with pytest.raises(PairmillError, match=r"25\.0% of 4") as error:
+        stages.gates(run, 1, picked)
+    assert "gates.min_captions" in str(error.value)
+    run.workspace.bury("uid", store.read_table(web.table)["uid"].to_pylist()[:2], "asked")
+    assert curation.captions(run, shards, written)["share"] == 0.5  # type: ignore[index]
+    assert curation.captions(run, {}, written) is curation.captions(run, shards, {}) is None
 
 
 @pytest.mark.parametrize(
