@@ -100,12 +100,12 @@ def _half(facts: pa.Table, half: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fitting(
-    store: Store, refs: Sequence[ShardRef], defect: str, column: str, scores: Mapping[str, str]
+    store: Store, refs: Sequence[ShardRef], defect: str, column: str, scores: Mapping[str, str], twins: bool = False
 ) -> pa.ChunkedArray:
-    """A score column of the canaries of a defect that thresholds may be fitted to; empty where there are none."""
+    """A score column of a defect's canaries, or `twins`, that thresholds may be fitted to; empty without any."""
     parts = [pa.chunked_array([], pa.float64())]
     for ref in (ref for ref in refs if defect_of(ref) == defect):
-        mine = pa.array(_half(facts(store, ref), "fit")[0])
+        mine = pa.array(_half(facts(store, ref), "fit")[twins])
         parts.append(read_columns(store, ref, [column], scores)[column].filter(mine))
     return parts[-1]
 

@@ -117,7 +117,7 @@ def _asked(real: Judged, refs: Sequence[ShardRef], told: pa.Table) -> tuple[Mask
             taken = _taken(real, rule.one_per, table[rule.one_per], exclude, there)
             taken |= copy & as_bool(pc.is_valid(table[rule.one_per]))
             caught[rule.name] = taken | unmeasured[rule.one_per.partition(".")[0]]
-    texts = choose_texts(real.texts, table, np.zeros(table.num_rows, bool)).to_pylist()
+    texts = choose_texts(real.texts.at(real.thresholds), table, np.zeros(table.num_rows, bool)).to_pylist()
     pairs = zip(texts, of, strict=True)
     caught[TEXTS] = np.array([all(d.text and t["kind"] == SYNTHETIC for t in row) for row, d in pairs], bool)
     caught[SELECTION_AS_A_WHOLE] = np.logical_or.reduce(list(caught.values()))

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from filters.columns import as_bool, list_lengths, one_chunk
 from pairs.errors import PairmillError
-from pairs.rules import Rule
+from pairs.rules import Rule, TextsSpec
 from pairs.uid_lists import among
 
 Column: TypeAlias = pa.Array | pa.ChunkedArray
@@ -74,6 +74,22 @@ def fit_recall(rule: Rule, column: Column) -> Threshold:
     more = math.ceil(rule.target_recall * len(values) - 1e-9) - (len(values) - len(scored))
     found = sign * float(np.nextafter(scored[more - 1], np.inf) if more > 0 else scored[0])
     return Threshold(None, len(values), found) if rule.drop == "above" else Threshold(found, len(values))
+
+
+def fit_false_drops(spec: TextsSpec, column: Column) -> Threshold:
+    """The highest threshold that drops at most `false_drops` of the twins, by the match of each one's own text, the
+    first in its list. One without a value is dropped at any."""
+    assert spec.false_drops is not None and spec.match is not None
+    values = numbers(column, spec.match)
+    scored = np.sort(values[~np.isnan(values)])
+    if not len(scored):
+        raise PairmillError(
+            expected=f"twins of swapped texts with a value of {spec.match}, to find {spec.name}",
+            found=f"{len(values)} twins, none with a value",
+            remedy="raise canaries.per_defect and canaries.max_fraction, or state texts.min instead",
+        )
+    allowed = int(spec.false_drops * len(values) + 1e-9) - (len(values) - len(scored))
+    return Threshold(float(scored[min(max(allowed, 0), len(scored) - 1)]), len(values))
 
 
 def passes(rule: Rule, column: Column, threshold: Threshold | None) -> np.ndarray:

@@ -80,22 +80,24 @@ def select(
     `shards` are the complete pair shards of each source; `scores` maps each filter and reducer to the folder of its
     tables (`scores/<name>-<fingerprint>`); `trusted` names the trusted sources. The fingerprint covers the rules, with
     the content of lists, the text choice, the scores that they read and the sources' fetch fingerprints, not the
-    increments. `canaries` are read by `target_recall` alone.
+    increments. `canaries` are read by `target_recall` and `false_drops` alone.
     """
     identity = _identity(name, keep, texts, shards, scores, trusted)
     base = f"selections/{name}-{fingerprint(identity)}"
     folder = current(store, base)
-    canaries = [] if not any(case and case.target_recall for r in keep for case in r.cases().values()) else canaries
+    asked = [case and case.target_recall for r in keep for case in r.cases().values()]
+    canaries = canaries if any(asked) or texts.false_drops is not None else []
     inputs = _inputs(store, shards, canaries)
     if not recalibrate and (done := _finished(store, folder, inputs)):
         return done
     twins = [SHA256] if set(trusted) & set(shards) else []  # only a held-out pair has twins to look for
     frame = load_frame(store, shards, dict.fromkeys([*rule_columns(keep), *twins]), scores, trusted)
-    now = found(store, keep, frame, scores, canaries, () if recalibrate else pinned(store, folder))
+    now = found(store, keep, texts, frame, scores, canaries, () if recalibrate else pinned(store, folder))
     folder, pins = pin(store, base, folder, now, recalibrate)
     there = set(store.files(folder, ".parquet"))
     old = {r: store.read_table(r.beside(folder)).cast(SELECTION) for _, r in frame.shards if r.beside(folder) in there}
     dropped = drops(keep, frame.table, pins, frame.source)
+    texts = texts.at({name: vars(threshold) for name, threshold in pins.items()})
     tables = _verdicts(keep, frame, dropped, _texts(store, texts, frame, old, scores), old)
     for ref, table in tables.items():
         if ref not in old:
@@ -120,7 +122,7 @@ def _identity(
         "version": VERSION,
         "name": name,
         "keep": [rule.identity for rule in keep],
-        "texts": texts.model_dump(by_alias=True),
+        "texts": texts.model_dump(by_alias=True, exclude={"false_drops"} if texts.false_drops is None else set()),
         "scores": {maker: folder for maker, folder in sorted(scores.items()) if maker in read},
         "sources": {source: sorted({ref.group for ref in refs}) for source, refs in sorted(shards.items())},
         "trusted": sorted(set(trusted) & set(shards)),
@@ -198,14 +200,27 @@ def _verdicts(
 
 def _held_out_twins(keep: Sequence[Rule], frame: Frame) -> np.ndarray:
     """Trusted pairs that share their bytes, or a group of a `one_per`, with a held-out pair."""
-    evaluates, twins = frame.held_out & frame.alive, np.zeros(len(frame.alive), bool)
-    if not evaluates.any():
-        return twins
-    for name in dict.fromkeys([SHA256, *(r.one_per for r in keep if r.one_per is not None)]):
+    return _alike(keep, frame, frame.held_out & frame.alive) & frame.trusted & frame.alive & ~frame.held_out
+
+
+def _alike(keep: Sequence[Rule], frame: Frame, of: np.ndarray) -> np.ndarray:
+    """Rows that share their bytes, or a group of a `one_per`, with a row in `of`."""
+    found = np.zeros(len(of), bool)
+    for name in dict.fromkeys([SHA256, *(r.one_per for r in keep if r.one_per is not None)]) if of.any() else ():
         column = frame.table[name]
-        held = pc.drop_null(column.filter(pa.array(evaluates))).cast(pa.string())
-        twins |= as_bool(pc.is_in(column.cast(pa.string()), held.combine_chunks()))
-    return twins & frame.trusted & frame.alive & ~frame.held_out
+        theirs = pc.drop_null(column.filter(pa.array(of))).cast(pa.string())
+        found |= as_bool(pc.is_in(column.cast(pa.string()), theirs.combine_chunks()))
+    return found
+
+
+def look_alikes(
+    store: Store, keep: Sequence[Rule], shards: Shards, scores: Mapping[str, str], uids: Collection[str]
+) -> list[str]:
+    """`uids`, and those of all living pairs that share their bytes, or a group of a `one_per`, with one of them."""
+    names = [SHA256, *(rule.one_per for rule in keep if rule.one_per is not None)]
+    frame = load_frame(store, shards, names, scores, [])
+    of = as_bool(pc.is_in(frame.table["uid"], pa.array(list(uids), pa.string())))
+    return sorted({*uids, *frame.table["uid"].filter(pa.array(_alike(keep, frame, of) & frame.alive)).to_pylist()})
 
 
 def _others(rule: Rule, frame: Frame, survives: np.ndarray, incumbent: np.ndarray) -> np.ndarray:

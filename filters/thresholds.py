@@ -14,9 +14,9 @@ import pyarrow as pa
 
 from filters.canaries import fitting
 from filters.columns import Frame
-from filters.rules import Threshold, fit_recall, nulls, passes, quantile
+from filters.rules import Threshold, fit_false_drops, fit_recall, nulls, passes, quantile
 from pairs.fingerprint import fingerprint
-from pairs.rules import Rule
+from pairs.rules import Rule, TextsSpec
 from pairs.shard import ShardRef
 from pairs.store import Store
 
@@ -53,13 +53,15 @@ def _cases(rule: Rule, source: np.ndarray | None, count: int) -> Iterator[tuple[
 def found(
     store: Store,
     keep: Sequence[Rule],
+    texts: TextsSpec,
     frame: Frame,
     scores: Mapping[str, str],
     canaries: Sequence[ShardRef],
     pinned: Collection[str] = (),
 ) -> Thresholds:
     """What each fitted test is now: a quantile over all real scored rows that the rule judges but the held-out ones,
-    `target_recall` over the canaries that may fit; without such canaries nothing where it is `pinned`, else an error.
+    `target_recall` over the canaries that may fit, `false_drops` of `texts` over the twins of swapped texts that may;
+    without these nothing where it is `pinned`, else an error.
     Nothing is fitted to a corpus without rows."""
     counts = frame.alive & ~frame.held_out
     thresholds: Thresholds = {}
@@ -73,6 +75,10 @@ def found(
                     thresholds[name] = fit_recall(case, column)
             elif threshold := quantile(case, frame.table[case.column], counts & rows):
                 thresholds[name] = threshold
+    if texts.false_drops is not None and counts.any():
+        column = fitting(store, canaries, "swapped_text", str(texts.match), scores, twins=True)
+        if texts.name not in pinned or not nulls(column).all():
+            thresholds[texts.name] = fit_false_drops(texts, column)
     return thresholds
 
 
@@ -112,11 +118,13 @@ def current(store: Store, base: str) -> str:
 
 def told(pins: Thresholds, now: Thresholds) -> dict[str, Any]:
     """What a manifest says of the thresholds in force, and of what they would be now."""
+    fitted = {"target_recall": "fitting canaries", "false_drops": "fitting twins"}
+    of = {name: next((of for test, of in fitted.items() if f" {test} " in name), "scored rows") for name in pins}
     return {
         name: {
             "value": pin.value,
             **({} if pin.high is None else {"high": pin.high}),
-            "found": f"by {name} over {pin.rows} {'fitting canaries' if ' target_recall ' in name else 'scored rows'}",
+            "found": f"by {name} over {pin.rows} {of[name]}",
             "now": now[name].number if name in now else None,
             "rows_now": now[name].rows if name in now else 0,
         }

@@ -72,6 +72,7 @@ class CanariesSpec(Spec):
 class GatesSpec(Spec):
     min_pairs: int = Field(1, ge=0)
     min_fetch_success: float = Field(0.0, ge=0, le=1)
+    min_captions: Share = 0.0  # the share of the untrusted pairs that blip_caption writes a caption for
     min_canary_recall: Share | dict[str, Share] = 0.0  # of every defect, or by defect
 
 

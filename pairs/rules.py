@@ -1,6 +1,7 @@
 """The rules of `keep` in a recipe, and which texts a kept pair keeps: the settings that a selection is made from."""
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -147,3 +148,21 @@ class TextsSpec(Spec):
     match: str | None = None
     min: float = 0.5
     keep: Literal["all", "first", "best", "both"] = "all"
+    false_drops: Share | None = None  # in place of `min`: the share of the fitting twins' own texts that may be dropped
+
+    @property
+    def name(self) -> str:
+        """How manifest and report call the threshold that takes the place of `min`."""
+        return f"texts false_drops {self.false_drops}"
+
+    def at(self, thresholds: Mapping[str, Mapping[str, Any]]) -> "TextsSpec":
+        """With the number that was found for `false_drops`, where it stands in these `thresholds`, as `min`."""
+        found = thresholds.get(self.name)
+        return self if found is None else self.model_copy(update={"min": found["value"]})
+
+    @model_validator(mode="after")
+    def _false_drops_for_min(self) -> "TextsSpec":
+        bare = self.match is None or "min" in self.model_fields_set or self.sources[:1] != ["texts"]
+        if self.false_drops is not None and bare:
+            raise ValueError("`false_drops` takes the place of `min`: give `match`, and `from` that begins with texts")
+        return self

@@ -5,7 +5,6 @@ its fingerprint. Captioner and filter are fine-tuned apart: where they share the
 the captioner gets wrong (Li et al., BLIP, arXiv 2201.12086).
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +97,12 @@ def settled(run: Run, number: int) -> PretrainSpec:
     return spec.model_copy(update={"blip": blip, "model": spec.model.model_copy(update={"tokenizer": tokenizer})})
 
 
-def finetune(
-    run: Run, number: int, record: Facts, known: training_jobs.Shards, apart: Sequence[str]
-) -> dict[str, Facts]:
+def finetune(run: Run, number: int, record: Facts, known: training_jobs.Shards, picked: Facts) -> dict[str, Facts]:
     """The records, by role, of the trainings on the trusted pairs (`known`, shards by source) that go on from the
-    round's BLIP, whose `record` is given."""
+    round's BLIP, whose `record` is given; `picked` are the facts of its curation."""
     assert run.recipe.finetune is not None
     spec = settled(run, number)
-    selection = curation.select_trusted(run, known)
+    selection = curation.select_trusted(run, known, picked["scores"])
     start = [f"models/{sha}" for _, sha in sorted(record["models"].items())]
     records = {}
     for role, losses in LOSSES.items():
@@ -113,7 +110,7 @@ def finetune(
         weights = {name: times for name, times in spec.weights.items() if name in known}
         model = spec.model.model_copy(update={"tokenizer": start[0]})
         own = _tuned(run.recipe, spec, role, blip=blip, weights=weights, model=model)
-        records[role] = training_jobs.pretrain(run, f"round-{number}/{role}", selection, known, own, apart)
+        records[role] = training_jobs.pretrain(run, f"round-{number}/{role}", selection, known, own, picked["apart"])
     return records
 
 

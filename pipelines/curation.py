@@ -19,18 +19,18 @@ from cluster.session import ray_session
 from filters import canaries
 from filters.base import Filter, Reducer
 from filters.canary_report import Judged, report
-from filters.columns import OWN
+from filters.columns import OWN, as_bool, load_frame
 from filters.defects import DEFECTS
 from filters.engine import PlannedFilter, missing, plan, score_shards
 from filters.lookup import load_filter, load_reducer
 from filters.reduce import run_reducers
 from filters.score_tables import MADE_WITH
-from filters.selection import select
+from filters.selection import look_alikes, select
 from filters.texts import column_names
 from pairs.errors import PairmillError
 from pairs.pretrain import PREVIOUS
 from pairs.recipe import Recipe
-from pairs.rules import TextsSpec
+from pairs.rules import Rule, TextsSpec
 from pairs.schemas import PAIRS
 from pairs.shard import ShardRef
 from pairs.strict import nearest
@@ -153,6 +153,11 @@ def _check_rules(recipe: Recipe) -> None:
     asked += [("canaries.defects", name, list(DEFECTS)) for name in recipe.canaries.defects or []]
     floors = recipe.gates.min_canary_recall
     asked += [("gates.min_canary_recall", name, planted) for name in (floors if isinstance(floors, dict) else {})]
+    if recipe.texts.false_drops is not None:
+        asked.append(("canaries.defects, for texts.false_drops", "swapped_text", planted))
+    asked += (
+        [("filters, for gates.min_captions", "blip_caption", [*recipe.filters])] if recipe.gates.min_captions else []
+    )
     for case in (case for rule in recipe.keep for case in rule.cases().values() if case):
         asked += [("defect in keep", case.defect, planted)] if case.defect else []
         if case.target_recall is not None:  # canaries have no tables of reducers
@@ -182,9 +187,11 @@ def planned_filters(run: Run, scorer: Facts, changes: Mapping[str, Facts] | None
     return plan({name: settled(name, settings) for name, settings in chosen.items()})
 
 
-def select_trusted(run: Run, shards: Shards) -> str:
-    """A selection of the trusted pairs alone, with their own texts; returns its folder."""
-    chosen = select(run.workspace.store, "trusted", [], TextsSpec(keep="first"), shards, {}, run.recipe.trusted)
+def select_trusted(run: Run, shards: Shards, scores: Mapping[str, str]) -> str:
+    """A selection of the trusted pairs alone, with their own texts; returns its folder. What shares its bytes with a
+    held-out pair isn't in it, nor what shares a group of a `one_per` where there are `scores` (none before round 1)."""
+    spec, groups = TextsSpec(keep="first"), _groups(run, scores)
+    chosen = select(run.workspace.store, "trusted", groups, spec, shards, scores, run.recipe.trusted)
     publish_training_shards(run.workspace, chosen.folder, shards, run.recipe.trusted)
     return chosen.folder
 
@@ -196,9 +203,16 @@ def plant(run: Run, shards: Shards) -> list[ShardRef]:
     return canaries.make_canaries(run.workspace.store, shards, run.recipe.trusted, spec, run.recipe.seed, only)
 
 
-def set_apart(run: Run, shards: Shards) -> list[str]:
-    """uids that no model of the run trains on, because canaries are made from them."""
-    return canaries.set_apart(run.workspace.store, plant(run, shards))
+def set_apart(run: Run, shards: Shards, planted: Sequence[ShardRef], scores: Mapping[str, str]) -> list[str]:
+    """uids that no model of the run trains on, because canaries are made from them or from a pair with their bytes, or
+    in their group of a `one_per` where there are `scores`."""
+    store, trusted = run.workspace.store, run.recipe.trusted
+    of = {name: refs for name, refs in shards.items() if name in trusted or not trusted}
+    return look_alikes(store, _groups(run, scores), of, scores, canaries.set_apart(store, planted))
+
+
+def _groups(run: Run, scores: Mapping[str, str]) -> list[Rule]:
+    return [rule for rule in run.recipe.keep if rule.one_per is not None and scores]
 
 
 def curate(run: Run, number: int, scorer: Facts, shards: Shards) -> Facts:
@@ -215,7 +229,7 @@ def curate(run: Run, number: int, scorer: Facts, shards: Shards) -> Facts:
     given = (recipe.keep, recipe.texts, shards, scores, recipe.trusted)
     chosen = select(store, recipe.name, *given, recalibrate=run.recalibrate, canaries=planted)
     published = publish_training_shards(run.workspace, chosen.folder, shards, recipe.trusted)
-    origins = canaries.set_apart(store, planted)
+    origins = set_apart(run, shards, planted, scores)
     apart = published.count(store, origins)
     pins = chosen.manifest["thresholds"]
     real = Judged(store, shards, recipe.trusted, scores, reducers, recipe.keep, recipe.texts, chosen.folder, pins, *how)
@@ -226,6 +240,7 @@ def curate(run: Run, number: int, scorer: Facts, shards: Shards) -> Facts:
         "kept": chosen.kept,
         "kept_untrusted": sum(f["kept"] for s, f in chosen.funnel["sources"].items() if s not in recipe.trusted),
         "scores": scores,
+        "captions": captions(run, shards, scores),
         "canaries": told,
         "canary_shards": [ref.folder for ref in planted],
         "canary_recall": recalls,
@@ -236,18 +251,22 @@ def curate(run: Run, number: int, scorer: Facts, shards: Shards) -> Facts:
     }
 
 
-def no_captions(run: Run, picked: Facts) -> str | None:
-    """What to say where the captioner wrote nothing at all for this selection's pairs; None where it wrote."""
-    if "blip_caption" not in picked.get("scores", {}):
+def captions(run: Run, shards: Shards, scores: Mapping[str, str]) -> Facts | None:
+    """The share of the untrusted living `pairs` that have a caption, how many have none by reason (`without`), and this
+    in words; None without such pairs or a captioner."""
+    if "blip_caption" not in scores:
         return None
-    store, reasons = run.workspace.store, Counter[str]()
-    for path in store.files(picked["scores"]["blip_caption"], ".parquet"):
-        table = store.read_table(path, ["texts", "reason"])
-        if pc.any(pc.greater(pc.list_value_length(table["texts"]), 0)).as_py():
-            return None
-        reasons.update(pc.drop_null(table["reason"]).to_pylist())
-    why = ", ".join(f"{name} {count}" for name, count in reasons.most_common())
-    return f"blip_caption wrote no caption at all ({why or 'no pairs'}): its captioner needs other training."
+    of = {name: refs for name, refs in shards.items() if name not in run.recipe.trusted}
+    frame = load_frame(run.workspace.store, of, ["blip_caption.texts", "blip_caption.reason"], scores, [])
+    if not (pairs := int(frame.alive.sum())):
+        return None
+    none = frame.alive & ~as_bool(pc.greater(pc.list_value_length(frame.table["blip_caption.texts"]), 0))
+    reasons = pc.fill_null(frame.table["blip_caption.reason"].filter(pa.array(none)), "unmeasured")
+    without = dict(Counter(reasons.to_pylist()).most_common())
+    share = 1 - int(none.sum()) / pairs
+    told = f"captions for {share:.1%} of {pairs} untrusted pairs"
+    told += f" (none: {', '.join(f'{name} {count}' for name, count in without.items())})" if without else ""
+    return {"pairs": pairs, "share": share, "without": without, "told": told}
 
 
 def score(run: Run, planned: Sequence[PlannedFilter], refs: Sequence[ShardRef], told: str) -> int:

@@ -2,8 +2,8 @@
 
 A CLIP and a match filter are asked for their canary recall at equal false drops; a captioner for the match probability
 that the filter in force gives its captions of untouched twins. Both on the half of the canaries that reports, of pairs
-that no model of the run was trained on. A model that isn't worse takes its place. What a comparison needs lies in
-score tables, so it costs nothing the second time.
+that no model of the run was trained on. A model that isn't worse takes its place; where few report, none does. What a
+comparison needs lies in score tables, so it costs nothing the second time.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from filters import canaries
-from filters.canary_figures import Z, recall_at_false_drops
+from filters.canary_figures import recall_at_false_drops
 from filters.engine import PlannedFilter
 from pairs.pretrain import PREVIOUS
 from pairs.shard import ShardRef
@@ -21,6 +21,7 @@ from pipelines.run import Run
 
 Facts = dict[str, Any]
 FALSE_DROPS = 0.05  # at which two scorers are compared
+FEWEST = 20  # reporting canaries by which they are
 FILTERS = {role: name for name, role in ROLES.items()}
 RECALL = f"canary recall at {FALSE_DROPS:.0%} false drops"
 FIGURES = {"clip": RECALL, "matcher": RECALL, "captioner": "match probability of captions"}
@@ -48,7 +49,7 @@ def compare(run: Run, number: int, scorer: Facts, models: Mapping[str, str]) -> 
             planned = planned_filters(run, scorer | {"models": hashes}, changes=ASKED[role])
             made += score(run, planned, refs, f"compare round {number}")
             figures[name] = _figure(run, role, planned[-1], refs[0])
-        roles[role] = figures | _verdict(role, figures["new"]["value"], figures["in force"]["value"])
+        roles[role] = figures | _verdict(role, figures["new"], figures["in force"])
     promoted = any(facts["promoted"] for facts in roles.values())
     told = " ".join(facts["told"] for facts in roles.values())
     return {"promoted": promoted, "roles": roles, "told": told, "reused": not made}
@@ -65,10 +66,11 @@ def _why_not(run: Run, role: str, refs: Sequence[ShardRef]) -> str | None:
     return next((why for why, holds in whys.items() if holds), None)
 
 
-def _verdict(role: str, new: float | None, old: float | None) -> Facts:
-    if new is None or old is None:
-        told = f"The {WORDS[role]} stays: no canary is in the half that reports, so there is nothing to compare."
+def _verdict(role: str, facts: Facts, before: Facts) -> Facts:
+    if (count := min(facts["n"], before["n"])) < FEWEST:
+        told = f"The {WORDS[role]} stays: {count} canaries report, too few to tell (at least {FEWEST} are asked)."
         return {"promoted": False, "told": told}
+    new, old = facts["value"], before["value"]
     told = f"{FIGURES[role].capitalize()}: {new:.1%} by this round's {WORDS[role]}, {old:.1%} by the one in force; "
     told += "this round's takes its place." if new >= old else f"the {WORDS[role]} stays."
     return {"promoted": new >= old, "told": told}
@@ -81,11 +83,9 @@ def _figure(run: Run, role: str, planned: PlannedFilter, ref: ShardRef) -> Facts
     values = np.array([_mean(row) if isinstance(row, list) else row for row in rows], float)
     if role != "captioner":
         return recall_at_false_drops(values[canary], values[twin], FALSE_DROPS)
-    own = np.nan_to_num(values[twin])  # no caption matches nothing
-    if not len(own):
-        return {"value": None, "low": None, "high": None, "n": 0}
-    value, half = float(own.mean()), float(Z * own.std() / len(own) ** 0.5)
-    return {"value": value, "low": max(0.0, value - half), "high": min(1.0, value + half), "n": len(own)}
+    from pipelines.cider import mean  # with its library, a second
+
+    return mean(list(np.nan_to_num(values[twin])), 1.0)  # no caption matches nothing
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -152,12 +152,13 @@ def first_filter(run: Run) -> Facts:
             facts |= {"reused": True, "models": held["models"], "note": f"kept: {held['name']}"}
             return held
         known = {name: refs for name, refs in shards(run).items() if name in run.recipe.trusted}
-        selection = curation.select_trusted(run, known)
-        apart, records = curation.set_apart(run, shards(run)), []
+        selection, records = curation.select_trusted(run, known, {}), []
+        everything = shards(run)
+        apart = curation.set_apart(run, everything, curation.plant(run, everything), {})
         if spec.clip:
             records.append(training_jobs.pretrain(run, "first-filter/clip", selection, known, spec.clip, apart))
         if spec.blip:
-            records.append(training_jobs.train_blip(run, "first-filter/blip", known, spec.blip, apart))
+            records.append(training_jobs.train_blip(run, "first-filter/blip", selection, known, spec.blip, apart))
         models = {role: sha for record in records for role, sha in record["models"].items()}
         facts |= {"reused": all(r["reused"] for r in records), "models": models}
         facts["note"] = ", ".join(f"{role} {sha[:12]}" for role, sha in models.items())
@@ -184,7 +185,14 @@ def gates(run: Run, number: int, picked: Facts) -> None:
                 remedy="loosen `keep` or the gate; the funnel (funnel.json there) names the rule that drops most",
             )
         told = [_canary_gate(limits.min_canary_recall, picked["canary_recall"])] if limits.min_canary_recall else []
-        facts["note"] = "; ".join(filter(None, [*told, curation.no_captions(run, picked)]))
+        written: Facts = picked.get("captions") or {"share": 0.0, "told": ""}
+        if written["share"] < limits.min_captions:
+            raise PairmillError(
+                expected=f"captions for at least {limits.min_captions:.0%} of the untrusted pairs (gates.min_captions)",
+                found=written["told"] or "no such pairs",
+                remedy="train the captioner longer, raise blip_caption.max_tokens where they are endless, or lower it",
+            )
+        facts["note"] = "; ".join(filter(None, [*told, written["told"]]))
 
 
 def _canary_gate(wanted: float | dict[str, float], figures: dict[str, Facts]) -> str:
@@ -230,7 +238,7 @@ def finetune(run: Run, number: int, picked: Facts, record: Facts) -> Facts:
         return dict(record["models"])
     with run.stage(f"round-{number}/finetune") as facts:
         known = {name: refs for name, refs in shards(run).items() if name in run.recipe.trusted}
-        records = capfilt.finetune(run, number, record, known, picked["apart"])
+        records = capfilt.finetune(run, number, record, known, picked)
         facts |= {"reused": all(r["reused"] for r in records.values())}
         facts["trainings"] = {role: r["fingerprint"] for role, r in records.items()}
         facts["note"] = "; ".join(map(_trained, records.values()))

@@ -96,16 +96,9 @@ def _loss(line: Facts) -> str:
     return "no finite loss" if line["loss"] is None else f"loss {line['loss']:.3f}"
 
 
-def trusted_pins(run: Run, known: dict[str, list[ShardRef]]) -> list[Pin]:
-    """All pair shards of the trusted sources, pinned by their tars' hashes."""
-    refs = sorted(ref for refs in known.values() for ref in refs)
-    metas = (table_metadata(run.workspace.store.read_table(ref.table, ["uid"])) for ref in refs)
-    return [Pin(folder=r.folder, index=r.index, tar_sha256=m["tar_sha256"]) for r, m in zip(refs, metas, strict=True)]
-
-
-def train_blip(run: Run, name: str, known: dict[str, list[ShardRef]], spec: BlipSpec, apart: Sequence[str]) -> Facts:
-    """Trains a captioner and a match filter on the trusted pairs; returns their record."""
-    pinned = trusted_pins(run, known)
+def train_blip(run: Run, name: str, selection: str, shards: Shards, spec: BlipSpec, apart: Sequence[str]) -> Facts:
+    """Trains a captioner and a match filter on a selection of the trusted pairs; returns their record."""
+    pinned = pins(run, selection, shards)
     job = BlipJob(store=run.workspace.store.root, shards=pinned, spec=spec, out_dir="", apart=list(apart))
     told = {"blip_job": job.model_dump(mode="json", exclude={"store", "out_dir"})}
     return _record(run, name, job, launch.train_blip, lambda at: (at["step"] + 1, at["steps"], at["stage"]), told)

@@ -91,7 +91,7 @@ def identity(config: TrainConfig) -> dict[str, str]:
 
 
 class BlipJob(Job):
-    """A captioner and a match filter, trained on the pair shards of the trusted sources."""
+    """A captioner and a match filter, trained on the training shards of the trusted pairs."""
 
     spec: BlipSpec
 

@@ -17,7 +17,7 @@ from pairs.errors import PairmillError
 from pairs.recipe import Recipe
 from pairs.rules import Rule
 from pairs.schemas import SELECTION
-from pipelines import capfilt, curation, stages, training_jobs
+from pipelines import capfilt, stages, training_jobs
 from pipelines.models import trained
 from pipelines.promotion import FIGURES
 from pipelines.report import filters
@@ -81,7 +81,7 @@ def _rounds(run: Run) -> Iterator[Facts]:
                 {"role": role, "figure": FIGURES[role], "new": None, "in force": None, **facts}
                 for role, facts in promotion.get("roles", {}).items()
             ],
-            "no_captions": curation.no_captions(run, curated),
+            "captioned": curated.get("captions"),
             **_canaries(curated["canaries"]),
             "filters": filters.rows(run, curated["scores"], [r for refs in stages.shards(run).values() for r in refs]),
             **_measured(run, curated, manifest),
@@ -155,7 +155,7 @@ def _measured(run: Run, curated: Facts, manifest: Facts) -> Facts:
     return {
         "histograms": [h for name in _shown(recipe) if (h := _histogram(recipe, frame, manifest, name))],
         "samples": [_samples(sampler, recipe, frame, manifest, name) for name in judged],
-        **sampler.captions(recipe.texts),
+        **sampler.captions(recipe.texts.at(manifest["thresholds"])),
     }
 
 
@@ -184,7 +184,7 @@ def _histogram(recipe: Recipe, frame: Frame, manifest: Facts, name: str) -> Fact
     counts = [np.histogram(np.clip(values[rows & np.isfinite(values)], edges[0], edges[-1]), edges)[0] for rows in
               (~frame.trusted, frame.trusted)]  # fmt: skip
     limits = [limit for rule in recipe.keep if rule.column == name for limit in _limits(rule, manifest)]
-    limits += [recipe.texts.min] if name == recipe.texts.match else []
+    limits += [recipe.texts.at(manifest["thresholds"]).min] if name == recipe.texts.match else []
     facts = {"column": name, "edges": [float(e) for e in edges], "thresholds": [t for t in limits if low <= t <= high]}
     return facts | {"counts": counts[0].tolist(), "trusted_counts": counts[1].tolist()}
 
@@ -204,7 +204,7 @@ def _samples(sampler: Sampler, recipe: Recipe, frame: Frame, manifest: Facts, na
     values = _values(frame, column) if column else None
     limit = next(iter(_limits(rule, manifest)), None) if rule else None
     if rule is None and name == "texts" and recipe.texts.match:
-        limit = recipe.texts.min
+        limit = recipe.texts.at(manifest["thresholds"]).min
     return {"rule": name} | sampler.of_rule(name, values, limit)
 
 

@@ -41,7 +41,8 @@ def _interval(value: dict[str, Any] | None, worst: str = "") -> str:
     if unit := value.get("unit"):
         ends = "" if value["low"] is None else f" ({_number(value['low'])} to {_number(value['high'])})"
         return f"{_number(value['value'])} {unit}{ends}"
-    told = f"{100 * value['value']:.1f} % ({100 * value['low']:.1f} to {100 * value['high']:.1f})"
+    told = f"{100 * value['value']:.1f} %"  # of one canary there is no interval
+    told += "" if value["low"] is None else f" ({100 * value['low']:.1f} to {100 * value['high']:.1f})"
     if value.get("bound"):
         return f"{worst} {told}"
     return told if value.get("observed") is None else f"{told}, seen {100 * value['observed']:.1f} %"

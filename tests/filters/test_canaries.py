@@ -227,6 +227,52 @@ def test_a_swapped_text_is_caught_where_only_a_synthetic_one_is_kept(workspace: 
     assert (texts["rule"], texts["recall"]["value"], texts["false_drops"]["value"]) == ("texts", 1.0, 0.0)
 
 
+def test_a_share_of_the_fitting_twins_own_texts_may_be_dropped(workspace: Workspace) -> None:
+    """Whatever a match filter's scale is: the twins of the fitting half have 0.001, 0.002, … for their own texts, those
+    that report 0.9 as all others, and the captions 0."""
+    shards = fill(workspace)
+    (planted,) = make_canaries(
+        workspace.store, shards, ["clean"], BOTH.model_copy(update={"defects": ["swapped_text"]}), 0
+    )
+    facts = workspace.store.read_table(facts_path(planted)).to_pylist()
+    mine = [row for row, fact in enumerate(facts) if fact["twin"] and fact["half"] == "fit"]
+    own = [0.9] * len(facts)
+    for place, row in enumerate(mine):
+        own[row] = (1 + place) / 1000
+    scores = {"blip_caption": folder("blip_caption"), "blip_match": folder("blip_match")}
+    for ref in [planted, *shards["clean"], *shards["web"]]:
+        values = own if ref == planted else [0.002] * workspace.store.read_table(ref.table).num_rows
+        columns = {"blip_caption": {"texts": [["a drawing"]] * len(values)}}
+        columns |= {"blip_match": {"probability": pa.array([[v, 0.0] for v in values], pa.list_(pa.float32()))}}
+        for name, made in columns.items():
+            uids = workspace.store.read_table(ref.table)["uid"]
+            workspace.store.write_table(ref.beside(folder(name)), pa.table({"uid": uids, **made}))
+
+    def chosen(share: float, canaries: list[ShardRef]) -> tuple[SelectionResult, set[str]]:
+        given = {"from": ["texts", "blip_caption.texts"], "match": "blip_match.probability", "false_drops": share}
+        spec = TextsSpec.model_validate(given)
+        result = select(workspace.store, "fitted", [], spec, shards, scores, ["clean"], canaries=canaries)
+        real = Judged(
+            workspace.store, shards, ["clean"], scores, {}, [], spec, result.folder, result.manifest["thresholds"]
+        )
+        caught = report([planted], real)["defects"]["swapped_text"]["rules"][0]
+        assert caught["rule"] == "texts" and caught["false_drops"]["value"] == 0.0, "the fitting half doesn't report"
+        (web,) = shards["web"]
+        return result, {*workspace.store.read_table(web.beside(result.folder))["dropped_by"].to_pylist()}
+
+    result, dropped = chosen(0.3, [planted])
+    (pin,) = result.manifest["thresholds"].values()
+    share = sum(np.float32(own[row]) < pin["value"] for row in mine) / len(mine)
+    assert 0.3 - 1 / len(mine) < share <= 0.3 and dropped == {"texts"}
+    assert pin["found"] == f"by texts false_drops 0.3 over {len(mine)} fitting twins"
+    assert chosen(0.3, [])[0].manifest["thresholds"]["texts false_drops 0.3"]["value"] == pin["value"], "pinned"
+    assert chosen(0.05, [planted])[1] == {None}
+    with pytest.raises(PairmillError, match="0 twins"):
+        chosen(0.1, [])
+    with pytest.raises(ValueError, match="takes the place of `min`"):
+        TextsSpec(match="blip_match.probability", min=0.5, false_drops=0.1)
+
+
 def test_a_target_recall_is_fitted_to_the_half_that_never_reports(workspace: Workspace) -> None:
     """Canaries of the fitting half score 0.1 and up by hundredths, those that report 0.9 as all others: the threshold
     drops the wanted share of the first, and is pinned."""

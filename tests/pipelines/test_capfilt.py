@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -14,18 +15,23 @@ from transformers import BertTokenizerFast
 
 from filters import canaries
 from filters.blip import CAPTIONS
+from filters.engine import plan
+from filters.image_stats import ImageStats
 from filters.weights import TOKENIZER_FILES
 from pairs.errors import PairmillError
+from pairs.identity import held_out, sha256_hex
 from pairs.recipe import Recipe
 from pairs.schemas import SELECTION
 from pairs.shard import ShardRef
 from pairs.strict import strict
 from pairs.workspace import Workspace
-from pipelines import capfilt, curation, promotion, stages
+from pipelines import capfilt, curation, promotion, stages, training_jobs
 from pipelines.console import Console
 from pipelines.inspection import trace
+from pipelines.report import page
 from pipelines.run import Run, open_run
 from pipelines.takedown import consumers
+from tests.filters import corpus
 from tests.pipelines import flow
 from tests.training import blip_small
 from training import blip_run, frame, launch
@@ -73,6 +79,7 @@ def finished(drawn: Path) -> Iterator[Run]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "train", here)
         patch.setattr(frame, "say", lambda line: None)
+        patch.setattr(promotion, "FEWEST", 1)
         yield flow.run_stages(drawn / "recipe.yaml", drawn / "workspace")[0]
 
 
@@ -197,6 +204,43 @@ def uids(run: Run, source: str) -> list[str]:
     ]
 
 
+def test_no_twin_of_a_held_out_pair_or_a_canary_is_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each picture three times: as it is, byte for byte again, and with one other pixel."""
+    flow.draw_folder(tmp_path / "web", 4, 1000)
+    flow.draw_folder(tmp_path / "trusted", 30)
+    picture: dict[str, Any] = {}
+    for i in range(30):
+        pixels = cv2.imdecode(np.frombuffer(flow.drawing(i), np.uint8), cv2.IMREAD_COLOR)
+        pixels[0, 0] ^= 1
+        for name, data in {"bytes": flow.drawing(i), "near": cv2.imencode(".png", pixels)[1].tobytes()}.items():
+            picture[sha256_hex(data)] = i
+            (tmp_path / f"trusted/{i:04d}{name}.png").write_bytes(data)
+            (tmp_path / f"trusted/{i:04d}{name}.txt").write_text(flow.caption(i))
+    values = recipe(tmp_path) | {"filters": {"image_hash": {}}, "reducers": {"near_duplicates": {}}, "texts": {}}
+    values |= {"keep": [{"one_per": "near_duplicates.group"}]}
+    path = flow.write_recipe(tmp_path / "recipe.yaml", values)
+    run = open_run(path, workspace=str(tmp_path / "workspace"), console=Console(quiet=True))
+    jobs: dict[str, Any] = {}
+    models = dict.fromkeys(("beginning", "captioner", "matcher"), "0" * 64)
+    done = {"models": models, "reused": False, "result": {"steps": 0}, "fingerprint": ""}
+    monkeypatch.setattr(training_jobs, "_record", lambda run, name, job, *_: jobs.update({name: job}) or done)
+    stages.crawl(run)
+    stages.fetch(run)
+    picked = stages.curate(run, 1, stages.first_filter(run))
+    stages.finetune(run, 1, picked, {"models": models})
+    store, trusted = run.workspace.store, stages.shards(run)["trusted"]
+    rows = {row["uid"]: row for ref in trusted for row in store.read_table(ref.table).to_pylist()}
+    planted = [ShardRef(folder, 0) for folder in picked["canary_shards"]]
+    unseen = [row for uid, row in rows.items() if held_out(uid) or uid in canaries.set_apart(store, planted)]
+    assert 8 < len(unseen) < 30 and len(rows) == 90
+    group = {row["sha256"]: row["sha256"] for row in rows.values()}  # before round 1 equal bytes alone are known
+    for name in ("first-filter/blip", "round-1/captioner", "round-1/matcher"):
+        read = {u for pin in jobs[name].shards for u in store.read_table(pin.ref.table, ["uid"])["uid"].to_pylist()}
+        seen = {group[rows[uid]["sha256"]] for uid in read - {*jobs[name].apart}}
+        assert seen and not seen & {group[row["sha256"]] for row in unseen}, name
+        group = picture
+
+
 WEB: dict[str, Any] = {"sources": {"web": {"kind": "folder", "path": "web"}}}
 
 
@@ -279,27 +323,46 @@ def test_tokenizers_are_known_by_content(tmp_path: Path) -> None:
     assert (Path(space.store.root) / one / "tokenizer.json").exists()
 
 
-def test_a_captioner_that_writes_nothing_is_told(tmp_path: Path) -> None:
-    path = flow.write_recipe(tmp_path / "recipe.yaml", recipe(tmp_path))
-    run = open_run(path, workspace=str(tmp_path / "workspace"), console=Console(quiet=True))
-    kinds = pa.schema([("texts", pa.list_(pa.string())), ("reason", pa.string())])
-    picked = {"scores": {"blip_caption": "scores/blip_caption-0"}, "kept_untrusted": 0}
+def test_a_silent_captioner_is_told_and_stopped_by_a_gate(tmp_path: Path) -> None:
+    """Of this run's untrusted pairs: captions of trusted pairs, of canaries and of other runs' shards tell nothing."""
+    run = open_run(flow.write_recipe(tmp_path / "recipe.yaml", recipe(tmp_path)), workspace=str(tmp_path / "workspace"))
+    written, store = {"blip_caption": corpus.folder("blip_caption")}, run.workspace.store
 
-    def write(n: int, rows: list[Any]) -> None:
-        made = [{"texts": texts, "reason": reason} for texts, reason in rows]
-        run.workspace.store.write_table(
-            f"scores/blip_caption-0/web/{n}.parquet", pa.Table.from_pylist(made, schema=kinds)
-        )
+    def add_captions(source: str, increment: str, rows: list[Any]) -> ShardRef:
+        made = {"texts": pa.array([t for t, _ in rows], pa.list_(pa.string())), "reason": [why for _, why in rows]}
+        return corpus.add(run.workspace, source, increment, range(len(rows)), {"blip_caption": made})
 
-    write(0, [(None, "endless"), (None, "endless"), (None, "empty")])
+    web = add_captions("web", "0000", [(None, "endless"), (None, "endless"), (["a box"], "empty"), (None, "empty")])
+    add_captions("web", "0001", [(["a box"], None)])
+    shards = {"web": [web], "trusted": [add_captions("clean", "0000", [(["a box"], None)])]}
+    told = curation.captions(run, shards, written)
+    assert told and told["without"] == {"endless": 2, "empty": 1} and (told["pairs"], told["share"]) == (4, 0.25)
+    picked = {"kept_untrusted": 0, "captions": told}
     stages.gates(run, 1, picked)
-    assert "no caption at all (endless 2, empty 1)" in run.read("stages.json")["round-1/gates"]["note"]
-    write(1, [(["a box"], None)])
-    assert curation.no_captions(run, picked) is None and curation.no_captions(run, {"scores": {}}) is None
+    words = "captions for 25.0% of 4 untrusted pairs (none: endless 2, empty 1)"
+    assert run.read("stages.json")["round-1/gates"]["note"] == words
+    run.recipe = strict(Recipe, recipe(tmp_path) | {"gates": {"min_pairs": 0, "min_captions": 0.3}}, "recipe")
+    with pytest.raises(PairmillError, match=r"25\.0% of 4") as error:
+        stages.gates(run, 1, picked)
+    assert "gates.min_captions" in str(error.value)
+    run.workspace.bury("uid", store.read_table(web.table)["uid"].to_pylist()[:2], "asked")
+    assert curation.captions(run, shards, written)["share"] == 0.5  # type: ignore[index]
+    assert curation.captions(run, {}, written) is curation.captions(run, shards, {}) is None
 
 
 @pytest.mark.parametrize(
-    ("new", "old", "moves"), [(0.5, 0.5, True), (0.4, 0.5, False), (0.0, 0.0, True), (None, 0.1, False)]
+    ("new", "old", "n", "moves"),
+    [(0.5, 0.5, 20, True), (0.4, 0.5, 20, False), (0.0, 0.0, 20, True), (None, None, 0, False), (1.0, 0.0, 19, False)],
 )
-def test_what_is_not_worse_is_promoted(new: float | None, old: float, moves: bool) -> None:
-    assert promotion._verdict("matcher", new, old)["promoted"] == moves
+def test_what_is_not_worse_is_promoted(new: float | None, old: float | None, n: int, moves: bool) -> None:
+    verdict = promotion._verdict("matcher", {"value": new, "n": n}, {"value": old, "n": n})
+    assert verdict["promoted"] == moves and ("too few" in verdict["told"]) == (n < 20)
+
+
+def test_one_captioned_twin_gives_no_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = open_run(flow.write_recipe(tmp_path / "recipe.yaml", recipe(tmp_path)), workspace=str(tmp_path / "workspace"))
+    ref, planned = ShardRef("canaries/swapped_text-0/0000", 0), plan({"image_stats": ImageStats()})[0]
+    run.workspace.store.write_table(ref.beside(planned.folder), pa.table({"probability": [[0.4, 0.6], [0.5]]}))
+    monkeypatch.setattr(canaries, "facts", lambda *_: pa.table({"half": ["report"] * 2, "twin": [True, False]}))
+    told = promotion._figure(run, "captioner", planned, ref)
+    assert told == {"value": 0.5, "low": None, "high": None, "n": 1} and page._interval(told) == "50.0 %"

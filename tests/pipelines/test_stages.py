@@ -185,13 +185,13 @@ def test_an_evaluation_is_done_again_once_a_held_out_pair_is_forgotten(finished:
 
 
 def test_without_reporting_canaries_the_scorer_stays(finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(promotion, "_figure", lambda *_: {"value": None})
+    monkeypatch.setattr(promotion, "_figure", lambda *_: {"value": None, "n": 0})
     scorer, model = (
         finished.run.read("round-1/curation.json")["scorer"],
         finished.report["rounds"][0]["training"]["model"],
     )
     verdict = promotion.compare(finished.run, 1, scorer, {"clip": model})
-    assert not verdict["promoted"] and "nothing to compare" in verdict["told"]
+    assert not verdict["promoted"] and "too few to tell" in verdict["told"]
 
 
 def test_a_single_shard_that_kills_its_process_stops_no_run_on_ray(
