@@ -85,8 +85,8 @@ def identity(config: TrainConfig) -> dict[str, str]:
     """What tells a training's work from another's beside its plan: the settings, and the content of the folders that it
     starts from (weights, tokenizer) where there are any, as a path can't tell what was made anew there."""
     spec, towers = config.spec, config.spec.towers
-    named = [*spec.blip.start, spec.model.tokenizer, towers.image.weights or "", towers.text.weights or ""]
-    found = [content_hash(Path(name)) if Path(name).is_dir() else None for name in named]
+    named = [*spec.blip.start, spec.model.tokenizer, towers.image.weights, towers.text.weights]
+    found = [content_hash(Path(name)) if name and Path(name).is_dir() else None for name in named]
     return {"config": config.fingerprint} | ({"starts": fingerprint({"in order": found})} if any(found) else {})
 
 

@@ -22,7 +22,7 @@ from pairs.workspace import Workspace
 from tests.training.small import SPEC, config, pair
 from training import checkpoint, frame, hardware, launch, loop
 from training import config as training_config
-from training.config import BlipJob, TrainConfig, TrainResult
+from training.config import BlipJob, TrainConfig, TrainResult, identity
 from training.run import train_rank
 
 torch.set_num_threads(1)
@@ -232,3 +232,12 @@ def test_a_full_disk_is_told_before_the_first_step(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(PairmillError, match="free for checkpoints"):
         _train(config(tmp_path, "full"))
+
+
+def test_what_a_training_starts_from_is_not_the_folder_it_is_called_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").write_text("some file")
+    job = TrainConfig(store=str(tmp_path), shards=[], spec=SPEC, out_dir="")
+    assert identity(job).keys() == {"config"}
