@@ -354,7 +354,10 @@ def test_a_silent_captioner_is_told_and_stopped_by_a_gate(tmp_path: Path) -> Non
     ("new", "old", "n", "moves"),
     [(0.5, 0.5, 20, True), (0.4, 0.5, 20, False), (0.0, 0.0, 20, True), (None, None, 0, False), (1.0, 0.0, 19, False)],
 )
-def test_what_is_not_worse_is_promoted(new: float | None, old: float | None, n: int, moves: bool) -> None:
+def test_what_is_not_worse_is_promoted(
+    monkeypatch: pytest.MonkeyPatch, new: float | None, old: float | None, n: int, moves: bool
+) -> None:
+    monkeypatch.setattr(promotion, "FEWEST", 20)  # `finished` has only a few canaries
     verdict = promotion._verdict("matcher", {"value": new, "n": n}, {"value": old, "n": n})
     assert verdict["promoted"] == moves and ("too few" in verdict["told"]) == (n < 20)
 

@@ -87,6 +87,7 @@ def test_steps_of_any_total_have_eager_gradients_and_compile_nothing_anew(
 @pytest.mark.slow
 def test_so_have_a_blip_s_text_layers() -> None:
     torch._dynamo.reset()
+    counters.clear()
     eager, compiled = tiny(), tiny()
     compile_blocks(compiled)
     for step in range(4):
