@@ -88,7 +88,7 @@ def test_steps_of_any_total_have_eager_gradients_and_compile_nothing_anew(
 def test_so_have_a_blip_s_text_layers() -> None:
     torch._dynamo.reset()
     counters.clear()
-    eager, compiled = tiny(), tiny()
+    eager, compiled = tiny().double(), tiny().double()  # a key's bias has no gradient but rounding
     compile_blocks(compiled)
     for step in range(4):
         images = packed(pixels(3 + step, seed=step))
@@ -104,7 +104,7 @@ def test_so_have_a_blip_s_text_layers() -> None:
         for one, other in zip(eager.parameters(), compiled.parameters(), strict=True):
             if one.grad is not None:
                 assert other.grad is not None
-                assert (one.grad - other.grad).norm() < 1e-5 * one.grad.norm().clamp(min=1e-4)
+                assert (one.grad - other.grad).norm() < 1e-10 * one.grad.norm().clamp(min=1e-4)
     assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
 
 
