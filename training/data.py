@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +51,7 @@ class Batch:
         return Batch(parts, move(self.valid), move(self.same), self.counts, self.damaged)
 
     def to(self, device: torch.device) -> "Batch":
-        parts = tuple((images.to(device), texts.to(device)) for images, texts in self.parts)
-        return Batch(parts, self.valid, self.same, self.counts, self.damaged)
+        return replace(self.moved(lambda x: x.to(device, non_blocking=True)), valid=self.valid, same=self.same)
 
     @property
     def useful(self) -> int:
