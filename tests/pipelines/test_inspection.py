@@ -46,7 +46,7 @@ def test_ls_counts_what_is_there(finished: Finished, say: Say) -> None:
     assert {name: f["increments"] for name, f in facts["sources"].items()} == {"trusted": ["0000"], "web": ["0000"]}
     web, trusted = (next(f for g, f in facts["pairs"].items() if g.startswith(name)) for name in ("web-", "trusted-"))
     assert web == {"shards": 2, "rows": flow.WEB + 6} and trusted == {"shards": 2, "rows": flow.TRUSTED}
-    assert len(facts["models"]) == 4 and facts["runs"] == [finished.run.folder.split("/")[1]]
+    assert len(facts["models"]) == 5 and facts["runs"] == [finished.run.folder.split("/")[1]]
     plain = say("ls", finished.workspace)
     assert plain.code == 0 and facts["runs"][0] in plain.out
 
@@ -64,7 +64,7 @@ def test_verify_finds_all_as_recorded(finished: Finished, say: Say) -> None:
     told = say("verify", finished.workspace, "--json")
     assert told.code == 0, told.json["problems"]
     checked = told.json["checked"]
-    assert checked["candidates"] == flow.WEB + len(flow.TEXTS) + flow.TRUSTED and checked["models"] == 4
+    assert checked["candidates"] == flow.WEB + len(flow.TEXTS) + flow.TRUSTED and checked["models"] == 5
     assert "all is as recorded" in say("verify", finished.workspace).out
 
 

@@ -52,7 +52,7 @@ def test_the_run_is_pinned_to_its_increments_and_its_code(finished: Finished) ->
 
 def test_the_first_filter_scores_round_one(finished: Finished) -> None:
     scorer = finished.run.read("round-1/curation.json")["scorer"]
-    assert set(scorer["models"]) == {"clip", "captioner", "matcher"}
+    assert set(scorer["models"]) == {"clip", "beginning", "captioner", "matcher"}
     models = {path.name for path in (finished.workspace / "models").iterdir()}
     assert set(scorer["models"].values()) <= models
     assert len([name for name in models if len(name) == 64]) == 4, "three of the first filter, one of the round"
