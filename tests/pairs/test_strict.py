@@ -57,7 +57,8 @@ def test_an_unknown_key_names_its_place_and_the_nearest(
 
 
 def test_a_key_like_no_other_lists_them_all() -> None:
-    assert refusal(gates={"zzz": 1}).remedy == "use one of: min_canary_recall, min_captions, min_fetch_success, min_pairs"
+    remedy = refusal(gates={"zzz": 1}).remedy
+    assert remedy == "use one of: min_canary_recall, min_captions, min_fetch_success, min_pairs"
     assert refusal(**{"1": 2}).found == "'1'"
     with pytest.raises(PairmillError, match="a known key at r"):
         strict(Recipe, LEAST | {1: 2}, "r")  # YAML has keys that aren't texts
