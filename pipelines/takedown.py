@@ -274,7 +274,7 @@ def consumers(workspace: Workspace, uids: AbstractSet[str], before: Dead) -> lis
         met = {u for t in tables for u in t.filter(_among(t["uid"], uids))["uid"].to_pylist()} - set(config["apart"])
         folder = path.removesuffix("/config.json")
         record = trained(workspace, folder.rpartition("/")[2]) or {}
-        if "word_steps" in config["spec"]:  # BLIP's reads pair shards
+        if "word_steps" in config["spec"]:  # the small BLIP passes over held-out pairs, wherever they lie
             met = {uid for uid in met if not held_out(uid)}
         taken = _taken(store, record, met, before) if met else {}
         if taken:
