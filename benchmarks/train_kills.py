@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -159,7 +159,6 @@ def compare(folder: Path, store: Store, pins: list[Pin], steps: int) -> dict[str
     uids = {number: pair(number)[0]["uid"] for number in range(PAIRS)}
     rows = [row["uid"] for pin in pins for row in store.read_table(pin.ref.table).to_pylist()]
     apart = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(lines["turns"], lines["whole"], strict=True))
-    epoch = [number for step in range(min(steps, PAIRS // BATCH)) for number in took["whole"][step]]
     return {
         "steps": len(lines["whole"]),
         "steps told whole": {name: len(found) for name, found in took.items()},
@@ -169,13 +168,26 @@ def compare(folder: Path, store: Store, pins: list[Pin], steps: int) -> dict[str
             [line["uids_sha256"] for line in found] == [line["uids_sha256"] for line in lines["whole"]]
             for found in lines.values()
         ),
-        "no pair twice in the first epoch": len(set(epoch)) == len(epoch) and {uids[n] for n in epoch} <= set(rows),
+        "pairs in the shards": set(uids.values()) == set(rows),
+        "each epoch whole by the step that ends it": all(whole_epochs(took["whole"], steps)),
         "two ranks: losses and norms bit for bit": [[a[k] for k in SAME] for a in lines["two"]]
         == [[b[k] for k in SAME] for b in lines["whole"]],
         "two ranks: same model": content_hash(runs["two"] / "model") == content_hash(runs["whole"] / "model"),
         "in turns: largest relative difference of a loss": apart,
         "save_fraction": sum(a["save_fraction"] for a in lines["whole"]) / steps,
     }
+
+
+def whole_epochs(took: dict[int, list[int]], steps: int) -> list[bool]:
+    """For each epoch that ends: by then every pair was met once an epoch, and those once more that fill its last step."""
+    found, met, ends = [], Counter[int](), {-(-PAIRS * epoch // BATCH): epoch for epoch in range(1, steps + 1)}
+    for step in range(steps):
+        met.update(took[step])
+        if epoch := ends.get(step + 1):
+            more = Counter({number: epoch for number in range(PAIRS)})
+            found.append(met >= more and set((met - more).values()) <= {1} and met.total() == (step + 1) * BATCH)
+    assert found, f"{steps} steps of {BATCH} are less than an epoch of {PAIRS}: raise --steps"
+    return found
 
 
 def again(out: Path) -> Iterator[str]:

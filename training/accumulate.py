@@ -3,8 +3,8 @@
 A contrastive loss needs all features at once, so a sum of losses of parts would be another loss. Instead every part's
 features are computed without a graph, the loss gives each feature's gradient, and a second pass over the parts
 carries it into the weights: memory of one part, a third more compute (GradCache, arXiv 2101.06983). Ranks exchange
-gradients once, with the last part; under FSDP2 whole gradients lie on every rank until then. There a rank with fewer
-parts than another computes its first again, with zero gradients, because all take part in every gather of weights.
+gradients once, with the last part; under FSDP2 whole gradients lie on every rank until then, and all gather weights for
+each part: ranks have equally many (the loader sees to it).
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from training.parallel import most_parts, settle
+from training.parallel import settle
 
 Part = tuple[Any, Any]  # packed images, packed texts
 Features = tuple[Tensor, Tensor, Tensor, Tensor | None]  # images (B, E), texts (B, E), logit scale, logit bias
@@ -25,8 +25,7 @@ Context = Callable[[], AbstractContextManager[Any]]
 
 def features(run: nn.Module, parts: Sequence[Part], context: Context) -> tuple[Features, Callable[[Tensor], None]]:
     """The features of all parts, and the function that takes the loss's gradient back into the weights."""
-    turns = [*parts, *[parts[0]] * (most_parts(run, len(parts)) - len(parts))]
-    if len(turns) == 1:
+    if len(parts) == 1:
         with context():
             image_BE, text_BE, scale, bias = run(*parts[0])
 
@@ -36,8 +35,8 @@ def features(run: nn.Module, parts: Sequence[Part], context: Context) -> tuple[F
 
         return (image_BE, text_BE, scale, bias), at_once
     with torch.no_grad(), context():
-        found = [run(*part) for part in turns]
-    images, texts, scales, biases = zip(*found[: len(parts)], strict=True)
+        found = [run(*part) for part in parts]
+    images, texts, scales, biases = zip(*found, strict=True)
     leaves = [torch.cat(images), torch.cat(texts), scales[0].detach().clone()]
     leaves += [] if biases[0] is None else [biases[0].detach().clone()]
     for leaf in leaves:
@@ -47,12 +46,11 @@ def features(run: nn.Module, parts: Sequence[Part], context: Context) -> tuple[F
         loss.backward()  # type: ignore[no-untyped-call]
         sizes = [len(image) for image in images]
         of_images, of_texts = (_gradient(leaf).split(sizes) for leaf in leaves[:2])
-        shared = [_gradient(leaf) / len(turns) for leaf in leaves[2:]]
-        for place, part in enumerate(turns):
-            with _sync(run, place == len(turns) - 1):
+        shared = [_gradient(leaf) / len(parts) for leaf in leaves[2:]]
+        for place, (part, *own) in enumerate(zip(parts, of_images, of_texts, strict=True)):
+            with _sync(run, place == len(parts) - 1):
                 with context():
                     outputs = [x for x in run(*part) if x is not None]
-                own = [of[place] if place < len(parts) else torch.zeros_like(of[0]) for of in (of_images, of_texts)]
                 gradients = zip(outputs, [*own, *shared], strict=True)
                 learning = [(x, gradient) for x, gradient in gradients if x.requires_grad]  # a locked tower doesn't
                 torch.autograd.backward(*map(list, zip(*learning, strict=True)))

@@ -172,7 +172,6 @@ class ColumnLoader(Loader):
         """A batch without images."""
         every = self.plan.rows(step)
         shares = [[every[r :: self.ranks][i :: self.parts] for i in range(self.parts)] for r in range(self.ranks)]
-        shares = [[part for part in share if part] for share in shares]
         same = [[r, self.plan.text(e, r)] for share in shares for part in share for e, r in part]
         parts: list[tuple[Rows, Rows | PackedTexts]] = []
         valid = []

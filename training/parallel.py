@@ -48,15 +48,6 @@ def running(model: Towers | PackedBlip, ranks: int) -> nn.Module:
     return DistributedDataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=True)
 
 
-def most_parts(run: nn.Module, own: int) -> int:
-    """How many parts each rank computes: where weights are gathered for each, ranks must do so equally often."""
-    if not isinstance(run, FSDPModule):
-        return own
-    most = torch.tensor(own, device=next(p.device for p in run.parameters()))
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    return int(most)
-
-
 def settle(model: nn.Module) -> None:
     """Averages the gradients of what isn't cut in a model that is."""
     if isinstance(model, FSDPModule):

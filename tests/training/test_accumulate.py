@@ -23,15 +23,7 @@ from training.tables import make_plan
 
 torch.set_num_threads(1)
 RATIO = 1e-10
-EACH = 9  # parts: a pair for each, but all in one on the first rank
-
-
-class Joined(Loader):
-    """A rank's parts, joined in one. The pairs stay those of a loader of several: how they are dealt to ranks hangs on
-    the number of parts, so one that differed would deal some pairs twice, others to no rank."""
-
-    def _own(self, shares: list[list[tuple[int, int]]]) -> list[list[tuple[int, int]]]:
-        return [[pair for share in super()._own(shares) for pair in share]]
+EACH = 9  # parts at most: a pair for each
 
 
 def batch_of(root: Path, rank: int, ranks: int, accumulate: int, among: int) -> Batch:
@@ -40,9 +32,8 @@ def batch_of(root: Path, rank: int, ranks: int, accumulate: int, among: int) -> 
     store = Store(root)
     plan, _ = make_plan(store, shards(store), SPEC)
     cost = Cost((2, 32), (2, 32))
-    joined = ranks > 1 and accumulate == EACH and rank == 0
-    batch = (Joined if joined else Loader)(plan, store, rank, ranks, cost, 8, 0.1, accumulate=accumulate).load(1)
-    assert len(batch.parts) == (1 if joined else min(accumulate, batch.counts[rank]))
+    batch = Loader(plan, store, rank, ranks, cost, 8, 0.1, accumulate=accumulate).load(1)
+    assert len(batch.parts) == min(accumulate, *batch.counts)
     shares = plan.split(1, among, cost)
     damaged = torch.tensor([row for _, row in [*shares[0][1:], *(shares[1] if among == 4 else [])]])
     own = Share(batch.valid, batch.same, batch.counts, rank).own
