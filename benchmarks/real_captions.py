@@ -13,6 +13,7 @@ again.
 
 import argparse
 import contextlib
+import json
 import random
 import shutil
 import subprocess
@@ -161,8 +162,8 @@ def main() -> None:
     asked = parser.parse_args()
     folder = asked.folder.resolve()
     run = finished(asked.pairs, folder, asked.recipe, asked.clipart, asked.stamps, asked.steps)
-    print("| scorer | pairs | n | ROC-AUC, own over swapped text | own matched | swapped matched | captions matched |")
-    print("| --- " * 7 + "|")
+    print("| scorer | pairs | threshold | n | ROC-AUC, own over swapped text | own matched | swapped matched | captions matched |")
+    print("| --- " * 8 + "|")
     for number in (1, 2):
         facts = run.read(f"round-{number}/curation.json")
         kinds = {name: looked(run, refs, facts["scores"]) for name, refs in stages.shards(run).items()}
@@ -181,11 +182,12 @@ def row(run: Run, facts: dict[str, Any], pairs: Sequence[Looked], seed: int) -> 
     """Cells of the table: how well the match filter of a curation (`facts`) tells own texts from swapped ones."""
     weights = str(model_folder(run.workspace, facts["scorer"]["models"]["matcher"]))
     one = load_filter("blip_match", run.recipe.filters["blip_match"] | {"of": ["texts"], "weights": weights})
-    told = auc(one, pairs, least := run.recipe.texts.min, seed)
+    pins = json.loads(run.workspace.store.read(f"{facts['selection']}/manifest.json"))["thresholds"]
+    told = auc(one, pairs, least := run.recipe.texts.at(pins).min, seed)
     written = [p for pair in pairs for p in pair.matches[len(pair.texts) :]]
     matched = sum(p is not None and p >= least for p in written)
     ends = f"{told['value']:.3f} ({told['low']:.3f} to {told['high']:.3f})"
-    return f"{told['n']} | {ends} | {told['own']:.1%} | {told['swapped']:.1%} | {matched} of {len(written)}"
+    return f"{least:.2f} | {told['n']} | {ends} | {told['own']:.1%} | {told['swapped']:.1%} | {matched} of {len(written)}"
 
 
 if __name__ == "__main__":
