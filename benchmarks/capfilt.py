@@ -7,7 +7,8 @@ scores; the trusted pairs are in each. `raw` trains on all of the web's texts, `
 on web and synthetic texts, `capfilt` on those of both that match, `second round` again so with what the first round
 trained; which of it was promoted is printed (where nothing was, the second round is the first again). They differ in
 `texts` alone (and in what is matched); no arm has rules of `keep`, but with `--rules` those that match have the
-recipe's. Prints a table for benchmarks/results: means, and differences to `raw`
+recipe's. The planted truth tells which swapped texts were dropped (pairs none of whose web texts stayed); ITC is the
+contrast's loss over the last tenth of the steps. Prints a table for benchmarks/results: means, and differences to `raw`
 paired by seed with their standard errors. The same command goes on where it was stopped. An arm alone, at SEED = 224:
 
     pairmill demo-web FOLDER/seed-224/web --port 8795 --serve &
@@ -17,15 +18,20 @@ paired by seed with their standard errors. The same command goes on where it was
 import argparse
 import copy
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from curation import based, figures, run_arms, spread
+from demo_truth import rows, swapped, truth_of
 
+from pairs.shard import list_shards
+from pairs.workspace import Workspace
 from pipelines.demo.web import make_web
 
 PORT = 8795
+ROLES = ("captioner", "matcher")
 ARMS = ("raw", "filter", "captioner", "capfilt", "second round")
 RECIPES = {"clip": "recipes/demo.yaml", "blip": "recipes/capfilt.yaml"}
 CAPTIONS = ["texts", "blip_caption.texts"]
@@ -61,12 +67,33 @@ def recipes(base: dict[str, Any], wanted: Sequence[str], rules: bool) -> dict[st
     return made
 
 
-def of_arm(name: str, reports: Mapping[str, dict[str, Any]]) -> dict[str, float]:
+def of_arm(name: str, reports: Mapping[str, dict[str, Any]], web: Path) -> dict[str, float]:
     """An arm's figures, and the share of its web and its synthetic texts that didn't match."""
     report, number = reports[name.replace("second round", "capfilt")], 2 if name == "second round" else 1
     noise = report["rounds"][number - 1]["noise_ratios"] or {}
     ratios = {f"noise ratio, {kind} texts": told["value"] for kind, told in noise.items() if told["value"] is not None}
-    return figures(report, number) | ratios
+    return figures(report, number) | ratios | dropped(report, number, web) | learned(report, number)
+
+
+def dropped(report: Mapping[str, Any], number: int, web: Path) -> dict[str, float]:
+    """The share of the planted swaps, and of the true texts, that the round's selection dropped."""
+    workspace = Workspace.open(report["workspace"])
+    curated = json.loads(workspace.store.read(f"{report['run']}/round-{number}/curation.json"))
+    refs = [ref for ref in list_shards(workspace.store, "pairs") if ref.group.startswith("web-")]
+    told = swapped(list(rows(workspace, refs, curated["selection"], curated["scores"])), truth_of(web))
+    return {
+        "planted swaps dropped": told["recall"]["value"],
+        "true texts dropped": told["false_drops"]["value"],
+    }
+
+
+def learned(report: Mapping[str, Any], number: int) -> dict[str, float]:
+    """The contrast's loss at the end of a BLIP's pretraining."""
+    home = Path(report["workspace"]) / report["run"] / f"round-{number}"
+    (path,) = [path for path in home.glob("*/metrics.jsonl") if path.parent.name not in ROLES]
+    losses = [json.loads(line).get("itc") for line in path.read_text().splitlines()]
+    last = losses[-max(1, len(losses) // 10) :]
+    return {} if None in last else {"ITC at the end": statistics.mean(last)}
 
 
 def table(found: Mapping[int, Mapping[str, Mapping[str, float]]]) -> str:
@@ -111,7 +138,7 @@ def main() -> None:
         make_web(home / "web", seed, asked.noise, asked.scenes, asked.trusted, PORT)
         base = based(asked.recipe or Path(RECIPES[asked.objective]), home, seed, PORT)
         reports = run_arms(home, recipes(base, asked.arms, asked.rules), PORT)
-        found[seed] = {name: of_arm(name, reports) for name in asked.arms}
+        found[seed] = {name: of_arm(name, reports, home / "web") for name in asked.arms}
         for row in reports.get("capfilt", {"rounds": [{"compared": []}]})["rounds"][0]["compared"]:
             print(f"seed {seed}, {row['role']}: {row['told']}", flush=True)
         (asked.folder / "found.json").write_text(json.dumps(found, indent=1))
