@@ -162,7 +162,8 @@ def main() -> None:
     asked = parser.parse_args()
     folder = asked.folder.resolve()
     run = finished(asked.pairs, folder, asked.recipe, asked.clipart, asked.stamps, asked.steps)
-    print("| scorer | pairs | threshold | n | ROC-AUC, own over swapped text | own matched | swapped matched | captions matched |")
+    heads = "scorer, pairs, threshold, n, ROC-AUC of own over swapped, own matched, swapped matched, captions matched"
+    print(f"| {heads.replace(', ', ' | ')} |")
     print("| --- " * 8 + "|")
     for number in (1, 2):
         facts = run.read(f"round-{number}/curation.json")
@@ -187,7 +188,9 @@ def row(run: Run, facts: dict[str, Any], pairs: Sequence[Looked], seed: int) -> 
     written = [p for pair in pairs for p in pair.matches[len(pair.texts) :]]
     matched = sum(p is not None and p >= least for p in written)
     ends = f"{told['value']:.3f} ({told['low']:.3f} to {told['high']:.3f})"
-    return f"{least:.2f} | {told['n']} | {ends} | {told['own']:.1%} | {told['swapped']:.1%} | {matched} of {len(written)}"
+    return (
+        f"{least:.2f} | {told['n']} | {ends} | {told['own']:.1%} | {told['swapped']:.1%} | {matched} of {len(written)}"
+    )
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ def compare(folder: Path, store: Store, pins: list[Pin], steps: int) -> dict[str
 
 
 def whole_epochs(took: dict[int, list[int]], steps: int) -> list[bool]:
-    """For each epoch that ends: by then every pair was met once an epoch, and those once more that fill its last step."""
+    """For each epoch that ends: by then each pair was met once an epoch, once more those that fill the last step."""
     found, met, ends = [], Counter[int](), {-(-PAIRS * epoch // BATCH): epoch for epoch in range(1, steps + 1)}
     for step in range(steps):
         met.update(took[step])

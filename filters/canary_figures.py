@@ -28,7 +28,8 @@ def wilson(hits: float, n: float) -> Figure:
     share, spread = hits / n, Z * Z / n
     middle = (share + spread / 2) / (1 + spread)
     half = Z * np.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
-    return {"value": share, "low": float(max(0.0, middle - half)), "high": float(min(1.0, middle + half)), "n": n}
+    low, high = max(0.0, middle - half), min(1.0, middle + half)  # at 0 and 1 equal to the share, but for rounding
+    return {"value": share, "low": float(min(share, low)), "high": float(max(share, high)), "n": n}
 
 
 def roc_auc(canaries: np.ndarray, twins: np.ndarray) -> Figure:

@@ -47,7 +47,8 @@ class Share(BaseModel):
         p, z2 = right / n, Z * Z
         middle, spread = p + z2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
         low, high = (middle - spread) / (1 + z2 / n), (middle + spread) / (1 + z2 / n)
-        return Share(value=p, low=max(0.0, low), high=min(1.0, high), right=right, n=n)
+        low, high = min(p, max(0.0, low)), max(p, min(1.0, high))  # at 0 and 1 equal to p, but for rounding
+        return Share(value=p, low=low, high=high, right=right, n=n)
 
 
 class ZeroShot(BaseModel):

@@ -400,6 +400,10 @@ def test_without_trusted_pairs_figures_are_freed_of_noise(workspace: Workspace) 
 def test_figures_by_hand() -> None:
     assert wilson(9, 10) == pytest.approx({"value": 0.9, "low": 0.5958, "high": 0.9821, "n": 10}, abs=1e-4)
     assert wilson(0, 0)["value"] is None
+    for n in range(1, 400):  # 109 of 109 ended at 0.9999999999999998
+        for hits in (0, 1, n - 1, n):
+            found = wilson(hits, n)
+            assert found["low"] <= found["value"] <= found["high"]
     assert roc_auc(np.array([0.1, 0.5, np.nan]), np.array([0.5, 0.9]))["value"] == (1 + 1 + 0.5 + 1) / 4
     assert precision({"value": 0.8, "low": 0.8, "high": 0.8, "n": 5}, {"value": 0.1, "low": 0.1, "high": 0.1}, 0.5)[
         "value"

@@ -29,6 +29,8 @@ def folder(tmp_path: Path) -> Path:
 def test_wilson_for_eight_of_ten() -> None:
     share = evaluate.Share.of(8, 10)
     assert (round(share.low, 3), round(share.high, 3)) == (0.49, 0.943)
+    for n in range(1, 400):  # 109 of 109 ended at 0.9999999999999998, which no plot takes
+        assert all(s.low <= s.value <= s.high for s in (evaluate.Share.of(right, n) for right in (0, 1, n)))
     assert evaluate.Share.of(0, 20).low == 0.0 and 0.1 < evaluate.Share.of(0, 20).high < 0.2
 
 
