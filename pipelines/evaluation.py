@@ -27,7 +27,7 @@ Known = Mapping[str, Sequence[ShardRef]]
 FILTERS = {"matcher": "blip_match", "captioner": "blip_caption"}
 BEAMS = {"sample": "beam", "beams": 3, "captions": 1}
 NOTED = ("zero-shot accuracy", "image to text at 1", "text to image at 1", "caption CIDEr")  # by which a stage is known
-VERSION = 5
+VERSION = 6
 
 
 def evaluate(run: Run, told: str, models: Mapping[str, str], known: Known) -> Facts:
