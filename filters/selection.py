@@ -34,7 +34,7 @@ from pairs.workspace import Workspace
 FORGOTTEN, HELD_OUT, HELD_OUT_TWIN, TEXTS = "forgotten", "held_out", "held_out_twin", "texts"
 BEFORE_RULES = (FORGOTTEN, HELD_OUT, HELD_OUT_TWIN)
 SHA256 = "pairs.sha256"
-VERSION = 3  # raise it when the same columns would give other verdicts
+VERSION = 4  # raise it when the same columns would give other verdicts
 Shards = Mapping[str, Sequence[ShardRef]]
 
 

@@ -2,8 +2,8 @@
 
 The lists named by `from` are joined in that order, and `match` holds one probability per text of the joined list.
 A text survives at `min` or more; `keep` then takes all survivors, the first, the best, or the best of each kind (both).
-A trusted pair keeps its own first text, and never one of another list: what people wrote for it isn't diluted by what
-a captioner writes. All texts of a shard are handled as one flat array.
+A trusted pair survives with all of its own texts, and with none of another list: what people wrote for it is neither
+judged nor diluted by what a captioner writes. All texts of a shard are handled as one flat array.
 Li et al.: BLIP (2022), https://arxiv.org/abs/2201.12086
 """
 
@@ -39,9 +39,9 @@ def choose_texts(spec: TextsSpec, table: pa.Table, trusted: np.ndarray) -> pa.Ar
     survives_T = probability_T >= spec.min if spec.match else np.ones(len(row_T), bool)
     begin, own = np.cumsum(count) - count, lengths[0] if len(lengths) else count
     given_T = np.arange(len(row_T)) - begin[row_T] < own[row_T]
-    own_T = np.zeros(len(row_T), bool)
-    own_T[begin[trusted & (own > 0)]] = True
-    survives_T = (survives_T & (given_T | ~(trusted & (own > 0))[row_T])) | own_T
+    vouched_T = (trusted & (own > 0))[row_T]
+    own_T = vouched_T & given_T
+    survives_T = np.where(vouched_T, own_T, survives_T)
     synthetic_T = as_bool(pc.equal(flat.field("kind"), SYNTHETIC))
     chosen_T = _pick(spec, row_T, survives_T, np.where(own_T, np.inf, probability_T), synthetic_T)
     kept = np.flatnonzero(chosen_T)

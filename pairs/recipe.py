@@ -91,6 +91,8 @@ class ZeroShotSpec(Spec):
 class EvaluateSpec(Spec):
     zero_shot: ZeroShotSpec | None = None
     retrieval: bool = True  # on the held-out trusted pairs
+    pairs: int = Field(5000, ge=2)  # of them at most, for retrieval and captions
+    reranked: int = Field(16, ge=1)  # texts of an image, and images of a text, that a match head orders
 
 
 class Recipe(Spec):

@@ -1,8 +1,8 @@
 """What a BLIP in transformers' format says of held-out pairs: zero-shot by its contrast, retrieval by contrast and
 re-ranked by its match head, captions. The passes are those of the filters `blip_match` and `blip_caption`.
 
-Retrieval is BLIP's own (arXiv 2201.12086, and its code): the `RERANKED` best by contrast are ordered by the match
-logit added to the cosine, others stay behind. Each image is encoded once by each model; its patches wait in a file,
+Retrieval is BLIP's own (arXiv 2201.12086, and its code): the best by contrast are ordered by the match logit added to
+the cosine, others stay behind. Each image is encoded once by each model; its patches wait in a file,
 so that memory holds a batch of them and the cosines of all images with all texts.
 """
 
@@ -25,7 +25,6 @@ from filters.blip_match import BlipMatch, image_features, match_logits, same_len
 from filters.images import decode
 from training.evaluate import Classes, Retrieval, ZeroShot, recalls
 
-RERANKED = 16
 BATCH = 256
 NOWHERE = -1e3  # of what isn't re-ranked; below any logit and cosine
 
@@ -96,9 +95,11 @@ def zero_shot(one: BlipMatch, classes: Classes) -> ZeroShot:
 
 
 @torch.inference_mode()
-def retrieval(one: BlipMatch, images: Iterable[bytes], texts: Sequence[str], scratch: Path) -> tuple[Retrieval, ...]:
-    """By contrast alone, and re-ranked. Patches lie below `scratch` meanwhile."""
-    matcher, k = Matcher.load(one), min(RERANKED, len(texts))
+def retrieval(
+    one: BlipMatch, images: Iterable[bytes], texts: Sequence[str], scratch: Path, reranked: int
+) -> tuple[Retrieval, ...]:
+    """By contrast alone, and with the `reranked` best ordered anew. Patches lie below `scratch` meanwhile."""
+    matcher, k = Matcher.load(one), min(reranked, len(texts))
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         features, ok, patches = matcher.images(images, Path(folder, "patches"))
         cosine = features @ matcher.texts(texts).T

@@ -5,6 +5,7 @@ its fingerprint. Captioner and filter are fine-tuned apart: where they share the
 the captioner gets wrong (Li et al., BLIP, arXiv 2201.12086).
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +66,28 @@ def check(recipe: Recipe) -> None:
 
 
 def warnings(recipe: Recipe) -> list[str]:
-    """What a recipe may do and shouldn't: captioner and filter of one training, or of one folder."""
+    """What a recipe may do and shouldn't: captioner and filter of one training."""
     found, filters = [], recipe.filters
     if recipe.pretrain.objective == "blip" and recipe.finetune is None:
         found.append(f"without `finetune` captioner and match filter are of one training ({BIAS})")
     if {"blip_caption", "blip_match"} <= filters.keys():
-        named = [filters[name].get("weights") for name in ("blip_caption", "blip_match")]
-        if None not in named and PREVIOUS not in named and len({Path(str(name)).resolve() for name in named}) == 1:
-            found.append(f"blip_caption and blip_match have the same weights, {named[0]} ({BIAS})")
+        named = [str(filters[name].get("weights", PREVIOUS)) for name in ("blip_caption", "blip_match")]
+        one, other = map(_training, named)
+        if one is not None and one == other:
+            found.append(
+                f"the weights of blip_caption and blip_match, {' and '.join(named)}, are of one training ({BIAS})"
+            )
     return found
+
+
+def _training(weights: str) -> str | None:
+    """The training that a folder of weights is of, as its card tells."""
+    if not Path(weights).is_dir():
+        return None
+    from training.checkpoint import CARD  # seconds
+
+    card = Path(weights) / CARD
+    return json.loads(card.read_text()).get("config") if card.exists() else None
 
 
 def settled(run: Run, number: int) -> PretrainSpec:

@@ -190,7 +190,7 @@ def planned_filters(run: Run, scorer: Facts, changes: Mapping[str, Facts] | None
 def select_trusted(run: Run, shards: Shards, scores: Mapping[str, str]) -> str:
     """A selection of the trusted pairs alone, with their own texts; returns its folder. What shares its bytes with a
     held-out pair isn't in it, nor what shares a group of a `one_per` where there are `scores` (none before round 1)."""
-    spec, groups = TextsSpec(keep="first"), _groups(run, scores)
+    spec, groups = TextsSpec(), _groups(run, scores)
     chosen = select(run.workspace.store, "trusted", groups, spec, shards, scores, run.recipe.trusted)
     publish_training_shards(run.workspace, chosen.folder, shards, run.recipe.trusted)
     return chosen.folder

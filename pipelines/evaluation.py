@@ -33,7 +33,8 @@ VERSION = 6
 def evaluate(run: Run, told: str, models: Mapping[str, str], known: Known) -> Facts:
     """Rows of figures of the `models` (content hashes by role) on the pairs `known`; `told` is what the report calls
     them."""
-    spec, rows, store = run.recipe.evaluate, list(held_out_rows(run, known)), run.workspace.store
+    spec, store = run.recipe.evaluate, run.workspace.store
+    rows = sorted(held_out_rows(run, known), key=lambda row: str(row[1]["uid"]))[: spec.pairs]  # a uid is a hash
     passes = {role: _pass(run, role, models[role]) for role in models if role in FILTERS}
     asked: Facts = {"evaluate": spec.model_dump(), "model": models.get("clip"), "version": VERSION}
     asked["classes"] = content_hash(Path(spec.zero_shot.path)) if spec.zero_shot else None
@@ -75,7 +76,7 @@ def _matcher(run: Run, _: str, one: Any, rows: list[Row]) -> list[Facts]:
         found += _shot(blip_figures.zero_shot(one, classes))
     if spec.retrieval and len(rows) > 1:
         texts = [row["text"] for _, row in rows]
-        alone, ranked = blip_figures.retrieval(one, held_out_images(run, rows), texts, run.scratch)
+        alone, ranked = blip_figures.retrieval(one, held_out_images(run, rows), texts, run.scratch, spec.reranked)
         found += _recalls(alone) + _recalls(ranked, " reranked")
     return found
 

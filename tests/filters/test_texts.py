@@ -33,7 +33,7 @@ def table(rows: list[Row], matched: list[Any] | None = None) -> pa.Table:
 def obvious(row: Row, keep: str) -> list[str]:
     own, synthetic, trusted = row
     texts = [(f"w{i}", p) for i, p in enumerate(own)] + [(f"s{i}", p) for i, p in enumerate(synthetic)]
-    texts = [(name, float("inf") if trusted and name == "w0" else p) for name, p in texts]
+    texts = [(name, float("inf") if trusted and name[0] == "w" else p) for name, p in texts]
     texts = texts[: len(own)] if trusted and own else texts
     left = [(name, p) for name, p in texts if p is not None and p >= 0.5]
 

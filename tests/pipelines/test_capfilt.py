@@ -1,5 +1,6 @@
 """CapFilt as a recipe: rounds that pretrain a BLIP and fine-tune captioner and match filter from it."""
 
+import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -298,7 +299,7 @@ def test_a_start_that_does_not_fit_is_told_at_once(tmp_path: Path) -> None:
         capfilt.check(strict(Recipe, recipe(tmp_path) | {"pretrain": TRAIN | words}, "recipe"))
 
 
-def test_shared_weights_are_warned_of(tmp_path: Path) -> None:
+def test_a_shared_training_is_warned_of(tmp_path: Path) -> None:
     def warned(**changes: Any) -> list[str]:
         return capfilt.warnings(strict(Recipe, recipe(tmp_path) | changes, "recipe"))
 
@@ -307,7 +308,13 @@ def test_shared_weights_are_warned_of(tmp_path: Path) -> None:
 
     assert warned() == [] and warned(filters=named("a/b@1", "a/c@1")) == []
     assert "of one training" in warned(finetune=None)[0] and "confirmation bias" in warned(finetune=None)[0]
-    assert "same weights" in warned(filters=named("./models/one", "models/one"))[0]
+    for role, config in (("captioner", "a"), ("matcher", "a"), ("tuned", "b"), ("foreign", None)):
+        (tmp_path / role).mkdir()
+        if config:
+            (tmp_path / role / "model_card.json").write_text(json.dumps({"config": config}))
+    captioner, matcher, tuned, foreign = (str(tmp_path / role) for role in ("captioner", "matcher", "tuned", "foreign"))
+    assert f"{captioner} and {matcher}, are of one training" in warned(filters=named(captioner, matcher))[0]
+    assert not warned(filters=named(captioner, tuned)) and not warned(filters=named(foreign, foreign))
 
 
 def test_tokenizers_are_known_by_content(tmp_path: Path) -> None:

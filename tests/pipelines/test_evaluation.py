@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from pairs.fingerprint import content_hash
+from pairs.recipe import EvaluateSpec
 from pipelines import blip_figures, evaluation, stages
 from pipelines.cider import cider, mean, words
 from pipelines.console import Console
@@ -72,7 +73,7 @@ def test_figures_are_those_of_a_plain_loop(run: Run) -> None:
                 inputs = processor(images=np.ascontiguousarray(image), text=text, return_tensors="pt")
                 cosine[i, j] = model(**inputs, use_itm_head=False)[0].item()
                 logit[i, j] = model(**inputs)[0][0, 1].item()
-    assert n <= blip_figures.RERANKED, "every text is re-ranked"
+    assert n <= run.recipe.evaluate.reranked, "every text is re-ranked"
     for name, scores in (("", cosine), (" reranked", cosine + logit)):
         for way, ranked in (("image to text", scores), ("text to image", scores.T)):
             first = [texts[row.argmax()] for row in ranked] if way[0] == "i" else [texts[i] for i in ranked.argmax(1)]
@@ -98,6 +99,14 @@ def test_an_evaluation_is_kept_and_hangs_on_models_and_passes(run: Run, monkeypa
         evaluation.evaluate(run, "it", {"captioner": models(run)["captioner"]}, known(run))
 
 
+def test_no_more_pairs_are_looked_at_than_were_asked_for(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    two = EvaluateSpec(pairs=2)
+    monkeypatch.setattr(run, "recipe", run.recipe.model_copy(update={"evaluate": two}))
+    rows = evaluation.evaluate(run, "it", models(run), known(run))["rows"]
+    counts = {row["n"] for row in rows if "CIDEr" not in row["figure"] and "length" not in row["figure"]}
+    assert len(list(evaluation.held_out_rows(run, known(run)))) > 2 and counts == {2}
+
+
 def test_captions_are_written_behind_the_prompt_that_was_learned(run: Run, tmp_path: Path) -> None:
     assert evaluation._pass(run, "captioner", models(run)["captioner"]).prompt == "a box ", "of no training's"  # type: ignore[attr-defined]
     told = {"train_config": {"spec": {"blip": {"prompt": ""}}}, "blip_job": {"spec": {"prompt": "a photo of "}}}
@@ -110,7 +119,6 @@ def test_captions_are_written_behind_the_prompt_that_was_learned(run: Run, tmp_p
 
 
 def test_what_is_not_among_the_best_by_contrast_stays_behind(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blip_figures, "RERANKED", 2)
     seen: list[int] = []
     whole = blip_figures.match_logits
 
@@ -122,7 +130,7 @@ def test_what_is_not_among_the_best_by_contrast_stays_behind(run: Run, monkeypat
     rows = list(evaluation.held_out_rows(run, known(run)))
     one = evaluation._pass(run, "matcher", models(run)["matcher"])
     asked: Any = (one, evaluation.held_out_images(run, rows), [row["text"] for _, row in rows], run.scratch)
-    blip_figures.retrieval(*asked)
+    blip_figures.retrieval(*asked, 2)
     assert len(rows) < sum(seen) <= 4 * len(rows)
     assert not [p for p in run.scratch.iterdir() if p.name.startswith("tmp")], "patches are gone"
 
@@ -131,7 +139,7 @@ def test_images_that_do_not_decode_are_misses_and_have_no_caption(run: Run) -> N
     rows = list(evaluation.held_out_rows(run, known(run)))
     images = [b"none", *list(evaluation.held_out_images(run, rows))[1:]]
     matcher, captioner = (evaluation._pass(run, role, models(run)[role]) for role in ("matcher", "captioner"))
-    alone, ranked = blip_figures.retrieval(matcher, images, ["a box"] * len(rows), run.scratch)  # type: ignore[arg-type]
+    alone, ranked = blip_figures.retrieval(matcher, images, ["a box"] * len(rows), run.scratch, 16)  # type: ignore[arg-type]
     for found in (alone, ranked):
         assert found.unreadable == 1 and found.recalls["image_to_text_at_1"].right == len(rows) - 1
     uids = [row["uid"] for _, row in rows]
