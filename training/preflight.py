@@ -153,10 +153,12 @@ def estimate(run: nn.Module, batch: Batch, half: bool) -> float:
 
 
 def _too_large(step: int, tokens: int, free: float, spec: PretrainSpec, found: str) -> PairmillError:
+    blip = spec.objective == "blip"  # which knows no accumulate
+    parts = f"spread it over more workers ({spec.workers})" if blip else f"raise accumulate ({spec.accumulate})"
     return PairmillError(
         expected=f"the largest step ({step}: {tokens} tokens on this rank) to fit into {free / 1e9:.1f} GB",
         found=found,
-        remedy=f"lower pretrain.batch_pairs ({spec.batch_pairs}), raise accumulate ({spec.accumulate}), or keep less "
+        remedy=f"lower pretrain.batch_pairs ({spec.batch_pairs}), {parts}, or keep less "
         f"for the backward (activations: products or inputs, now {spec.activations})",
     )
 

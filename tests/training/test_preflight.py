@@ -136,6 +136,11 @@ def _allocated(work: Any) -> int:
     return most
 
 
+def test_what_a_blip_does_not_know_is_not_advised() -> None:
+    told = str(preflight._too_large(0, 9, 1e9, SPEC.model_copy(update={"objective": "blip", "workers": 3}), "more"))
+    assert "workers (3)" in told and "accumulate" not in told
+
+
 def test_a_step_too_large_is_told_with_what_to_lower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "free_bytes", lambda: 1_000_000)
     with pytest.raises(
