@@ -44,7 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
 HEAD = (
     "| captions | precision | its batch | images/s | ours | ratio | encoder ms | writing ms | ratio | bound | words |"
 )
-TRIED = 16  # images by which transformers' batch is chosen
+TRIED = 16  # images, or a batch of them, by which transformers' batch is chosen
 SAMPLED = {"do_sample": True, "top_p": 0.9, "top_k": 0}
 Side = Callable[[], list[str]]
 
@@ -164,7 +164,7 @@ def seconds(work: Side, clock: Callable[[], float]) -> float:
 def compare(name: str, one: BlipCaption, images: list[np.ndarray], asked: argparse.Namespace) -> str:
     """A row of the table; stops where greedy captions in fp32 differ or most have no end."""
     mine, clock = ours(one, images), {"wall": time.perf_counter, "cpu": time.process_time}[asked.clock]
-    tried = {batch: theirs(one, images[:TRIED], batch) for batch in asked.batches}
+    tried = {batch: theirs(one, images[: max(TRIED, batch)], batch) for batch in asked.batches}
     best = min(tried, key=lambda batch: seconds(tried[batch], clock))  # which warms it too
     other, written = theirs(one, images, best), mine()
     if one.sample == "greedy" and one.precision == "fp32":

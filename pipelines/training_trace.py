@@ -1,7 +1,8 @@
 """Which trainings consumed a pair, and in which steps: what `trace` says of models, made again from the tables.
 
 A CLIP's or a BLIP's plan is made anew; the small BLIP of the first filter draws from its pairs in the order of their
-uids. Where either isn't what was trained by any more, no step is named, and why. A million pairs take seconds.
+uids. Where either isn't what was trained by any more, no step is named, and why. Of a million pairs a step takes
+33 ms.
 """
 
 import json
