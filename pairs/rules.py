@@ -148,12 +148,17 @@ class TextsSpec(Spec):
     match: str | None = None
     min: float = 0.5
     keep: Literal["all", "first", "best", "both"] = "all"
-    false_drops: Share | None = None  # in place of `min`: the share of the fitting twins' own texts that may be dropped
+    false_drops: Share | None = None  # finds `min`: the share of the fitting twins' own texts that may be dropped
+
+    @property
+    def floor(self) -> float | None:
+        """What `false_drops` doesn't go below: a `min` beside it."""
+        return self.min if "min" in self.model_fields_set else None
 
     @property
     def name(self) -> str:
         """How manifest and report call the threshold that takes the place of `min`."""
-        return f"texts false_drops {self.false_drops}"
+        return f"texts false_drops {self.false_drops}" + ("" if self.floor is None else f", min {self.floor}")
 
     def at(self, thresholds: Mapping[str, Mapping[str, Any]]) -> "TextsSpec":
         """With the number that was found for `false_drops`, where it stands in these `thresholds`, as `min`."""
@@ -161,8 +166,7 @@ class TextsSpec(Spec):
         return self if found is None else self.model_copy(update={"min": found["value"]})
 
     @model_validator(mode="after")
-    def _false_drops_for_min(self) -> "TextsSpec":
-        bare = self.match is None or "min" in self.model_fields_set or self.sources[:1] != ["texts"]
-        if self.false_drops is not None and bare:
-            raise ValueError("`false_drops` takes the place of `min`: give `match`, and `from` that begins with texts")
+    def _false_drops_of_own_texts(self) -> "TextsSpec":
+        if self.false_drops is not None and (self.match is None or self.sources[:1] != ["texts"]):
+            raise ValueError("`false_drops` looks at own texts: give `match`, and `from` that begins with texts")
         return self

@@ -248,9 +248,9 @@ def test_a_share_of_the_fitting_twins_own_texts_may_be_dropped(workspace: Worksp
             uids = workspace.store.read_table(ref.table)["uid"]
             workspace.store.write_table(ref.beside(folder(name)), pa.table({"uid": uids, **made}))
 
-    def chosen(share: float, canaries: list[ShardRef]) -> tuple[SelectionResult, set[str]]:
+    def chosen(share: float, canaries: list[ShardRef], **more: float) -> tuple[SelectionResult, set[str]]:
         given = {"from": ["texts", "blip_caption.texts"], "match": "blip_match.probability", "false_drops": share}
-        spec = TextsSpec.model_validate(given)
+        spec = TextsSpec.model_validate(given | more)
         result = select(workspace.store, "fitted", [], spec, shards, scores, ["clean"], canaries=canaries)
         real = Judged(
             workspace.store, shards, ["clean"], scores, {}, [], spec, result.folder, result.manifest["thresholds"]
@@ -269,8 +269,11 @@ def test_a_share_of_the_fitting_twins_own_texts_may_be_dropped(workspace: Worksp
     assert chosen(0.05, [planted])[1] == {None}
     with pytest.raises(PairmillError, match="0 twins"):
         chosen(0.1, [])
-    with pytest.raises(ValueError, match="takes the place of `min`"):
-        TextsSpec(match="blip_match.probability", min=0.5, false_drops=0.1)
+    for least, value in ((0.0001, pin["value"]), (0.5, 0.5)):
+        floored = chosen(0.3, [planted], min=least)[0].manifest["thresholds"]
+        assert floored[f"texts false_drops 0.3, min {least}"]["value"] == value
+    with pytest.raises(ValueError, match="own texts"):
+        TextsSpec(false_drops=0.1)
 
 
 def test_a_target_recall_is_fitted_to_the_half_that_never_reports(workspace: Workspace) -> None:
