@@ -71,6 +71,11 @@ class Measurement:
         those settings' place, so that a name or a path never does."""
         return {}
 
+    def check(self) -> None:
+        """Raises PairmillError where what is loaded isn't there or isn't what it should be, before anything runs; what
+        only a network could tell is left untold."""
+        self.content_hashes()
+
 
 class Filter(Measurement):
     """A row-local measurement: pairs, or other filters' columns, to score columns."""

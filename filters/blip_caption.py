@@ -8,13 +8,14 @@ depends neither on batch-mates nor on the worker, in bf16 too. An image is encod
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pyarrow as pa
+from pydantic import Field
 
 from filters import blip
 from filters.base import Batch, Filter
-from filters.weights import blip_hashes
+from filters.weights import blip_hashes, check_blip
 from pairs.errors import PairmillError
 from pairs.identity import unit_hash
 
@@ -39,12 +40,12 @@ class BlipCaption(Filter):
     prompt: str = "a picture of "
     sample: Literal["nucleus", "greedy", "beam"] = "nucleus"
     captions: int = 1
-    top_p: float = 0.9
-    beams: int = 3
-    length_penalty: float = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+    beams: Annotated[int, Field(ge=1)] = 3
+    length_penalty: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     early_stopping: bool = False
     min_tokens: int = 3
-    max_tokens: int = 30
+    max_tokens: Annotated[int, Field(ge=1)] = 30
     precision: blip.Precision = "auto"
     seed: int = 0
 
@@ -69,6 +70,9 @@ class BlipCaption(Filter):
 
     def content_hashes(self) -> dict[str, str]:
         return blip_hashes(self.weights, blip.CAPTIONS)
+
+    def check(self) -> None:
+        check_blip(self.weights, blip.CAPTIONS)
 
     def score(self, batch: Batch) -> Mapping[str, list[Any]]:
         texts: list[list[str] | None] = [None] * len(batch)

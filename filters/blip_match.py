@@ -8,13 +8,15 @@ On a CPU grouping takes half the time of texts one by one (BLIP-base, bf16). BLI
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pyarrow as pa
+from pydantic import Field
 
 from filters import blip
 from filters.base import Batch, Filter
-from filters.weights import blip_hashes
+from filters.weights import blip_hashes, check_blip
+from pairs.errors import PairmillError
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +32,7 @@ class BlipMatch(Filter):
 
     weights: str = "Salesforce/blip-itm-base-coco"
     of: tuple[str, ...] = ("texts", "blip_caption.texts")
-    max_tokens: int = 35
+    max_tokens: Annotated[int, Field(ge=3)] = 35  # its two marks included
     precision: blip.Precision = "auto"
 
     version = 2
@@ -51,6 +53,9 @@ class BlipMatch(Filter):
     def content_hashes(self) -> dict[str, str]:
         return blip_hashes(self.weights, blip.MATCHES)
 
+    def check(self) -> None:
+        check_blip(self.weights, blip.MATCHES)
+
     def score(self, batch: Batch) -> Mapping[str, list[Any]]:
         import torch
 
@@ -62,6 +67,12 @@ class BlipMatch(Filter):
         places = [(i, j) for i in seen for j, text in enumerate(texts[i]) if text]
         if places:
             model, processor = blip.load(self.weights, blip.MATCHES, self.precision)
+            if self.max_tokens > (most := model.config.text_config.max_position_embeddings):
+                raise PairmillError(
+                    expected=f"blip_match.max_tokens within the match filter's {most} places",
+                    found=str(self.max_tokens),
+                    remedy="lower max_tokens",
+                )
             with torch.inference_mode():
                 looks = [image for i in seen if (image := batch.pixels[i]) is not None]
                 images = torch.stack(list(blip.encoded(model, processor, looks)))

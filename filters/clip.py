@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from filters.base import Batch, Filter, Values
-from filters.weights import clip_hashes
+from filters.weights import check_clip, clip_hashes
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,9 @@ class Clip(Filter):
 
     def content_hashes(self) -> dict[str, str]:
         return clip_hashes(self.model, self.weights)
+
+    def check(self) -> None:
+        check_clip(self.model, self.weights)
 
     def score(self, batch: Batch) -> Mapping[str, Values]:
         from filters import clip_model  # torch and open_clip: seconds

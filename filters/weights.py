@@ -8,9 +8,11 @@ runs: open_clip itself would go on with random weights after a warning.
 import functools
 import json
 import os
+import re
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from pairs.errors import PairmillError
 from pairs.fingerprint import content_hash
@@ -24,6 +26,8 @@ BLIP_FILES = [  # what is read of a BLIP's folder, and the card of one that we t
     "config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json", "processor_config.json",
     "model_card.json", *TOKENIZER_FILES,
 ]  # fmt: skip
+
+PUBLISHED = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?")  # OWNER/NAME[@REVISION]
 
 Stamp = tuple[tuple[str, int, int], ...]
 
@@ -61,8 +65,17 @@ def _clip_folder(weights: str) -> Path:
     return Path(weights).resolve()
 
 
-@functools.cache
-def _clip_tag(model: str, weights: str) -> Path:
+def check_clip(model: str, weights: str | None) -> None:
+    """Raises PairmillError where there is no such model, tag or folder; no hub is asked."""
+    if weights is None or "/" in weights or Path(weights).is_dir():
+        clip_path(model, weights)
+        return
+    _check_clip(model)
+    if _tag_config(model, weights).get("hf_hub") and _offline():
+        _clip_tag(model, weights)
+
+
+def _tag_config(model: str, weights: str) -> dict[str, Any]:
     from open_clip import pretrained
 
     tags = pretrained.list_pretrained_tags_by_model(model)
@@ -72,6 +85,14 @@ def _clip_tag(model: str, weights: str) -> Path:
             expected=f"a tag of {model}, or a folder", found=repr(weights),
             remedy=nearest(weights, tags) if tags else "name a folder; this model has no published weights",
         )  # fmt: skip
+    return dict(config)
+
+
+@functools.cache
+def _clip_tag(model: str, weights: str) -> Path:
+    from open_clip import pretrained
+
+    config = _tag_config(model, weights)
     return _fetched(f"the weights {weights} of {model}", lambda: pretrained.download_pretrained(config)).resolve()
 
 
@@ -104,7 +125,7 @@ def blip_folder(weights: str, *architectures: str) -> Path:
             found="'previous', and there is no previous model",
             remedy="set `first_filter: {blip: {}}` in the recipe, so that one is trained on the trusted pairs",
         )
-    folder = Path(weights) if os.path.isdir(weights) or weights.startswith(("/", ".")) else _blip_snapshot(weights)
+    folder = _blip_snapshot(weights) if _published(weights) else Path(weights)
     names = _names(folder)
     missing = [name for name in ("config.json", "model.safetensors") if name not in names]
     missing += [] if {"tokenizer.json", "vocab.txt"} & set(names) else ["tokenizer.json"]
@@ -118,11 +139,35 @@ def blip_folder(weights: str, *architectures: str) -> Path:
     if made is None or missing or not {*architectures} & {*made}:
         raise PairmillError(
             expected=f"a {' or '.join(architectures)} with its tokenizer, as save_pretrained leaves it, in {weights}",
-            found=f"no {', '.join(missing)}" if missing else f"a model of {made}",
+            found=(f"no {', '.join(missing)}" if missing else f"a model of {made}")
+            + " (no such folder; a published name is OWNER/NAME or OWNER/NAME@REVISION)" * (not folder.is_dir()),
             remedy=advice * pickled
             + "name the folder of a trained captioner for blip_caption, of a matcher for blip_match",
         )
     return folder.resolve()
+
+
+def check_blip(weights: str, architecture: str) -> None:
+    """Raises PairmillError as `blip_folder` does, but where only a hub could tell."""
+    if not _published(weights) or _offline():
+        blip_folder(weights, architecture)
+
+
+def _published(weights: str) -> bool:
+    """Whether weights are those of a hub. Where OWNER is a folder here, they are only if they lie in the cache."""
+    if not PUBLISHED.fullmatch(weights) or os.path.isdir(weights):
+        return False
+    from huggingface_hub import try_to_load_from_cache
+
+    name, _, revision = weights.partition("@")
+    cached = try_to_load_from_cache(name, "config.json", revision=revision or None)
+    return isinstance(cached, str) or not Path(name).parent.is_dir()
+
+
+def _offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
 
 
 def _architectures(config: Path) -> list[str] | None:
@@ -138,7 +183,7 @@ def _blip_snapshot(weights: str) -> Path:
 
     name, _, revision = weights.partition("@")
     fetch = functools.partial(snapshot_download, name, revision=revision or None, allow_patterns=BLIP_FILES)
-    return _fetched(f"the published BLIP {name}", fetch)
+    return _fetched(f"the folder or published BLIP {weights}", fetch)
 
 
 def _names(folder: Path) -> list[str]:

@@ -105,6 +105,11 @@ def fits(m: ModelSpec, shape: Shape, positions: int, names: list[str]) -> None:
         )
 
 
+def text_positions(tokens: int) -> int:
+    """Of a new BLIP whose texts have so many tokens: one that is written has its prompt too."""
+    return max(64, 2 * tokens)
+
+
 def shape_of(m: "ModelSpec | BlipSpec") -> Shape:
     vision, text = ((tower.layers, tower.width, tower.heads) for tower in (m.vision, m.text))
     return m.image_px, m.patch_px, vision, text, m.embed_dim
@@ -182,7 +187,7 @@ class PretrainSpec(Spec):
         if self.objective != "blip" and self.blip != MedSpec():
             raise ValueError("settings under `blip` go with objective: blip")
         unknown = _set(self, "accumulate", "ema", "patch_dropout", "max_patches", "towers")
-        unknown += [f"model.{name}" for name in _set(self.model, "kind", "positions", "logit_scale")]
+        unknown += [f"model.{name}" for name in _set(self.model, "kind", "positions", "logit_scale", "vocabulary")]
         if self.objective == "blip" and unknown:
             raise ValueError(f"objective: blip knows no {', '.join(unknown)}")
         return self
@@ -233,8 +238,7 @@ class BlipSpec(Spec):
 
     @property
     def positions(self) -> int:
-        """Of a text: one that is written has its prompt too."""
-        return max(64, 2 * self.max_tokens)
+        return text_positions(self.max_tokens)
 
     @model_validator(mode="after")
     def _fits(self) -> "BlipSpec":

@@ -13,7 +13,7 @@ from filters.blip import CAPTIONS, MATCHES
 from filters.lookup import load_filter
 from filters.weights import BLIP_FILES, TOKENIZER_FILES, blip_folder
 from pairs.errors import PairmillError
-from pairs.pretrain import BEGINNING, PREVIOUS, MedSpec, PretrainSpec, fits, shape_of
+from pairs.pretrain import BEGINNING, PREVIOUS, MedSpec, PretrainSpec, fits, shape_of, text_positions
 from pairs.recipe import Recipe
 from pairs.strict import strict
 from pipelines import curation, training_jobs
@@ -22,6 +22,7 @@ from pipelines.run import Run
 from training.tokens import bert_tokenizer, mark
 
 Facts = dict[str, Any]
+ROLES = {"blip_caption": "lm", "blip_match": "itm"}  # filters, and what trains each
 LOSSES = {"captioner": ["lm"], "matcher": ["itc", "itm"]}
 BIAS = "confirmation bias: the filter lets through what the captioner gets wrong"
 
@@ -35,12 +36,21 @@ def check(recipe: Recipe) -> None:
             found=f"none among {', '.join(recipe.sources)}",
             remedy="mark a clean source as trusted, or leave finetune out",
         )
+    first = recipe.first_filter.blip
+    if first:
+        follow = [name for name in ROLES if recipe.filters.get(name, {}).get("weights") == PREVIOUS]
+        _check_texts(recipe, follow, {}, first.positions, "the first filter")
     if spec.objective != "blip":
         return
     for role in LOSSES if recipe.finetune else ():
         _tuned(recipe, spec, role)
+    if spec.blip.start and spec.model.tokenizer != PREVIOUS:
+        raise PairmillError(
+            expected="no pretrain.model.tokenizer beside pretrain.blip.start, whose first BLIP brings its own",
+            found=spec.model.tokenizer,
+            remedy="leave one of them out",
+        )
     folders = [blip_folder(name, CAPTIONS, MATCHES) for name in spec.blip.start if name != BEGINNING]
-    first = recipe.first_filter.blip
     if BEGINNING in spec.blip.start and not first:
         raise PairmillError(
             expected="first_filter.blip, whose beginning pretrain.blip.start names",
@@ -49,8 +59,10 @@ def check(recipe: Recipe) -> None:
         )
     if BEGINNING in spec.blip.start and first:
         fits(spec.model, shape_of(first), first.positions, [BEGINNING])
+    words, positions = None, first.positions if first and spec.blip.start else text_positions(spec.model.context)
     if not spec.blip.start and spec.model.tokenizer != PREVIOUS:
-        mark(bert_tokenizer(str(_tokenizer_folder(Path(spec.model.tokenizer)))), spec.blip.match_mark)
+        words = bert_tokenizer(str(_tokenizer_folder(Path(spec.model.tokenizer))))
+        mark(words, spec.blip.match_mark)
     elif not spec.blip.start and not first and _captioner(recipe) == PREVIOUS:
         raise PairmillError(
             expected="a captioner whose tokenizer pretraining takes (pretrain.model.tokenizer: previous)",
@@ -63,6 +75,39 @@ def check(recipe: Recipe) -> None:
         _, sizes, processor = blip_export.opened(folder)
         fits(spec.model, sizes.shape, sizes.context, [str(folder)])
         mark(processor.tokenizer, spec.blip.match_mark)
+        words, positions = words or processor.tokenizer, sizes.context
+    if spec.blip.match_mark == "[ENC]" and recipe.filters.get("blip_match", {}).get("weights") == PREVIOUS:
+        raise PairmillError(
+            expected="pretrain.blip.match_mark: [CLS] where filters.blip_match has `weights: previous`",
+            found="[ENC], and blip_match, which judges promotion and evaluation too, begins its texts with [CLS]",
+            remedy="leave match_mark out",
+        )
+    losses = {*spec.blip.losses} | ({"lm", "itm"} if recipe.finetune else set())
+    made = [name for name, loss in ROLES.items() if loss in losses]
+    prompts = {"pretrain.blip.prompt": spec.blip.prompt} if "lm" in losses else {}
+    _check_texts(recipe, made, prompts, positions, "the BLIP of pretrain", words)
+
+
+def _check_texts(
+    recipe: Recipe, names: list[str], prompts: dict[str, str], positions: int, of: str, words: Any = None
+) -> None:
+    """Texts of these filters, and those learned behind `prompts`, fit into a BLIP's text positions. Without `words`, its
+    tokenizer, a prompt counts a piece for each word, as the first filter's has it."""
+    loaded: Any = {name: load_filter(name, recipe.filters.get(name, {})) for name in names}
+    asked = {f"filters.{name}": (getattr(one, "prompt", ""), one.max_tokens) for name, one in loaded.items()}
+    written = 2 if recipe.finetune or "blip_caption" not in loaded else loaded["blip_caption"].max_tokens
+    for where, (prompt, tokens) in (asked | {name: (prompt, max(2, written)) for name, prompt in prompts.items()}).items():
+        if prompt and words is None:
+            from transformers import BertTokenizerFast  # seconds
+
+            words = BertTokenizerFast()
+        pieces = len(words(prompt, add_special_tokens=False)["input_ids"]) if prompt else 0
+        if pieces + tokens > positions:
+            raise PairmillError(
+                expected=f"texts within the {positions} text positions of {of}, at {where}",
+                found=f"{pieces} tokens of the prompt, {tokens} of the text",
+                remedy="lower its max_tokens, shorten the prompt, or raise the model's context",
+            )
 
 
 def warnings(recipe: Recipe) -> list[str]:

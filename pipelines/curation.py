@@ -69,9 +69,9 @@ def check(recipe: Recipe) -> None:
                 found=f"it at filters.{name}",
                 remedy="name a folder or a file there",
             )
-        if name not in ROLES or str(settings.get("weights")).startswith(("/", ".")):
-            loaded[name].content_hashes()  # a file that isn't there, or isn't what it should be, is told now
-        if PREVIOUS in settings.values() and not _trains(recipe, ROLES[name]):
+        if PREVIOUS not in settings.values():
+            loaded[name].check()
+        elif not _trains(recipe, ROLES[name]):
             raise PairmillError(
                 expected=f"a model for filters.{name} in round 1",
                 found=f"{PREVIOUS!r}, and no first_filter that trains a {ROLES[name]}",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pairs.pretrain import PretrainSpec, fits, shape_of
+from pairs.pretrain import PretrainSpec, fits, shape_of, text_positions
 from pairs.store import Store
 from training import blip_export, frame
 from training.accumulate import Context
@@ -149,16 +149,11 @@ def build(spec: PretrainSpec, store: Store) -> tuple[PackedBlip, Any]:
         fits(m, model.sizes.shape, model.sizes.context, spec.blip.start)
         return model.train(), processor
     tokenizer = bert_tokenizer(folder_of(store, m.tokenizer))
-    sizes = Sizes(*shape_of(m), len(tokenizer), positions(spec))
+    sizes = Sizes(*shape_of(m), len(tokenizer), text_positions(m.context))
     from transformers import BlipImageProcessor, BlipProcessor
 
     images = BlipImageProcessor(size={"height": m.image_px, "width": m.image_px})
     return PackedBlip(sizes, spec.attention), BlipProcessor(images, tokenizer)
-
-
-def positions(spec: PretrainSpec) -> int:
-    """Text positions: a written text has its prompt too."""
-    return max(64, 2 * spec.model.context)
 
 
 def _named(spec: PretrainSpec) -> PretrainSpec:

@@ -51,7 +51,7 @@ def make_plan(
             remedy="loosen the rules of `keep`, or add sources",
         )
     tokens = tokeniser.tokens()
-    if tokens.used[-1] >= spec.model.vocabulary:
+    if spec.objective != "blip" and tokens.used[-1] >= spec.model.vocabulary:  # a BLIP has its tokenizer's
         raise PairmillError(
             expected=f"pretrain.model.vocabulary above {tokens.used[-1]}, a token that texts hold (CLIP's has 49408)",
             found=str(spec.model.vocabulary),
