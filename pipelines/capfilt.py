@@ -6,6 +6,7 @@ the captioner gets wrong (Li et al., BLIP, arXiv 2201.12086).
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def check(recipe: Recipe) -> None:
     first = recipe.first_filter.blip
     if first:
         follow = [name for name in ROLES if recipe.filters.get(name, {}).get("weights") == PREVIOUS]
-        _check_texts(recipe, follow, {}, first.positions, "the first filter")
+        _check_texts(_texts(recipe, follow), first.positions, "the first filter")
     if spec.objective != "blip":
         return
     for role in LOSSES if recipe.finetune else ():
@@ -76,32 +77,43 @@ def check(recipe: Recipe) -> None:
         fits(spec.model, sizes.shape, sizes.context, [str(folder)])
         mark(processor.tokenizer, spec.blip.match_mark)
         words, positions = words or processor.tokenizer, sizes.context
-    if spec.blip.match_mark == "[ENC]" and recipe.filters.get("blip_match", {}).get("weights") == PREVIOUS:
+    _check_round(recipe, positions, words)
+
+
+def _check_round(recipe: Recipe, positions: int, words: Any) -> None:
+    """The round's BLIP, of these text positions, serves filters, promotion and evaluation."""
+    blip = recipe.pretrain.blip
+    if blip.match_mark == "[ENC]" and recipe.filters.get("blip_match", {}).get("weights") == PREVIOUS:
         raise PairmillError(
             expected="pretrain.blip.match_mark: [CLS] where filters.blip_match has `weights: previous`",
             found="[ENC], and blip_match, which judges promotion and evaluation too, begins its texts with [CLS]",
             remedy="leave match_mark out",
         )
-    losses = {*spec.blip.losses} | ({"lm", "itm"} if recipe.finetune else set())
-    made = [name for name, loss in ROLES.items() if loss in losses]
-    prompts = {"pretrain.blip.prompt": spec.blip.prompt} if "lm" in losses else {}
-    _check_texts(recipe, made, prompts, positions, "the BLIP of pretrain", words)
+    losses = {*blip.losses} | ({"lm", "itm"} if recipe.finetune else set())
+    texts = _texts(recipe, [name for name, loss in ROLES.items() if loss in losses])
+    if "lm" in losses:  # what isn't fine-tuned is evaluated behind the prompt that it learned
+        learned = 2 if recipe.finetune else max(2, texts["filters.blip_caption"][1])
+        texts["pretrain.blip.prompt"] = blip.prompt, learned
+    _check_texts(texts, positions, "the BLIP of pretrain", words)
 
 
-def _check_texts(
-    recipe: Recipe, names: list[str], prompts: dict[str, str], positions: int, of: str, words: Any = None
-) -> None:
-    """Texts of these filters, and those learned behind `prompts`, fit into a BLIP's text positions. Without `words`, its
-    tokenizer, a prompt counts a piece for each word, as the first filter's has it."""
+def _texts(recipe: Recipe, names: Iterable[str]) -> dict[str, tuple[str, int]]:
+    """Prompt and `max_tokens` of these filters' texts."""
     loaded: Any = {name: load_filter(name, recipe.filters.get(name, {})) for name in names}
-    asked = {f"filters.{name}": (getattr(one, "prompt", ""), one.max_tokens) for name, one in loaded.items()}
-    written = 2 if recipe.finetune or "blip_caption" not in loaded else loaded["blip_caption"].max_tokens
-    for where, (prompt, tokens) in (asked | {name: (prompt, max(2, written)) for name, prompt in prompts.items()}).items():
-        if prompt and words is None:
+    return {f"filters.{name}": (getattr(one, "prompt", ""), one.max_tokens) for name, one in loaded.items()}
+
+
+def _check_texts(texts: dict[str, tuple[str, int]], positions: int, of: str, words: Any = None) -> None:
+    """They fit into a BLIP's text positions. Without `words`, its tokenizer, a prompt has a piece for each word, as the
+    first filter's makes them."""
+    for where, (prompt, tokens) in texts.items():
+        if words is None and len(prompt) + tokens <= positions:  # a piece has a letter at least
+            continue
+        if words is None:
             from transformers import BertTokenizerFast  # seconds
 
             words = BertTokenizerFast()
-        pieces = len(words(prompt, add_special_tokens=False)["input_ids"]) if prompt else 0
+        pieces = len(words(prompt, add_special_tokens=False)["input_ids"])
         if pieces + tokens > positions:
             raise PairmillError(
                 expected=f"texts within the {positions} text positions of {of}, at {where}",

@@ -13,6 +13,7 @@ from filters import blip, blip_caption
 from filters.base import Batch, fingerprint_of
 from filters.blip_caption import BlipCaption
 from filters.blip_search import LIKELIEST, nucleus
+from filters.lookup import load_filter
 from pairs.errors import PairmillError
 from tests.filters.weights import WEIGHTS
 
@@ -115,6 +116,16 @@ def test_the_precision_is_part_of_the_fingerprint_and_auto_is_one_of_them(folder
 def test_settings_that_contradict_each_other_are_refused(asked: dict[str, Any]) -> None:
     with pytest.raises(PairmillError, match="captions"):
         BlipCaption(**asked)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"top_p": 0}, {"top_p": 1.1}, {"max_tokens": 0, "min_tokens": 0}, {"beams": 0}, {"length_penalty": float("nan")}],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused(asked: dict[str, Any]) -> None:
+    with pytest.raises(PairmillError, match=rf"filters\.blip_caption\.{next(iter(asked))}: "):
+        load_filter("blip_caption", asked)
 
 
 def test_a_prompt_beyond_the_captioners_places_is_refused(folder: str) -> None:

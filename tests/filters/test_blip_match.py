@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from filters.base import Batch
 from filters.blip import MATCHES
 from filters.blip_match import BlipMatch
 from filters.lookup import load_filter
+from filters.measure import FilterStats, measure
 from filters.weights import blip_hashes
 from pairs.errors import PairmillError
 from pairs.fingerprint import content_hash
@@ -105,6 +107,34 @@ def test_weights_that_are_none_stop_with_advice(folder: str, tmp_path: Path) -> 
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(PairmillError, match=r"tokenizer\.json"):
         load_filter("blip_caption", {"weights": captioner}).content_hashes()
+
+
+def test_texts_longer_than_the_models_places_stop_the_run(folder: str) -> None:
+    with pytest.raises(PairmillError, match="within the match filter's 70 places"):
+        measure(load_filter("blip_match", {"weights": folder, "max_tokens": 71}), batch(ROWS), FilterStats())
+    for few in (2, 1, 0, -1):  # two marks, and no text
+        with pytest.raises(PairmillError, match=r"max_tokens: .* greater than or equal to 3"):
+            load_filter("blip_match", {"weights": folder, "max_tokens": few})
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_weights_that_are_none_are_told_without_a_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "round").mkdir()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: pytest.fail("a hub was asked"))
+    for weights in ("captoiner", "round/captioner", "round/1/captioner", "~/captioner"):
+        with pytest.raises(PairmillError, match="no such folder"):
+            load_filter("blip_caption", {"weights": weights}).check()
+    published = load_filter("blip_match", {"weights": f"nobody/blip@{'0' * 40}"})
+    if offline:
+        with pytest.raises(PairmillError, match=r"folder or published BLIP nobody/blip@0.*in the local cache"):
+            published.check()
+    else:
+        published.check()
 
 
 @pytest.mark.parametrize("broken", ["{", "[]", '{"architectures": 5}', "\udcff"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -15,7 +16,7 @@ import torch
 from transformers import BertTokenizerFast
 
 from filters import canaries
-from filters.blip import CAPTIONS
+from filters.blip import CAPTIONS, MATCHES
 from filters.engine import plan
 from filters.image_stats import ImageStats
 from filters.weights import TOKENIZER_FILES
@@ -37,6 +38,7 @@ from tests.pipelines import flow
 from tests.training import blip_small
 from training import blip_run, frame, launch
 from training.config import TrainConfig, TrainResult
+from training.tokens import bert_tokenizer
 
 TRAIN = flow.TRAIN | {"objective": "blip", "batch_pairs": 8, "steps": 4, "blip": {"queue": 32, "start": ["beginning"]}}
 del TRAIN["max_patches"]
@@ -245,6 +247,10 @@ def test_no_twin_of_a_held_out_pair_or_a_canary_is_trained_on(tmp_path: Path, mo
 WEB: dict[str, Any] = {"sources": {"web": {"kind": "folder", "path": "web"}}}
 
 
+def captioned(**settings: Any) -> dict[str, Any]:
+    return {"filters": {"blip_caption": {"weights": "previous"} | settings, "blip_match": {"weights": "previous"}}}
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -266,6 +272,23 @@ WEB: dict[str, Any] = {"sources": {"web": {"kind": "folder", "path": "web"}}}
             "finetune.matcher: Value error, batch_pairs 2",
         ),
         ({"pretrain": TRAIN | {"model": flow.MODEL | {"embed_dim": 24}}}, "16) and 70 positions in ['beginning']"),
+        ({"pretrain": TRAIN | {"model": flow.MODEL | {"tokenizer": "web"}}}, "no pretrain.model.tokenizer beside"),
+        (
+            {"pretrain": TRAIN | {"blip": {"start": ["beginning"], "match_mark": "[ENC]"}}},
+            "begins its texts with [CLS]",
+        ),
+        ({"filters": {"blip_match": {"weights": "web/none", "of": ["texts"]}}, "texts": {}}, "no such folder"),
+        ({"filters": {"clip": {"weights": "openia"}}, "texts": {}}, "did you mean 'openai'?"),
+        (
+            captioned(max_tokens=68) | {"pretrain": flow.TRAIN, "finetune": None},
+            "70 text positions of the first filter",
+        ),
+        (captioned(max_tokens=61, prompt="a-b, c " * 2), "found 10 tokens of the prompt, 61 of the text"),
+        (
+            captioned(max_tokens=62) | {"pretrain": NEW},
+            "64 text positions of the BLIP of pretrain, at filters.blip_cap",
+        ),
+        ({"pretrain": NEW | {"blip": {"prompt": "a long " * 32}}}, "found 64 tokens of the prompt, 2 of the text"),
     ],
 )
 def test_what_a_blip_lacks_is_told_at_once(
@@ -283,9 +306,11 @@ def test_what_a_blip_lacks_is_told_at_once(
 def test_a_start_that_does_not_fit_is_told_at_once(tmp_path: Path) -> None:
     def check(**changes: Any) -> None:
         pretrain = TRAIN | {"blip": {"start": [str(tmp_path)], "match_mark": "[ENC]"}, "model": model | changes}
-        capfilt.check(strict(Recipe, recipe(tmp_path) | {"pretrain": pretrain}, "recipe"))
+        capfilt.check(strict(Recipe, values | {"pretrain": pretrain}, "recipe"))
 
     blip_small.folder(tmp_path, CAPTIONS, plain=True)
+    values = recipe(tmp_path) | captioned(max_tokens=12)
+    values["filters"]["blip_match"] = {"weights": "a/b@1", "max_tokens": 24}
     model = flow.MODEL | {"vision": flow.TOWER | {"layers": 2}, "text": {"layers": 3, "width": 48, "heads": 4}}
     check()
     with pytest.raises(PairmillError, match="24 positions"):
@@ -296,7 +321,11 @@ def test_a_start_that_does_not_fit_is_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(PairmillError, match=r"\[ENC\] in the tokenizer"):
         BertTokenizerFast(vocab={"[UNK]": 0, "[DEC]": 1}, bos_token="[DEC]").save_pretrained(tmp_path / "lacking")
         words = {"model": {"tokenizer": str(tmp_path / "lacking")}, "blip": {"match_mark": "[ENC]"}}
-        capfilt.check(strict(Recipe, recipe(tmp_path) | {"pretrain": TRAIN | words}, "recipe"))
+        capfilt.check(strict(Recipe, values | {"pretrain": TRAIN | words}, "recipe"))
+    (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace(": 5", ": 38"))
+    values["filters"]["blip_caption"] |= {"prompt": "a red box ", "max_tokens": 22}
+    with pytest.raises(PairmillError, match=r"(?s)24 text positions .*blip_caption.* 3 tokens of the prompt, 22 "):
+        check()
 
 
 def test_a_shared_training_is_warned_of(tmp_path: Path) -> None:
@@ -328,6 +357,29 @@ def test_tokenizers_are_known_by_content(tmp_path: Path) -> None:
     assert one == two != other and [p.name for p in (tmp_path / "space" / one).iterdir()] == ["tokenizer.json"]
     shutil.rmtree(tmp_path / "one")
     assert (Path(space.store.root) / one / "tokenizer.json").exists()
+
+
+def test_without_a_first_filter_the_tokenizer_is_the_published_captioners(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for name, kind in {"captioner": CAPTIONS, "matcher": MATCHES}.items():
+        blip_small.folder(tmp_path / f"hub/models--owner--{name}/snapshots/{'0' * 40}", kind)
+    named = {
+        n: {"weights": f"owner/{w}@{'0' * 40}"}
+        for n, w in {"blip_caption": "captioner", "blip_match": "matcher"}.items()
+    }
+    values = recipe(tmp_path) | {"first_filter": {}, "pretrain": NEW, "filters": named}
+    flow.draw_folder(tmp_path / "eval", 1)
+    run = open_run(flow.write_recipe(tmp_path / "recipe.yaml", values), workspace=str(tmp_path / "workspace"))
+    stages.check(run.recipe)
+    folder = Path(run.workspace.store.root) / capfilt.settled(run, 1).model.tokenizer
+    assert len(bert_tokenizer(str(folder))) == blip_small.SIZES.vocabulary
+    assert folder.parent.name == "models" and "model.safetensors" not in [path.name for path in folder.iterdir()]
+    named["blip_match"] = named["blip_caption"]
+    with pytest.raises(PairmillError, match=r"a model of .'BlipForConditionalGeneration'"):
+        stages.check(strict(Recipe, values, "recipe"))
 
 
 def test_a_silent_captioner_is_told_and_stopped_by_a_gate(tmp_path: Path) -> None:

@@ -59,6 +59,8 @@ def test_whoever_makes_the_plan_again_finds_its_steps(tmp_path: Path) -> None:
     train(cfg)
     plan, _ = make_plan(Store(cfg.store), cfg.shards, cfg.spec)
     assert [line["uids_sha256"] for line in lines(cfg)] == [plan.digest(step) for step in range(4)]
+    small = cfg.spec.model_copy(update={"model": cfg.spec.model.model_copy(update={"vocabulary": 1})})
+    assert make_plan(Store(cfg.store), cfg.shards, small), "a BLIP's vocabulary is its tokenizer's"
     aspects = dataclasses.replace(plan, square=False)
     assert aspects.digest(0) != plan.digest(0), "the images aren't square"
 
@@ -212,7 +214,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     for name, value in (("ema", 0.9), ("max_patches", 9), ("towers", towers)):
         with pytest.raises(ValueError, match=f"knows no {name}"):
             PretrainSpec(**spec, **{name: value})
-    for name, value in (("kind", "siglip"), ("positions", "factorised"), ("logit_scale", 1.0)):
+    for name, value in (("kind", "siglip"), ("positions", "factorised"), ("logit_scale", 1.0), ("vocabulary", 9)):
         siglip = {"embed_dim": 128, "logit_bias": -1.0} if name == "kind" else {}
         with pytest.raises(ValueError, match=rf"knows no model\.{name}"):
             PretrainSpec(**spec, model={name: value, **siglip})
