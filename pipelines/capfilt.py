@@ -23,7 +23,7 @@ from pipelines.run import Run
 from training.tokens import bert_tokenizer, mark
 
 Facts = dict[str, Any]
-ROLES = {"blip_caption": "lm", "blip_match": "itm"}  # filters, and what trains each
+TRAINED_BY = {"blip_caption": "lm", "blip_match": "itm"}
 LOSSES = {"captioner": ["lm"], "matcher": ["itc", "itm"]}
 BIAS = "confirmation bias: the filter lets through what the captioner gets wrong"
 
@@ -39,18 +39,12 @@ def check(recipe: Recipe) -> None:
         )
     first = recipe.first_filter.blip
     if first:
-        follow = [name for name in ROLES if recipe.filters.get(name, {}).get("weights") == PREVIOUS]
+        follow = [name for name in TRAINED_BY if recipe.filters.get(name, {}).get("weights") == PREVIOUS]
         _check_texts(_texts(recipe, follow), first.positions, "the first filter")
     if spec.objective != "blip":
         return
     for role in LOSSES if recipe.finetune else ():
         _tuned(recipe, spec, role)
-    if spec.blip.start and spec.model.tokenizer != PREVIOUS:
-        raise PairmillError(
-            expected="no pretrain.model.tokenizer beside pretrain.blip.start, whose first BLIP brings its own",
-            found=spec.model.tokenizer,
-            remedy="leave one of them out",
-        )
     folders = [blip_folder(name, CAPTIONS, MATCHES) for name in spec.blip.start if name != BEGINNING]
     if BEGINNING in spec.blip.start and not first:
         raise PairmillError(
@@ -82,7 +76,13 @@ def check(recipe: Recipe) -> None:
 
 def _check_round(recipe: Recipe, positions: int, words: Any) -> None:
     """The round's BLIP, of these text positions, serves filters, promotion and evaluation."""
-    blip = recipe.pretrain.blip
+    blip, tokenizer = recipe.pretrain.blip, recipe.pretrain.model.tokenizer
+    if blip.start and tokenizer != PREVIOUS:
+        raise PairmillError(
+            expected="no pretrain.model.tokenizer beside pretrain.blip.start, whose first BLIP brings its own",
+            found=tokenizer,
+            remedy="leave one of them out",
+        )
     if blip.match_mark == "[ENC]" and recipe.filters.get("blip_match", {}).get("weights") == PREVIOUS:
         raise PairmillError(
             expected="pretrain.blip.match_mark: [CLS] where filters.blip_match has `weights: previous`",
@@ -90,17 +90,17 @@ def _check_round(recipe: Recipe, positions: int, words: Any) -> None:
             remedy="leave match_mark out",
         )
     losses = {*blip.losses} | ({"lm", "itm"} if recipe.finetune else set())
-    texts = _texts(recipe, [name for name, loss in ROLES.items() if loss in losses])
+    texts = _texts(recipe, [name for name, loss in TRAINED_BY.items() if loss in losses])
     if "lm" in losses:  # what isn't fine-tuned is evaluated behind the prompt that it learned
-        learned = 2 if recipe.finetune else max(2, texts["filters.blip_caption"][1])
-        texts["pretrain.blip.prompt"] = blip.prompt, learned
+        another = recipe.finetune and "blip_caption" in recipe.filters
+        texts["pretrain.blip.prompt"] = blip.prompt, 2 if another else texts["filters.blip_caption"][1]
     _check_texts(texts, positions, "the BLIP of pretrain", words)
 
 
 def _texts(recipe: Recipe, names: Iterable[str]) -> dict[str, tuple[str, int]]:
-    """Prompt and `max_tokens` of these filters' texts."""
+    """Prompt and `max_tokens` of these filters' texts, which learning takes two for."""
     loaded: Any = {name: load_filter(name, recipe.filters.get(name, {})) for name in names}
-    return {f"filters.{name}": (getattr(one, "prompt", ""), one.max_tokens) for name, one in loaded.items()}
+    return {f"filters.{name}": (getattr(one, "prompt", ""), max(2, one.max_tokens)) for name, one in loaded.items()}
 
 
 def _check_texts(texts: dict[str, tuple[str, int]], positions: int, of: str, words: Any = None) -> None:
