@@ -78,7 +78,7 @@ def fit_recall(rule: Rule, column: Column) -> Threshold:
 
 def fit_false_drops(spec: TextsSpec, column: Column) -> Threshold:
     """The highest threshold that drops at most `false_drops` of the twins, by the match of each one's own text, the
-    first in its list, but no less than `floor`. A twin without a value is dropped at any."""
+    first in its list, but no less than `min`. A twin without a value is dropped at any."""
     assert spec.false_drops is not None and spec.match is not None
     values = numbers(column, spec.match)
     scored = np.sort(values[~np.isnan(values)])
@@ -90,7 +90,7 @@ def fit_false_drops(spec: TextsSpec, column: Column) -> Threshold:
         )
     allowed = int(spec.false_drops * len(values) + 1e-9) - (len(values) - len(scored))
     found = float(scored[min(max(allowed, 0), len(scored) - 1)])
-    return Threshold(found if spec.floor is None else max(found, spec.floor), len(values))
+    return Threshold(max(found, spec.min), len(values))
 
 
 def passes(rule: Rule, column: Column, threshold: Threshold | None) -> np.ndarray:

@@ -148,22 +148,24 @@ class TextsSpec(Spec):
     match: str | None = None
     min: float = 0.5
     keep: Literal["all", "first", "best", "both"] = "all"
-    false_drops: Share | None = None  # finds `min`: the share of the fitting twins' own texts that may be dropped
-
-    @property
-    def floor(self) -> float | None:
-        """What `false_drops` doesn't go below: a `min` beside it."""
-        return self.min if "min" in self.model_fields_set else None
+    false_drops: Share | None = None  # of the fitting twins' own texts: finds the threshold, no less than `min`
 
     @property
     def name(self) -> str:
         """How manifest and report call the threshold that takes the place of `min`."""
-        return f"texts false_drops {self.false_drops}" + ("" if self.floor is None else f", min {self.floor}")
+        return f"texts false_drops {self.false_drops}" + f", min {self.min}" * (self.min > 0)
 
     def at(self, thresholds: Mapping[str, Mapping[str, Any]]) -> "TextsSpec":
         """With the number that was found for `false_drops`, where it stands in these `thresholds`, as `min`."""
         found = thresholds.get(self.name)
         return self if found is None else self.model_copy(update={"min": found["value"]})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_floor_unless_given(cls, given: Any) -> Any:
+        """A default that tells itself from the same number given: what a spec says is known by its values."""
+        alone = isinstance(given, dict) and given.get("false_drops") is not None and "min" not in given
+        return given | {"min": 0.0} if alone else given
 
     @model_validator(mode="after")
     def _false_drops_of_own_texts(self) -> "TextsSpec":

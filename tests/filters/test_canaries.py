@@ -272,6 +272,8 @@ def test_a_share_of_the_fitting_twins_own_texts_may_be_dropped(workspace: Worksp
     for least, value in ((0.0001, pin["value"]), (0.5, 0.5)):
         floored = chosen(0.3, [planted], min=least)[0].manifest["thresholds"]
         assert floored[f"texts false_drops 0.3, min {least}"]["value"] == value
+    bare, floored = (TextsSpec(match="m.p", false_drops=0.1, **more) for more in ({}, {"min": TextsSpec().min}))  # type: ignore[arg-type]
+    assert bare.model_dump() != floored.model_dump(), "fingerprints tell a floor that is the default from none"
     with pytest.raises(ValueError, match="own texts"):
         TextsSpec(false_drops=0.1)
 
