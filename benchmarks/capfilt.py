@@ -90,10 +90,10 @@ def dropped(report: Mapping[str, Any], number: int, web: Path) -> dict[str, floa
 def learned(report: Mapping[str, Any], number: int) -> dict[str, float]:
     """The contrast's loss at the end of a BLIP's pretraining."""
     home = Path(report["workspace"]) / report["run"] / f"round-{number}"
-    (path,) = [path for path in home.glob("*/metrics.jsonl") if path.parent.name not in ROLES]
-    losses = [json.loads(line).get("itc") for line in path.read_text().splitlines()]
+    paths = [path for path in home.glob("*/metrics.jsonl") if path.parent.name not in ROLES]  # none where it was reused
+    losses = [json.loads(line).get("itc") for path in paths for line in path.read_text().splitlines()]
     last = losses[-max(1, len(losses) // 10) :]
-    return {} if None in last else {"ITC at the end": statistics.mean(last)}
+    return {"ITC at the end": statistics.mean(last)} if last and None not in last else {}
 
 
 def table(found: Mapping[int, Mapping[str, Mapping[str, float]]]) -> str:
